@@ -1,0 +1,234 @@
+# Copyright 2026 The egmla authors. Licensed under the Apache License, Version 2.0.
+"""Configuration of EG-MLA models: fields, derived widths, validation and cache accounting."""
+
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_rope_utils import RopeParameters
+
+
+KV_GATES = ("latent", None)
+
+# Written into every checkpoint, so that `trust_remote_code` finds each Auto class.
+AUTO_MAP = {
+    "AutoConfig": "configuration_egmla.EGMLAConfig",
+    "AutoModel": "modeling_egmla.EGMLAModel",
+    "AutoModelForCausalLM": "modeling_egmla.EGMLAForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_egmla.EGMLAForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_egmla.EGMLAForTokenClassification",
+}
+
+
+@strict
+class EGMLAConfig(PreTrainedConfig):
+    r"""
+    Configuration of an EG-MLA model (Embedding-Gated Multi-head Latent Attention). Fields that DeepSeek-V3 has keep its
+    names and meaning; the defaults are the paper's kv64 row with the gate fed by the input embedding.
+
+    Args:
+        num_attention_heads (`int`, *optional*, defaults to 12):
+            Query heads `H`.
+        q_lora_rank (`int`, *optional*):
+            Width of the low-rank query pair `q_a_proj`, `q_b_proj`; `None` for one full `q_proj`.
+        kv_lora_rank (`int` or `list[int]`, *optional*, defaults to 64):
+            Width `R` of the cached latent, one number for all layers or one per layer.
+        qk_nope_head_dim (`int`, *optional*, defaults to 64):
+            Query/key width `N` without position, per head. May be 0 when `qk_rope_head_dim` is not.
+        qk_rope_head_dim (`int`, *optional*, defaults to 64):
+            Width `P` of the rotary key shared by all heads; even, 0 for no rotary part.
+        v_head_dim (`int`, *optional*, defaults to 64):
+            Value width `V` per head.
+        kv_latent_norm (`bool`, *optional*, defaults to `True`):
+            RMS-normalise the latent before the gate (`kv_a_layernorm`), as DeepSeek does.
+        latent_norm_eps (`float`, *optional*, defaults to 1e-6):
+            Epsilon of `kv_a_layernorm` and `q_a_layernorm` (DeepSeek fixes it at 1e-6).
+        rope_interleave (`bool`, *optional*, defaults to `True`):
+            Rotary pairs are neighbours `(0, 1), (2, 3), ...` (DeepSeek) instead of half the width apart (Llama).
+        rope_table_dim (`int`, *optional*):
+            Width the rotary frequencies are computed for, `rope_table_dim // 2` frequencies. `None` is `qk_rope_head_dim`.
+            A converted model keeps its source's head width here.
+        rope_slots (`list[int]` or `list[list[int]]`, *optional*):
+            Which of the frequencies each of the `qk_rope_head_dim // 2` rotary pairs turns at; one list for all layers or one
+            per layer. `None` takes them in order.
+        softmax_scale (`float`, *optional*):
+            Factor on the attention scores. `None` is `(N + P) ** -0.5`, times YaRN's `mscale` squared where
+            `rope_parameters` has `mscale_all_dim`, as in DeepSeek.
+        kv_gate (`str`, *optional*, defaults to `"latent"`):
+            `"latent"` multiplies the latent by the token's gate before it is cached; `None` is plain MLA.
+        kv_gate_embedding_dim (`int`, *optional*):
+            `None` feeds the gate with the model's input embedding; a number gives each layer a table of its own,
+            `vocab_size x kv_gate_embedding_dim` (256 in the paper).
+        attention_bias (`bool`, *optional*, defaults to `False`):
+            Bias on `q_a_proj`, `kv_a_proj_with_mqa` and `o_proj` (DeepSeek's meaning).
+        query_bias (`bool`, *optional*, defaults to `False`):
+            Bias on `q_proj` (or `q_b_proj`).
+        mlp_bias (`bool`, *optional*, defaults to `False`):
+            Bias on the three MLP projections.
+
+    Raises:
+        ValueError: for shapes that cannot work; the message says what was given, what is required and what to do.
+
+    Example:
+
+    ```python
+    >>> from egmla import EGMLAConfig
+    >>> EGMLAConfig(kv_lora_rank=64, num_hidden_layers=12).cache_elements_per_token
+    1536
+    ```"""
+
+    model_type = "egmla"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    # The latent is shared by all heads, so what makes it (kv_a_proj, gate) is replicated and only heads are split.
+    base_model_tp_plan = {
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.q_b_proj": "colwise",
+        "layers.*.self_attn.kv_a_proj_with_mqa": "mla_kv_a_proj",
+        "layers.*.self_attn.kv_b_proj": "colwise",
+        "layers.*.self_attn.o_proj": "rowwise",
+        "layers.*.mlp.gate_proj": "colwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+    }
+    base_model_pp_plan = {
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "layers": (["hidden_states", "gate_input", "attention_mask"], ["hidden_states"]),
+        "norm": (["hidden_states"], ["hidden_states"]),
+    }
+    # After expansion every query head has its own key and value head.
+    attribute_map = {"num_key_value_heads": "num_attention_heads"}
+    _auto_class = "AutoConfig"
+
+    vocab_size: int = 50304
+    hidden_size: int = 768
+    intermediate_size: int = 2048
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    q_lora_rank: int | None = None
+    kv_lora_rank: int | list[int] = 64
+    qk_nope_head_dim: int = 64
+    qk_rope_head_dim: int = 64
+    v_head_dim: int = 64
+    kv_latent_norm: bool = True
+    latent_norm_eps: float | int = 1e-6
+    kv_gate: str | None = "latent"
+    kv_gate_embedding_dim: int | None = None
+    softmax_scale: float | int | None = None
+    rope_interleave: bool = True
+    rope_parameters: RopeParameters | dict | None = None
+    rope_table_dim: int | None = None
+    rope_slots: list[int] | list[list[int]] | None = None
+    attention_bias: bool = False
+    query_bias: bool = False
+    mlp_bias: bool = False
+    attention_dropout: float | int = 0.0
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 4096
+    initializer_range: float | int = 0.02
+    rms_norm_eps: float | int = 1e-6
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = 0
+    eos_token_id: int | list[int] | None = 0
+    tie_word_embeddings: bool = True
+
+    def __post_init__(self, **kwargs):
+        if self.rope_table_dim is None:
+            self.rope_table_dim = self.qk_rope_head_dim
+        # `head_dim` is what Transformers' rope functions read; `qk_head_dim` is how it recognises latent attention.
+        self.head_dim = self.rope_table_dim
+        self.qk_head_dim = self.qk_nope_head_dim + self.qk_rope_head_dim
+        # Derived above: a value from a saved or edited config must not win over the fields it derives from.
+        for derived in ("head_dim", "qk_head_dim"):
+            kwargs.pop(derived, None)
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self):
+        """Checks the widths against each other (called by `@strict` after construction)."""
+        self._require_positive(
+            "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "v_head_dim"
+        )
+        if isinstance(self.kv_lora_rank, list) and len(self.kv_lora_rank) != self.num_hidden_layers:
+            raise ValueError(
+                f"kv_lora_rank has {len(self.kv_lora_rank)} entries: one per layer is required and num_hidden_layers="
+                f"{self.num_hidden_layers}; give one number for all layers or a list of that length."
+            )
+        for rank in self.layer_kv_lora_ranks:
+            if rank < 1:
+                raise ValueError(
+                    f"kv_lora_rank={self.kv_lora_rank}: must be a positive number of elements; use 64 for the paper's kv64 row."
+                )
+        if self.q_lora_rank is not None and self.q_lora_rank < 1:
+            raise ValueError(f"q_lora_rank={self.q_lora_rank}: must be positive, or None for a full-rank query projection.")
+        if self.qk_rope_head_dim < 0 or self.qk_rope_head_dim % 2:
+            raise ValueError(
+                f"qk_rope_head_dim={self.qk_rope_head_dim}: rotary dimensions turn in pairs, so it must be even (0 for none); "
+                f"use {max(self.qk_rope_head_dim, 0) // 2 * 2 + 2} or {max(self.qk_rope_head_dim, 0) // 2 * 2}."
+            )
+        if self.qk_nope_head_dim < 0 or self.qk_head_dim < 1:
+            raise ValueError(
+                f"qk_nope_head_dim={self.qk_nope_head_dim} and qk_rope_head_dim={self.qk_rope_head_dim}: together they are the "
+                "query/key width of a head and must be at least 1, neither negative."
+            )
+        if self.kv_gate not in KV_GATES:
+            raise ValueError(f"kv_gate={self.kv_gate!r}: known gates are {', '.join(map(repr, KV_GATES))}; use one of them.")
+        if self.kv_gate_embedding_dim is not None and (self.kv_gate is None or self.kv_gate_embedding_dim < 1):
+            raise ValueError(
+                f"kv_gate_embedding_dim={self.kv_gate_embedding_dim} with kv_gate={self.kv_gate!r}: a gate table needs a "
+                "positive width and kv_gate='latent'; use None to feed the gate with the input embedding."
+            )
+        self._validate_rope_slots()
+
+    def _require_positive(self, *names: str):
+        for name in names:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1.")
+
+    def _validate_rope_slots(self):
+        pairs, frequencies = self.qk_rope_head_dim // 2, self.rope_table_dim // 2
+        if self.rope_slots is None:
+            if self.rope_table_dim != self.qk_rope_head_dim:
+                raise ValueError(
+                    f"rope_table_dim={self.rope_table_dim} differs from qk_rope_head_dim={self.qk_rope_head_dim}: rope_slots must "
+                    f"then say which of the {frequencies} frequencies each of the {pairs} rotary pairs turns at."
+                )
+            return
+        per_layer = bool(self.rope_slots) and isinstance(self.rope_slots[0], list)
+        if per_layer and len(self.rope_slots) != self.num_hidden_layers:
+            raise ValueError(
+                f"rope_slots has {len(self.rope_slots)} lists: give one list for all layers or {self.num_hidden_layers}, one per layer."
+            )
+        for slots in self.rope_slots if per_layer else [self.rope_slots]:
+            if len(slots) != pairs or any(slot < 0 or slot >= frequencies for slot in slots):
+                raise ValueError(
+                    f"rope_slots={slots}: qk_rope_head_dim={self.qk_rope_head_dim} needs {pairs} frequency numbers, "
+                    f"each from 0 to {frequencies - 1} (rope_table_dim={self.rope_table_dim})."
+                )
+
+    @property
+    def layer_kv_lora_ranks(self) -> list[int]:
+        """Latent width `R` of each layer."""
+        if isinstance(self.kv_lora_rank, list):
+            return self.kv_lora_rank
+        return [self.kv_lora_rank] * self.num_hidden_layers
+
+    def layer_rope_slots(self, layer_idx: int) -> list[int] | None:
+        """Frequency number of each rotary pair of a layer, or `None` when they are taken in order."""
+        if self.rope_slots and isinstance(self.rope_slots[0], list):
+            return self.rope_slots[layer_idx]
+        return self.rope_slots
+
+    @property
+    def cache_elements_per_layer(self) -> list[int]:
+        """Elements `R + P` that each layer caches per token."""
+        return [rank + self.qk_rope_head_dim for rank in self.layer_kv_lora_ranks]
+
+    @property
+    def cache_elements_per_token(self) -> int:
+        """Elements cached per token, all layers together."""
+        return sum(self.cache_elements_per_layer)
+
+    def cache_bytes_per_token(self, bytes_per_element: int = 2) -> int:
+        """Bytes cached per token, all layers together; two bytes an element is bf16 or fp16."""
+        return self.cache_elements_per_token * bytes_per_element
+
+
+__all__ = ["EGMLAConfig"]

@@ -1,0 +1,1 @@
+"""Measuring models: perplexity on a text, decode speed and cache bytes."""

@@ -1,0 +1,63 @@
+"""Perplexity of a causal language model on a text, in windows that do not overlap."""
+
+import math
+from collections.abc import Callable
+
+import torch
+
+
+def token_windows(tokenizer, text: str, window: int, max_windows: int | None = None) -> torch.Tensor:
+    """Tokens of a text in whole windows, without special tokens.
+
+    Args:
+        tokenizer: a Transformers tokenizer.
+        text (`str`): the text.
+        window (`int`): tokens in a window.
+        max_windows (`int`, *optional*): windows to keep; all by default.
+
+    Returns:
+        `torch.Tensor`: ids `[windows, window]`.
+
+    Raises:
+        ValueError: when the text does not fill one window.
+    """
+    # Tokenised as one piece: cutting the text first would change tokens at the seams.
+    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt", verbose=False)["input_ids"][0]
+    count = ids.numel() // window
+    if count == 0:
+        raise ValueError(
+            f"The text has {ids.numel()} tokens and one window needs {window}; give a longer text or a smaller window."
+        )
+    count = min(count, max_windows or count)
+    return ids[: count * window].view(count, window)
+
+
+@torch.no_grad()
+def perplexity(
+    model, windows: torch.Tensor, progress: Callable[[int, int], None] | None = None, chunk: int = 512
+) -> float:
+    """Perplexity over windows of token ids; the first token of each window is context only.
+
+    Args:
+        model: a causal language model of Transformers.
+        windows (`torch.Tensor`): ids `[windows, window]`.
+        progress (*optional*): called with (windows done, windows in all).
+        chunk (`int`): positions whose logits exist at one time, so that a large vocabulary does not fill memory.
+
+    Returns:
+        `float`: exp of the mean negative log-likelihood per scored token.
+    """
+    total, scored = 0.0, 0
+    for done, ids in enumerate(windows, start=1):
+        ids = ids[None].to(model.device)
+        hidden = model.base_model(ids, use_cache=False).last_hidden_state
+        for start in range(0, ids.shape[1] - 1, chunk):
+            stop = min(start + chunk, ids.shape[1] - 1)
+            logits = model.get_output_embeddings()(hidden[:, start:stop]).float()
+            total += torch.nn.functional.cross_entropy(
+                logits[0], ids[0, start + 1 : stop + 1], reduction="sum"
+            ).item()
+            scored += stop - start
+        if progress is not None:
+            progress(done, len(windows))
+    return math.exp(total / scored)

@@ -1,0 +1,656 @@
+# Copyright 2026 The egmla authors. Licensed under the Apache License, Version 2.0.
+"""EG-MLA: multi-head latent attention whose cached latent is gated by the token's embedding (arXiv 2509.16686).
+
+Shapes, everywhere in this file:
+    B batch, T new tokens, S tokens seen so far (the new ones included), D hidden_size, H heads, R kv_lora_rank,
+    N / P / V qk_nope_head_dim / qk_rope_head_dim / v_head_dim, E width of the gate's input.
+
+Everything but the gate and the absorbed attention is DeepSeek-V3's, under its names. The gate is `EGMLAAttention.gate`,
+the absorption `EGMLAAttention.attend_absorbed` with `latent_attention`, the cache is `cache_egmla.py`.
+"""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache, StaticCache
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import (
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, slice_logits_to_keep
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import yarn_apply_mscale
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple, is_torchdynamo_compiling
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .cache_egmla import EGMLACache
+from .configuration_egmla import AUTO_MAP, EGMLAConfig
+
+
+class EGMLARMSNorm(LlamaRMSNorm):
+    pass
+
+
+class EGMLARotaryEmbedding(LlamaRotaryEmbedding):
+    pass
+
+
+class EGMLAMLP(LlamaMLP):
+    pass
+
+
+class EGMLAGateNorm(nn.LayerNorm):
+    """LayerNorm of the gate, starting at weight 0 and bias 1: the gate is then exactly 1 and its weight has a gradient."""
+
+    def reset_parameters(self):
+        init.zeros_(self.weight)
+        init.ones_(self.bias)
+
+
+def rotate_pairs(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
+    """Turns the rotary pairs of `x` `[..., T, P]` by the angles behind `cos` and `sin` `[B, 1, T, P // 2]`.
+
+    Pairs are neighbours when `interleaved` (DeepSeek), else half the width apart (Llama); the result has first members in
+    its first half either way, which changes no product of a query with a key.
+    """
+    first, second = (x[..., 0::2], x[..., 1::2]) if interleaved else x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Plain attention over `[B, H, T, .]` and `[B, H, S, .]`, with its weights `[B, H, T, S]`."""
+    weights = torch.matmul(query, key.transpose(2, 3)) * scaling
+    if attention_mask is not None:
+        weights = weights + attention_mask
+    weights = nn.functional.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+def absorption_pays(new_tokens: int, kv_lora_rank: int, qk_nope_head_dim: int, v_head_dim: int) -> bool:
+    """Whether `T` new tokens behind a long past attend with fewer operations in the latent space than expanded.
+
+    Per head, absorbed attention takes `T S (2R + P)` multiplications, expanded attention `T S (N + P + V)` plus
+    `S R (N + V)` for the expansion. So absorbed wins while `T < R (N + V) / (2R - N - V)`, always where `2R <= N + V`.
+    Derived in the design, performance arithmetic 1.3.
+    """
+    excess = 2 * kv_lora_rank - qk_nope_head_dim - v_head_dim
+    return excess <= 0 or new_tokens * excess < kv_lora_rank * (qk_nope_head_dim + v_head_dim)
+
+
+# Below this many cached tokens per thread, splitting the cache over threads costs more than it saves.
+SPLIT_MIN_TOKENS = 512
+# Up to this many query rows (heads x new tokens) are packed into one problem; more would copy the mask too often.
+PACK_MAX_ROWS = 512
+
+
+def latent_attention(
+    query: torch.Tensor, entries: torch.Tensor, attention_mask: torch.Tensor | None, scaling: float
+) -> torch.Tensor:
+    """Attention of all heads over one shared latent, which is key and value at once.
+
+    Key and value being the same tensor keeps the fused kernels (they want equal widths on CPU); heads go where queries
+    usually are, so that one pass over the cache serves all of them.
+
+    Args:
+        query (`torch.Tensor`): absorbed queries `[B, H, T, R + P]`.
+        entries (`torch.Tensor`): cache entries `[B, 1, S, R + P]`.
+        attention_mask (`torch.Tensor`, *optional*): `[B or 1, 1, T, S]`, boolean (true is seen) or additive. `None`: all is seen.
+        scaling (`float`): factor on the scores.
+
+    Returns:
+        `torch.Tensor`: `[B, H, T, R + P]`; only the first `R` elements mean anything.
+    """
+    B, H, T, width = query.shape
+    if H * T > PACK_MAX_ROWS and T > 1:
+        # Expanding has stride 0: no head gets a copy of the cache.
+        shared = entries.expand(-1, H, -1, -1)
+        return nn.functional.scaled_dot_product_attention(
+            query, shared, shared, attn_mask=attention_mask, scale=scaling, is_causal=False
+        )
+    packed = query.reshape(B, 1, H * T, width)
+    if attention_mask is not None and T > 1:
+        attention_mask = attention_mask.expand(-1, H, -1, -1).reshape(-1, 1, H * T, attention_mask.shape[-1])
+    parts = _split_count(packed, entries, attention_mask)
+    if parts > 1:
+        output = _split_attention(packed, entries, scaling, parts)
+    else:
+        output = nn.functional.scaled_dot_product_attention(
+            packed, entries, entries, attn_mask=attention_mask, scale=scaling, is_causal=False
+        )
+    return output.view(B, H, T, width)
+
+
+def _split_count(query: torch.Tensor, entries: torch.Tensor, attention_mask: torch.Tensor | None) -> int:
+    """Pieces to cut the cache into: one per CPU thread left idle by the batch, 1 where the split kernel does not apply."""
+    if is_torchdynamo_compiling() or query.device.type != "cpu" or attention_mask is not None:
+        return 1
+    if torch.is_grad_enabled() and (query.requires_grad or entries.requires_grad):
+        return 1
+    if query.shape[2] < 2:  # a single row makes the kernel's log-sum-exp shape ambiguous, and there is nothing to gain
+        return 1
+    return max(1, min(torch.get_num_threads() // query.shape[0], entries.shape[2] // SPLIT_MIN_TOKENS))
+
+
+def _split_attention(query: torch.Tensor, entries: torch.Tensor, scaling: float, parts: int) -> torch.Tensor:
+    """Attention over `parts` pieces of the cache at once, merged by their log-sum-exp.
+
+    A fused CPU kernel works on one (sequence, head) at a time, so a single sequence over a single shared head would keep
+    one core busy. The pieces take the place of heads, as a view: nothing is copied.
+    """
+    B, _, rows, width = query.shape
+    size = entries.shape[2] // parts
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    pieces = entries[:, 0, : parts * size].unflatten(1, (parts, size))  # [B, parts, size, R + P]
+    outputs, lse = kernel(query.expand(-1, parts, -1, -1), pieces, pieces, scale=scaling)
+    if parts * size < entries.shape[2]:
+        rest = entries[:, :, parts * size :]
+        rest_output, rest_lse = kernel(query, rest, rest, scale=scaling)
+        outputs, lse = torch.cat((outputs, rest_output), dim=1), torch.cat((lse, rest_lse), dim=1)
+    shares = torch.softmax(lse, dim=1).to(outputs.dtype)  # [B, parts, rows]
+    return (outputs * shares.unsqueeze(-1)).sum(dim=1, keepdim=True)
+
+
+class EGMLAAttention(nn.Module):
+    """Multi-head attention over gated latents.
+
+    Source: DeepSeek-V3's attention (module and parameter names, `expand_kv`), with the gate of arXiv 2509.16686 on the
+    latent before it is cached.
+    """
+
+    def __init__(self, config: EGMLAConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.num_heads = config.num_attention_heads
+        self.num_key_value_groups = 1  # after expansion, every head has its own keys and values
+        self.q_lora_rank = config.q_lora_rank
+        self.kv_lora_rank = config.layer_kv_lora_ranks[layer_idx]
+        self.qk_nope_head_dim = config.qk_nope_head_dim
+        self.qk_rope_head_dim = config.qk_rope_head_dim
+        self.qk_head_dim = config.qk_head_dim
+        self.v_head_dim = config.v_head_dim
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = True
+        self.scaling = config.softmax_scale
+        if self.scaling is None:
+            self.scaling = yarn_apply_mscale(config.rope_parameters or {}, self.qk_head_dim**-0.5)
+
+        D, R, bias = config.hidden_size, self.kv_lora_rank, config.attention_bias
+        if self.q_lora_rank is None:
+            self.q_proj = nn.Linear(D, self.num_heads * self.qk_head_dim, bias=config.query_bias)
+        else:
+            self.q_a_proj = nn.Linear(D, self.q_lora_rank, bias=bias)
+            self.q_a_layernorm = EGMLARMSNorm(self.q_lora_rank, eps=config.latent_norm_eps)
+            self.q_b_proj = nn.Linear(self.q_lora_rank, self.num_heads * self.qk_head_dim, bias=config.query_bias)
+        self.kv_a_proj_with_mqa = nn.Linear(D, R + self.qk_rope_head_dim, bias=bias)
+        if config.kv_latent_norm:
+            self.kv_a_layernorm = EGMLARMSNorm(R, eps=config.latent_norm_eps)
+        self.kv_b_proj = nn.Linear(R, self.num_heads * (self.qk_nope_head_dim + self.v_head_dim), bias=False)
+        self.o_proj = nn.Linear(self.num_heads * self.v_head_dim, D, bias=bias)
+        if config.kv_gate is not None:
+            # No padding row in the table: a zero embedding is a gate like any other.
+            if config.kv_gate_embedding_dim is not None:
+                self.kv_gate_embedding = nn.Embedding(config.vocab_size, config.kv_gate_embedding_dim)
+            self.kv_gate_proj = nn.Linear(config.kv_gate_embedding_dim or D, R, bias=False)
+            self.kv_gate_norm = EGMLAGateNorm(R, eps=config.rms_norm_eps)
+        slots = config.layer_rope_slots(layer_idx)
+        if slots is not None:
+            self.rope_slots = nn.Buffer(torch.tensor(slots, dtype=torch.long), persistent=False)
+
+    def gate(self, gate_input: torch.Tensor) -> torch.Tensor:
+        """The gate `[B, T, R]` of tokens given by their embedding `[B, T, D]`, or by their id `[B, T]` where there is a table.
+
+        Source: arXiv 2509.16686: a linear map of the token's embedding to the latent's width, normalised.
+        """
+        if self.config.kv_gate_embedding_dim is not None:
+            gate_input = self.kv_gate_embedding(gate_input)
+        return self.kv_gate_norm(self.kv_gate_proj(gate_input))
+
+    def project_queries(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries without position `[B, H, T, N]` and rotary queries, not yet turned, `[B, H, T, P]`."""
+        if self.q_lora_rank is None:
+            queries = self.q_proj(hidden_states)
+        else:
+            queries = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_states)))
+        queries = queries.view(*hidden_states.shape[:-1], -1, self.qk_head_dim).transpose(1, 2)
+        return queries.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
+
+    def project_latents(self, hidden_states, gate_input) -> tuple[torch.Tensor, torch.Tensor]:
+        """Gated latents `[B, 1, T, R]` and rotary keys, not yet turned, `[B, 1, T, P]`."""
+        compressed = self.kv_a_proj_with_mqa(hidden_states)
+        latents, rope_keys = compressed.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
+        if self.config.kv_latent_norm:
+            latents = self.kv_a_layernorm(latents)
+        if self.config.kv_gate is not None:
+            latents = latents * self.gate(gate_input)
+        # One head, four dimensions: every cache of Transformers then handles them.
+        return latents.unsqueeze(1), rope_keys.unsqueeze(1)
+
+    def rotate(self, x: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        """Rotary part `x` `[B, H or 1, T, P]` turned to its positions, each pair at its slot's frequency."""
+        cos, sin = position_embeddings
+        if self.config.rope_slots is not None:
+            cos, sin = cos[..., self.rope_slots], sin[..., self.rope_slots]
+        return rotate_pairs(x, cos, sin, self.config.rope_interleave)
+
+    def up_projections(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """`W_UK` `[H, N, R]` and `W_UV` `[H, V, R]`, read off `kv_b_proj`.
+
+        Anything but a plain Linear with its weight at hand (LoRA, quantised, offloaded or sharded by hooks) is asked for its
+        effect on the identity instead, so that absorption never sees raw or stale weights.
+        """
+        layer = self.kv_b_proj
+        if type(layer) is nn.Linear and type(layer.weight) is nn.Parameter and not hasattr(layer, "_hf_hook"):
+            weight = layer.weight
+        else:
+            dtype = self.kv_a_proj_with_mqa.weight.dtype
+            if not dtype.is_floating_point:
+                dtype = self.config.dtype or torch.get_default_dtype()
+            device = self.o_proj.weight.device if layer.weight.device.type == "meta" else layer.weight.device
+            weight = layer(torch.eye(self.kv_lora_rank, dtype=dtype, device=device)).transpose(0, 1)
+        weight = weight.view(-1, self.qk_nope_head_dim + self.v_head_dim, self.kv_lora_rank)
+        return weight.split([self.qk_nope_head_dim, self.v_head_dim], dim=1)
+
+    def expand_kv(self, latents: torch.Tensor, rope_keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys `[B, H, S, N + P]` and values `[B, H, S, V]` of latents `[B, 1, S, R]` and rotary keys `[B, 1, S, P]`.
+
+        Source: `DeepseekV3Attention.expand_kv`, whose name and contract serving engines look for.
+        """
+        expanded = self.kv_b_proj(latents.squeeze(1))
+        expanded = expanded.view(*expanded.shape[:-1], -1, self.qk_nope_head_dim + self.v_head_dim).transpose(1, 2)
+        nope_keys, values = expanded.split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
+        keys = torch.cat((nope_keys, rope_keys.expand(-1, nope_keys.shape[1], -1, -1)), dim=-1)
+        return keys, values
+
+    def attend_expanded(self, nope, rope, latents, rope_keys, attention_mask, **kwargs):
+        """Attention `[B, T, H, V]` through the attention interface, on keys and values expanded from all latents."""
+        keys, values = self.expand_kv(latents, rope_keys)
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        return attend(
+            self,
+            torch.cat((nope, rope), dim=-1),
+            keys,
+            values,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+
+    def attend_absorbed(self, nope, rope, entries, attention_mask):
+        """Attention `[B, T, H, V]` on the cache entries `[B, 1, S, R + P]` as they are, in the latent space.
+
+            score_h(t, s) = scaling * [W_UK,h^T q_nope ; q_rope] . [z_s ; k_rope_s]        out_h = W_UV,h sum_s a_h(t, s) z_s
+
+        Derived: equal to the expanded form by associativity. Heads are the batch of both products, so the weights are read
+        once for all sequences.
+        """
+        B, H, T, _ = nope.shape
+        key_up, value_up = self.up_projections()
+        absorbed = torch.bmm(nope.transpose(0, 1).reshape(H, B * T, -1), key_up)  # [H, B T, R]
+        absorbed = absorbed.view(H, B, T, self.kv_lora_rank).transpose(0, 1)
+        query = torch.cat((absorbed, rope), dim=-1)
+        weights = None
+        if self.config._attn_implementation == "eager":
+            shared = entries.expand(-1, H, -1, -1)
+            output, weights = eager_attention_forward(
+                self, query, shared, shared[..., : self.kv_lora_rank], attention_mask, self.scaling
+            )
+            output = output.transpose(1, 2)
+        else:
+            output = latent_attention(query, entries, attention_mask, self.scaling)[..., : self.kv_lora_rank]
+        output = output.transpose(0, 1).reshape(H, B * T, self.kv_lora_rank)
+        output = torch.bmm(output, value_up.transpose(1, 2))  # [H, B T, V]
+        return output.view(H, B, T, self.v_head_dim).permute(1, 2, 0, 3), weights
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        gate_input: torch.Tensor | None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        absorb: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Output `[B, T, D]` and, with eager attention, the weights `[B, H, T, S]`. `absorb` picks the latent-space path."""
+        nope, rope = self.project_queries(hidden_states)
+        latents, rope_keys = self.project_latents(hidden_states, gate_input)
+        if self.qk_rope_head_dim:
+            rope, rope_keys = self.rotate(rope, position_embeddings), self.rotate(rope_keys, position_embeddings)
+
+        entries = None
+        if past_key_values is not None:
+            if hasattr(past_key_values, "append"):
+                entries = past_key_values.append(latents, rope_keys, self.layer_idx)
+                latents, rope_keys = entries.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
+            else:
+                latents, rope_keys = past_key_values.update(latents, rope_keys, self.layer_idx)
+            # A fixed-size cache has masks as wide as it is, and returns only what is in use.
+            if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 4:
+                attention_mask = attention_mask[..., : latents.shape[2]]
+        if absorb:
+            if entries is None:
+                entries = torch.cat((latents, rope_keys), dim=-1)
+            output, weights = self.attend_absorbed(nope, rope, entries, attention_mask)
+        else:
+            output, weights = self.attend_expanded(nope, rope, latents, rope_keys, attention_mask, **kwargs)
+        return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
+
+
+class EGMLADecoderLayer(GradientCheckpointingLayer):
+    def __init__(self, config: EGMLAConfig, layer_idx: int):
+        super().__init__()
+        self.self_attn = EGMLAAttention(config, layer_idx)
+        self.mlp = EGMLAMLP(config)
+        self.input_layernorm = EGMLARMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = EGMLARMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    # `gate_input` is positional: re-entrant gradient checkpointing drops the gradients of keyword arguments.
+    def forward(self, hidden_states: torch.Tensor, gate_input: torch.Tensor | None, **kwargs) -> torch.Tensor:
+        residual = hidden_states
+        hidden_states, _ = self.self_attn(self.input_layernorm(hidden_states), gate_input, **kwargs)
+        hidden_states = residual + hidden_states
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class EGMLAPreTrainedModel(PreTrainedModel):
+    config: EGMLAConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["EGMLADecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": EGMLADecoderLayer, "attentions": EGMLAAttention}
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, EGMLAGateNorm):
+            module.reset_parameters()
+        elif isinstance(module, EGMLAAttention) and hasattr(module, "rope_slots"):
+            init.copy_(module.rope_slots, torch.tensor(self.config.layer_rope_slots(module.layer_idx)))
+
+    def resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None, mean_resizing=True):
+        """Resizes the token embeddings and every gate table with them (see `PreTrainedModel.resize_token_embeddings`)."""
+        embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        size = embeddings.weight.shape[0]
+        for module in self.modules():
+            table = getattr(module, "kv_gate_embedding", None) if isinstance(module, EGMLAAttention) else None
+            if table is not None and table.num_embeddings != size:
+                resized = self._get_resized_embeddings(table, size, None, mean_resizing)
+                resized.requires_grad_(table.weight.requires_grad)
+                module.kv_gate_embedding = resized
+        return embeddings
+
+    def save_pretrained(self, save_directory, **kwargs):
+        """Saves weights, configuration and the code that loads them without this package (`PreTrainedModel.save_pretrained`)."""
+        # Transformers would name only the class being saved; serving engines and the heads need the others too.
+        self.config.auto_map = dict(AUTO_MAP)
+        super().save_pretrained(save_directory, **kwargs)
+
+
+class EGMLAModel(EGMLAPreTrainedModel):
+    """The decoder without a head: token embedding, layers, final norm."""
+
+    _auto_class = "AutoModel"
+
+    def __init__(self, config: EGMLAConfig):
+        super().__init__(config)
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList([EGMLADecoderLayer(config, idx) for idx in range(config.num_hidden_layers)])
+        self.norm = EGMLARMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        if config.qk_rope_head_dim:
+            self.rotary_emb = EGMLARotaryEmbedding(config)
+            if self.rotary_emb.inv_freq.numel() != config.rope_table_dim // 2:
+                raise ValueError(
+                    f"rope_parameters={config.rope_parameters} give {self.rotary_emb.inv_freq.numel()} frequencies and "
+                    f"rope_table_dim={config.rope_table_dim} asks for {config.rope_table_dim // 2}; leave partial_rotary_factor "
+                    "out, the rotary width of this model is qk_rope_head_dim."
+                )
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def _gate_input(self, input_ids, inputs_embeds, kv_gate_input_ids) -> torch.Tensor | None:
+        """What the layers' gates read: embeddings `[B, T, D]`, ids `[B, T]` where they have tables, `None` without a gate."""
+        if self.config.kv_gate is None:
+            return None
+        if self.config.kv_gate_embedding_dim is None:
+            return inputs_embeds
+        ids = input_ids if kv_gate_input_ids is None else kv_gate_input_ids
+        if ids is None:
+            raise ValueError(
+                f"Only inputs_embeds was given, but this model's gates read a table by token id (kv_gate_embedding_dim="
+                f"{self.config.kv_gate_embedding_dim}). Pass the ids of the same tokens as well: "
+                "model(inputs_embeds=..., kv_gate_input_ids=ids), or pass input_ids alone."
+            )
+        if ids.shape[-1] != inputs_embeds.shape[1]:
+            raise ValueError(
+                f"kv_gate_input_ids covers {ids.shape[-1]} tokens and inputs_embeds {inputs_embeds.shape[1]}; both must be "
+                "of the same tokens."
+            )
+        return ids
+
+    def _absorb(self, new_tokens: int, past_key_values: Cache | None) -> bool:
+        """Whether this forward attends in the latent space: decoding, and any continuation where that is cheaper."""
+        if past_key_values is None:
+            return False
+        if new_tokens == 1:
+            return True
+        if is_torchdynamo_compiling() or int(past_key_values.get_seq_length()) == 0:
+            return False
+        # The widest layer has the lowest limit, so one decision serves all.
+        rank = max(self.config.layer_kv_lora_ranks)
+        return absorption_pays(new_tokens, rank, self.config.qk_nope_head_dim, self.config.v_head_dim)
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        kv_gate_input_ids: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPast:
+        r"""
+        Args:
+            kv_gate_input_ids (`torch.LongTensor` of shape `(B, T)`, *optional*):
+                Ids of the tokens in `inputs_embeds`, for models whose gates have tables of their own.
+        """
+        if (input_ids is None) ^ (inputs_embeds is not None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        gate_input = self._gate_input(input_ids, inputs_embeds, kv_gate_input_ids)
+
+        if use_cache and past_key_values is None:
+            past_key_values = EGMLACache(self.config)
+        if position_ids is None:
+            past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_length
+            position_ids = position_ids.unsqueeze(0)
+
+        absorb = self._absorb(inputs_embeds.shape[1], past_key_values)
+        mask_config = self.config
+        if absorb and self.config._attn_implementation != "eager":
+            # The latent path takes dense masks, whatever the attention implementation of the expanded one wants.
+            mask_config = SimpleNamespace(_attn_implementation="sdpa")
+        causal_mask = create_causal_mask(
+            config=mask_config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        absorb = absorb and (causal_mask is None or isinstance(causal_mask, torch.Tensor))
+
+        position_embeddings = None
+        if self.config.qk_rope_head_dim:
+            # The tables repeat each angle for both members of a pair; once is enough. [B, 1, T, rope_table_dim // 2]
+            position_embeddings = tuple(
+                table[..., : table.shape[-1] // 2].unsqueeze(1) for table in self.rotary_emb(inputs_embeds, position_ids)
+            )
+
+        hidden_states = inputs_embeds
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states,
+                gate_input,
+                position_embeddings=position_embeddings,
+                attention_mask=causal_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                absorb=absorb,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+
+class EGMLAForCausalLM(EGMLAPreTrainedModel, GenerationMixin):
+    """The language model: `EGMLAModel` and a linear head over the vocabulary."""
+
+    _auto_class = "AutoModelForCausalLM"
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+
+    def __init__(self, config: EGMLAConfig):
+        super().__init__(config)
+        self.model = EGMLAModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        kv_gate_input_ids: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CausalLMOutputWithPast:
+        r"""
+        Args:
+            kv_gate_input_ids (`torch.LongTensor` of shape `(B, T)`, *optional*):
+                Ids of the tokens in `inputs_embeds`, for models whose gates have tables of their own.
+
+        Returns:
+            `CausalLMOutputWithPast`: logits `[B, T, vocab_size]` (or of the positions in `logits_to_keep`), the loss when
+            `labels` are given, and the cache.
+        """
+        outputs: BaseModelOutputWithPast = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            kv_gate_input_ids=kv_gate_input_ids,
+            **kwargs,
+        )
+        hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
+        logits = self.lm_head(hidden_states)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        """As in `GenerationMixin`, with the latent cache in place of the default and the static one."""
+        given = model_kwargs.get("past_key_values")
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        cache = model_kwargs.get("past_key_values")
+        if given is None and type(cache) in (DynamicCache, StaticCache):
+            length = cache.get_max_length() if type(cache) is StaticCache else None
+            model_kwargs["past_key_values"] = EGMLACache(self.config, max_cache_len=length, offloading=cache.offloading)
+
+    def prepare_inputs_for_generation(self, input_ids, next_sequence_length=None, **kwargs):
+        """As in `GenerationMixin`; ids for the gate tables go along with `inputs_embeds` and nowhere else."""
+        ids = kwargs.pop("kv_gate_input_ids", None)
+        inputs = super().prepare_inputs_for_generation(input_ids, next_sequence_length=next_sequence_length, **kwargs)
+        if ids is not None and inputs.get("inputs_embeds") is not None:
+            inputs["kv_gate_input_ids"] = ids[:, -inputs["inputs_embeds"].shape[1] :]
+        return inputs
+
+
+class EGMLAForSequenceClassification(GenericForSequenceClassification, EGMLAPreTrainedModel):
+    """`EGMLAModel` with a linear classifier on the last token that is not padding."""
+
+    _auto_class = "AutoModelForSequenceClassification"
+
+    def __init__(self, config: EGMLAConfig):
+        # Not `super()`: the generic head builds its trunk through AutoModel, which cannot find remote code by its config.
+        EGMLAPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = EGMLAModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+
+class EGMLAForTokenClassification(GenericForTokenClassification, EGMLAPreTrainedModel):
+    """`EGMLAModel` with a linear classifier on every token."""
+
+    _auto_class = "AutoModelForTokenClassification"
+
+    def __init__(self, config: EGMLAConfig):
+        EGMLAPreTrainedModel.__init__(self, config)  # as above
+        self.num_labels = config.num_labels
+        self.model = EGMLAModel(config)
+        dropout = getattr(config, "classifier_dropout", None)
+        self.dropout = nn.Dropout(0.1 if dropout is None else dropout)
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+
+__all__ = [
+    "EGMLAPreTrainedModel",
+    "EGMLAModel",
+    "EGMLAForCausalLM",
+    "EGMLAForSequenceClassification",
+    "EGMLAForTokenClassification",
+]
