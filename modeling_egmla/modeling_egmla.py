@@ -96,6 +96,9 @@ def absorption_pays(new_tokens: int, kv_lora_rank: int, qk_nope_head_dim: int, v
     return excess <= 0 or new_tokens * excess < kv_lora_rank * (qk_nope_head_dim + v_head_dim)
 
 
+# What the mask functions read of a config, for masks in the form the latent path takes. A constant: torch.compile cannot
+# trace its construction.
+DENSE_MASKS = SimpleNamespace(_attn_implementation="sdpa")
 # Below this many cached tokens per thread, splitting the cache over threads costs more than it saves.
 SPLIT_MIN_TOKENS = 512
 # Up to this many query rows (heads x new tokens) are packed into one problem; more would copy the mask too often.
@@ -252,21 +255,19 @@ class EGMLAAttention(nn.Module):
             cos, sin = cos[..., self.rope_slots], sin[..., self.rope_slots]
         return rotate_pairs(x, cos, sin, self.config.rope_interleave)
 
-    def up_projections(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def up_projections(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`W_UK` `[H, N, R]` and `W_UV` `[H, V, R]`, read off `kv_b_proj`.
 
         Anything but a plain Linear with its weight at hand (LoRA, quantised, offloaded or sharded by hooks) is asked for its
-        effect on the identity instead, so that absorption never sees raw or stale weights.
+        effect on the identity instead, in the dtype and on the device of the activation `like`, so that absorption never
+        sees raw or stale weights and needs no weight attribute.
         """
         layer = self.kv_b_proj
         if type(layer) is nn.Linear and type(layer.weight) is nn.Parameter and not hasattr(layer, "_hf_hook"):
             weight = layer.weight
         else:
-            dtype = self.kv_a_proj_with_mqa.weight.dtype
-            if not dtype.is_floating_point:
-                dtype = self.config.dtype or torch.get_default_dtype()
-            device = self.o_proj.weight.device if layer.weight.device.type == "meta" else layer.weight.device
-            weight = layer(torch.eye(self.kv_lora_rank, dtype=dtype, device=device)).transpose(0, 1)
+            identity = torch.eye(self.kv_lora_rank, dtype=like.dtype, device=like.device)
+            weight = layer(identity).transpose(0, 1)
         weight = weight.view(-1, self.qk_nope_head_dim + self.v_head_dim, self.kv_lora_rank)
         return weight.split([self.qk_nope_head_dim, self.v_head_dim], dim=1)
 
@@ -307,7 +308,7 @@ class EGMLAAttention(nn.Module):
         once for all sequences.
         """
         B, H, T, _ = nope.shape
-        key_up, value_up = self.up_projections()
+        key_up, value_up = self.up_projections(nope)
         absorbed = torch.bmm(nope.transpose(0, 1).reshape(H, B * T, -1), key_up)  # [H, B T, R]
         absorbed = absorbed.view(H, B, T, self.kv_lora_rank).transpose(0, 1)
         query = torch.cat((absorbed, rope), dim=-1)
@@ -505,7 +506,7 @@ class EGMLAModel(EGMLAPreTrainedModel):
         mask_config = self.config
         if absorb and self.config._attn_implementation != "eager":
             # The latent path takes dense masks, whatever the attention implementation of the expanded one wants.
-            mask_config = SimpleNamespace(_attn_implementation="sdpa")
+            mask_config = DENSE_MASKS
         causal_mask = create_causal_mask(
             config=mask_config,
             inputs_embeds=inputs_embeds,

@@ -1,0 +1,131 @@
+"""The named configurations that every test file walks, and the models made of them."""
+
+import torch
+
+from egmla import EGMLAConfig, EGMLAForCausalLM
+
+
+# 2 R - N - V = 28 and R (N + V) = 480: absorption pays up to 17 new tokens, so both paths are in reach of short tests.
+BASE = {
+    "vocab_size": 97,
+    "hidden_size": 48,
+    "intermediate_size": 56,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "kv_lora_rank": 24,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+    "max_position_embeddings": 256,
+    # Large enough for attention to be far from uniform and for errors to show in the logits.
+    "initializer_range": 0.15,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+
+MODEL_CASES = {
+    "input-gate": {},
+    "table-gate": {"kv_gate_embedding_dim": 10, "tie_word_embeddings": False},
+    "gate-off": {"kv_gate": None},
+    "query-low-rank": {"q_lora_rank": 20, "attention_bias": True, "query_bias": True},
+    "biases": {"attention_bias": True, "query_bias": True, "mlp_bias": True, "tie_word_embeddings": False},
+    "no-latent-norm": {"kv_latent_norm": False, "rope_interleave": False},
+    "no-rope": {"qk_rope_head_dim": 0, "kv_gate_embedding_dim": 10},
+    "no-nope": {"qk_nope_head_dim": 0, "qk_rope_head_dim": 16},
+    "rank-per-layer": {"kv_lora_rank": [12, 28], "kv_gate_embedding_dim": 10},
+    "rope-slots": {"rope_interleave": False, "rope_table_dim": 32, "rope_slots": [15, 0, 7, 3]},
+    "rope-slots-per-layer": {
+        "rope_table_dim": 16,
+        "rope_slots": [[0, 1, 6, 2], [5, 5, 0, 3]],
+        "softmax_scale": 0.31,
+        "q_lora_rank": 20,
+    },
+    "always-absorbed": {"kv_lora_rank": 6, "softmax_scale": 0.4},
+}
+
+# Cases whose behaviour covers the expensive tests: each gate, per-layer ranks, no rotary part.
+CORE_CASES = ("input-gate", "table-gate", "gate-off", "no-rope", "rank-per-layer", "rope-slots")
+
+ROPE_CASES = {
+    "linear": {"rope_type": "linear", "rope_theta": 100.0, "factor": 3.0},
+    "llama3": {
+        "rope_type": "llama3",
+        "rope_theta": 100.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    },
+    "yarn": {
+        "rope_type": "yarn",
+        "rope_theta": 100.0,
+        "factor": 4.0,
+        "original_max_position_embeddings": 64,
+        "beta_fast": 8.0,
+        "beta_slow": 1.0,
+    },
+    "yarn-mscale": {
+        "rope_type": "yarn",
+        "rope_theta": 100.0,
+        "factor": 16.0,
+        "original_max_position_embeddings": 16,
+        "beta_fast": 8.0,
+        "beta_slow": 1.0,
+        "mscale": 0.7,
+        "mscale_all_dim": 1.3,
+    },
+    "dynamic": {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 2.0},
+    "longrope": {
+        "rope_type": "longrope",
+        "rope_theta": 100.0,
+        "short_factor": [1.0, 1.1, 1.3, 1.7],
+        "long_factor": [2.0, 3.0, 4.0, 5.0],
+        "original_max_position_embeddings": 32,
+        "factor": 8.0,
+    },
+}
+
+
+def tiny_config(case: str = "input-gate", **overrides) -> EGMLAConfig:
+    """Configuration of a named case, with fields replaced."""
+    return EGMLAConfig(**{**BASE, **MODEL_CASES[case], **overrides})
+
+
+@torch.no_grad()
+def perturb(model: torch.nn.Module, seed: int = 1) -> None:
+    """Moves every gate, norm weight, bias and padding row away from the identity or zero it starts at."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if parameter.ndim == 1:
+            scale = 0.5 if "kv_gate" in name else 0.3
+            parameter.add_(scale * noise.to(parameter.dtype))
+        elif name.endswith("embed_tokens.weight"):
+            parameter.copy_(0.2 * noise)
+
+
+def tiny_model(case: str = "input-gate", model_class=EGMLAForCausalLM, seed: int = 0, **overrides):
+    """A small model of a named case in evaluation mode, its weights fixed by `seed` and its gates not at identity."""
+    torch.manual_seed(seed)
+    attention = overrides.pop("attn_implementation", "sdpa")
+    config = tiny_config(case, **overrides)
+    config._attn_implementation = attention
+    model = model_class(config)
+    perturb(model, seed + 1)
+    return model.eval()
+
+
+def token_ids(batch: int, length: int, seed: int = 3, vocab_size: int = BASE["vocab_size"]) -> torch.Tensor:
+    """Random ids `[batch, length]` without the padding token 0."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(1, vocab_size, (batch, length), generator=generator)
+
+
+def difference(left: torch.Tensor, right: torch.Tensor) -> float:
+    """Largest absolute difference, after checking that shapes agree and everything is finite."""
+    if left.shape != right.shape:
+        raise AssertionError(f"shapes {tuple(left.shape)} and {tuple(right.shape)} differ")
+    if not (torch.isfinite(left).all() and torch.isfinite(right).all()):
+        raise AssertionError("not finite")
+    return (left.double() - right.double()).abs().max().item()
