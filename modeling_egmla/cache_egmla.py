@@ -206,6 +206,7 @@ class FixedLatentLayer(LatentLayer):
             self.buffer[..., : self.kv_lora_rank].index_copy_(2, positions, latent)
             self.buffer[..., self.kv_lora_rank :].index_copy_(2, positions, rope_key)
             return self.buffer
+        self._thaw()
         start = int(self.cumulative_length)
         end = start + new_tokens
         if end > self.max_cache_len:
@@ -217,6 +218,15 @@ class FixedLatentLayer(LatentLayer):
         self.buffer[:, :, start:end, : self.kv_lora_rank] = latent
         self.buffer[:, :, start:end, self.kv_lora_rank :] = rope_key
         return self.buffer[:, :, :end]
+
+    def _thaw(self) -> None:
+        """Replaces tensors made in inference mode, which cannot be written to outside of it, by copies that can."""
+        if torch.is_inference_mode_enabled():
+            return
+        if self.buffer is not None and self.buffer.is_inference():
+            self.buffer = self.buffer.clone()
+        if self.cumulative_length.is_inference():
+            self.cumulative_length = self.cumulative_length.clone()
 
     def get_seq_length(self) -> int | torch.Tensor:  # type: ignore[override]
         if not self.is_initialized:
@@ -231,10 +241,12 @@ class FixedLatentLayer(LatentLayer):
 
     def reset(self) -> None:
         if self.is_initialized:
+            self._thaw()
             self.buffer.zero_()
             self.cumulative_length.zero_()
 
     def crop(self, tokens_to_remove: int) -> None:
+        self._thaw()
         self.cumulative_length.sub_(self._check_crop(tokens_to_remove))
 
 
