@@ -610,10 +610,13 @@ class EGMLAForCausalLM(EGMLAPreTrainedModel, GenerationMixin):
             length = cache.get_max_length() if type(cache) is StaticCache else None
             model_kwargs["past_key_values"] = EGMLACache(self.config, max_cache_len=length, offloading=cache.offloading)
 
-    def prepare_inputs_for_generation(self, input_ids, next_sequence_length=None, **kwargs):
+    # `inputs_embeds` is named because `generate()` looks for it in this signature.
+    def prepare_inputs_for_generation(self, input_ids, next_sequence_length=None, inputs_embeds=None, **kwargs):
         """As in `GenerationMixin`; ids for the gate tables go along with `inputs_embeds` and nowhere else."""
         ids = kwargs.pop("kv_gate_input_ids", None)
-        inputs = super().prepare_inputs_for_generation(input_ids, next_sequence_length=next_sequence_length, **kwargs)
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, next_sequence_length=next_sequence_length, inputs_embeds=inputs_embeds, **kwargs
+        )
         if ids is not None and inputs.get("inputs_embeds") is not None:
             inputs["kv_gate_input_ids"] = ids[:, -inputs["inputs_embeds"].shape[1] :]
         return inputs
