@@ -54,9 +54,7 @@ def perplexity(
         for start in range(0, ids.shape[1] - 1, chunk):
             stop = min(start + chunk, ids.shape[1] - 1)
             logits = model.get_output_embeddings()(hidden[:, start:stop]).float()
-            total += torch.nn.functional.cross_entropy(
-                logits[0], ids[0, start + 1 : stop + 1], reduction="sum"
-            ).item()
+            total += torch.nn.functional.cross_entropy(logits[0], ids[0, start + 1 : stop + 1], reduction="sum").item()
             scored += stop - start
         if progress is not None:
             progress(done, len(windows))

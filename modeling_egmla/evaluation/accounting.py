@@ -1,0 +1,92 @@
+"""Parameters by part, and cache elements and bytes, of any causal language model; nothing here needs weights."""
+
+from collections import Counter
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache
+
+
+PARTS = ("embeddings", "attention", "gate tables", "MLP", "norms and other")
+
+
+def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """The model of a configuration on the meta device: shapes without memory."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def _part(name: str) -> str:
+    if "kv_gate_embedding" in name:
+        return "gate tables"
+    if "norm" in name.split(".")[-2] and "attn" not in name:
+        return "norms and other"
+    if "attn" in name or "attention" in name:
+        return "attention"
+    if "mlp" in name or "feed_forward" in name or "experts" in name:
+        return "MLP"
+    if "embed" in name or "lm_head" in name or "wte" in name:
+        return "embeddings"
+    return "norms and other"
+
+
+def count_parameters(model: PreTrainedModel) -> dict[str, int]:
+    """Parameters of each of `PARTS`; tied weights are counted once."""
+    counts: Counter[str] = Counter(dict.fromkeys(PARTS, 0))
+    for name, parameter in model.named_parameters():
+        counts[_part(name)] += parameter.numel()
+    return dict(counts)
+
+
+def _layer_tensors(cache: Cache) -> list[list[torch.Tensor]]:
+    """The tensors each layer of a cache holds for its tokens: `[..., S, width]`."""
+    return [
+        [tensor for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None)) if tensor is not None]
+        for layer in cache.layers
+    ]
+
+
+def cache_elements_per_layer(model: PreTrainedModel, tokens: int = 4) -> list[int]:
+    """Elements each layer caches per token, counted in the cache that a forward pass leaves behind.
+
+    Works on the meta device. Layers whose state does not grow with the tokens count 0.
+
+    Raises:
+        ValueError: when the model leaves no cache of Transformers' kind.
+    """
+
+    def held(count: int) -> list[int]:
+        ids = torch.zeros((1, count), dtype=torch.long, device=model.device)
+        with torch.no_grad():
+            cache = getattr(model(ids, use_cache=True), "past_key_values", None)
+        if not isinstance(cache, Cache):
+            raise ValueError(
+                f"{type(model).__name__} leaves {type(cache).__name__} behind, no cache of Transformers' class "
+                "Cache, so its elements cannot be counted."
+            )
+        return [sum(tensor.numel() for tensor in tensors) for tensors in _layer_tensors(cache)]
+
+    # The difference of two lengths, so that what a layer holds whatever the length is not counted as per token.
+    return [(more - less) // tokens for more, less in zip(held(2 * tokens), held(tokens), strict=True)]
+
+
+def cache_nbytes(cache: Any) -> tuple[int, int]:
+    """Bytes of a `Cache`: in use, and allocated in the storages behind it, each storage counted once."""
+    if hasattr(cache, "allocated_nbytes"):
+        return cache.nbytes, cache.allocated_nbytes
+    tensors = [tensor for layer in _layer_tensors(cache) for tensor in layer]
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    length = int(cache.get_seq_length())
+    used = sum(tensor[..., :length, :].numel() * tensor.element_size() for tensor in tensors)
+    return used, sum(storages.values())
+
+
+def mha_elements_per_token(config) -> int:
+    """Elements per token that multi-head attention of an EG-MLA configuration's shape would cache, all layers."""
+    return 2 * config.num_attention_heads * config.v_head_dim * config.num_hidden_layers
+
+
+def mla_elements_per_token(config, kv_lora_rank: int = 256, qk_rope_head_dim: int = 64) -> int:
+    """Elements per token that plain MLA of the same depth caches at the published width, all layers."""
+    return (kv_lora_rank + qk_rope_head_dim) * config.num_hidden_layers
