@@ -1,0 +1,41 @@
+"""The `egmla` command line: one thin file per command. Heavy imports happen inside the commands."""
+
+from typing import Annotated
+
+import typer
+
+from .common import CommandGroup, show_version
+from .convert import convert
+from .demo import demo
+from .generate import generate
+from .inspect import inspect
+from .presets import presets
+
+
+app = typer.Typer(
+    name="egmla",
+    cls=CommandGroup,
+    help="EG-MLA: language models with a small, gated KV cache for Hugging Face Transformers.",
+    no_args_is_help=True,
+    pretty_exceptions_show_locals=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option("--debug", envvar="EGMLA_DEBUG", help="Show tracebacks of errors.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """EG-MLA: language models with a small, gated KV cache for Hugging Face Transformers."""
+
+
+for command in (demo, convert, generate, inspect, presets):
+    app.command()(command)
+
+
+def main() -> None:
+    """Entry point of the `egmla` command."""
+    app()

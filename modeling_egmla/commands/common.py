@@ -1,0 +1,167 @@
+"""What the commands share: the way errors are shown, names of models, numbers for people."""
+
+import contextlib
+import difflib
+import functools
+import os
+import sys
+from collections.abc import Callable, Iterator
+from enum import Enum
+from pathlib import Path
+
+import typer
+import typer.core
+from rich.console import Console
+
+
+# What the library raises for bad input; anything else is a bug and shows its traceback.
+EXPECTED_ERRORS = (ValueError, TypeError, OSError, ImportError)
+
+
+class DType(str, Enum):
+    """Number formats of weights."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class CommandGroup(typer.core.TyperGroup):
+    """Shows expected errors as one red paragraph and exits with 1, or with 130 after Ctrl-C."""
+
+    def invoke(self, ctx):
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            raise  # the reader went away (`egmla presets | head`); typer leaves quietly
+        except EXPECTED_ERRORS as error:
+            if ctx.params.get("debug"):
+                raise
+            Console(stderr=True, soft_wrap=True, highlight=False).print(
+                f"Error: {_paragraph(error)}", style="red", markup=False
+            )
+            raise typer.Exit(1) from error
+        except KeyboardInterrupt:
+            if ctx.params.get("debug"):
+                raise
+            Console(stderr=True).print("Interrupted.", style="red")
+            raise typer.Exit(130) from None
+
+
+def _paragraph(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def show_version(wanted: bool) -> None:
+    """Prints the version and leaves, when wanted."""
+    if wanted:
+        from egmla import __version__
+
+        typer.echo(f"egmla {__version__}")
+        raise typer.Exit
+
+
+def find_config(name: str):
+    """Configuration of a preset, a local folder or a hub id.
+
+    Raises:
+        FileNotFoundError: when it is none of these; the message says what was tried.
+    """
+    from transformers import AutoConfig
+
+    from egmla.configuration import load_preset, preset_names
+
+    if name in preset_names():
+        return load_preset(name)
+    check_model_path(name)
+    if "/" not in name and not Path(name).is_dir() and difflib.get_close_matches(name, preset_names(), cutoff=0.5):
+        load_preset(name)  # a preset misspelt: its message names the nearest ones, without asking the hub
+    try:
+        return AutoConfig.from_pretrained(name)
+    except OSError as error:
+        if Path(name).is_dir():
+            raise
+        raise FileNotFoundError(
+            f"{name!r} is no preset ({', '.join(preset_names())}), no local folder, and the hub has no "
+            "configuration of that name or is out of reach; check the spelling (egmla --debug shows the hub's answer)."
+        ) from error
+
+
+def check_model_path(name: str) -> None:
+    """Raises `FileNotFoundError` when `name` can only be a local folder and is no model."""
+    path = Path(name)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise FileNotFoundError(f"{name} is a folder without a config.json, so it holds no model; check the path.")
+    elif path.is_file():
+        raise FileNotFoundError(f"{name} is a file; give the folder of a model (convert a .gguf file first).")
+    elif name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise FileNotFoundError(f"There is no folder {name}; check the path.")
+
+
+def console() -> Console:
+    """Console for results; wide enough for the tables when the output goes to a file or a pipe."""
+    return Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+
+
+@contextlib.contextmanager
+def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
+    """Progress on stderr: a function of (stage, done, total) that keeps one bar per stage.
+
+    Without a terminal it prints a line when a stage ends.
+    """
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+    stderr = Console(stderr=True)
+    bars = Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=stderr
+    )
+    tasks: dict[str, TaskID] = {}
+
+    def advance(stage: str, done: int, total: int) -> None:
+        if stage not in tasks:
+            tasks[stage] = bars.add_task(stage, total=total)
+        bars.update(tasks[stage], completed=done, total=total)
+        if not stderr.is_terminal and done == total:
+            stderr.print(f"{stage}: {done}/{total}")
+
+    if not stderr.is_terminal:
+        yield advance
+        return
+    with bars:
+        yield advance
+
+
+def quiet_transformers() -> None:
+    """Hides loading bars and the hub's retry notices: the commands show their own progress and errors."""
+    import transformers.modeling_gguf_pytorch_utils as gguf_loading
+    from huggingface_hub.utils import logging as hub_logging
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    hub_logging.set_verbosity_error()
+    # The one bar without a switch; it would break up ours.
+    gguf_loading.tqdm = functools.partial(gguf_loading.tqdm, disable=True)  # type: ignore[misc,assignment]
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def in_units(count: int) -> str:
+    """Parameters for people: 19.2K, 154.5M, 1.25B."""
+    for unit, size, digits in (("B", 1e9, 2), ("M", 1e6, 1), ("K", 1e3, 1)):
+        if count >= size:
+            return f"{count / size:.{digits}f}{unit}"
+    return str(count)
+
+
+def change(part: float, whole: float) -> str:
+    """How much smaller or larger `part` is: -91.7%, same."""
+    return "same" if part == whole else f"{part / whole - 1:+.1%}"
+
+
+def in_bytes(count: float) -> str:
+    """Bytes for people: 960 B, 22.5 KiB, 96.0 MiB."""
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count:.0f} B"

@@ -1,0 +1,90 @@
+"""`egmla convert`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .common import DType
+
+
+def convert(
+    source: Annotated[str, typer.Argument(help="Folder of a Llama-family checkpoint, a .gguf file or a hub id.")],
+    target: Annotated[Path, typer.Argument(help="Folder to write; must be absent or empty.")],
+    kv_lora_rank: Annotated[
+        str | None, typer.Option(metavar="R", help="Latent width: a number, or one per layer separated by commas.")
+    ] = None,
+    qk_rope_head_dim: Annotated[
+        int | None, typer.Option(metavar="P", help="Width of the shared rotary key, even.")
+    ] = None,
+    cache: Annotated[
+        float | None, typer.Option(metavar="FRACTION", help="Share of the source's cache to keep, such as 0.5.")
+    ] = None,
+    exact: Annotated[
+        bool, typer.Option("--exact", help="Full rank: the same function as the source, no smaller cache.")
+    ] = False,
+    calibration: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Plain text to weigh directions by.")
+    ] = None,
+    calibration_tokens: Annotated[int, typer.Option(min=1, help="Tokens of it to read at most.")] = 65536,
+    dtype: Annotated[DType, typer.Option(help="Format of the written weights; auto is the source's.")] = DType.auto,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and the sizes; write nothing.")] = False,
+) -> None:
+    """Convert a grouped-query or multi-head model to EG-MLA."""
+    from egmla.conversion import convert_checkpoint
+
+    from .common import console, progress_bars, quiet_transformers
+
+    quiet_transformers()
+    with progress_bars() as progress:
+        report = convert_checkpoint(
+            source,
+            target,
+            exact=exact,
+            kv_lora_rank=_ranks(kv_lora_rank),
+            qk_rope_head_dim=qk_rope_head_dim,
+            cache=cache,
+            calibration=calibration,
+            calibration_tokens=calibration_tokens,
+            dtype=None if dtype is DType.auto else dtype.value,
+            dry_run=dry_run,
+            progress=progress,
+        )
+    _print_report(report, "Plan (nothing was written)" if dry_run else f"Converted to {target}")
+    if not dry_run:
+        console().print(f"Try it: egmla generate {target} --prompt 'What is the capital of France?'", style="dim")
+
+
+def _ranks(text: str | None) -> int | list[int] | None:
+    if text is None:
+        return None
+    try:
+        ranks = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(
+            f"--kv-lora-rank {text}: must be a number such as 128, or one per layer separated by commas."
+        ) from None
+    return ranks if "," in text else ranks[0]
+
+
+def _print_report(report: dict, title: str) -> None:
+    from rich.table import Table
+
+    from .common import console
+
+    source, plan, calibration = report["source"], report["plan"], report["calibration"]
+    ranks = sorted(set(plan["ranks"]))
+    table = Table("", "", title=title, show_header=False)
+    table.add_row("source", f"{source['label']} ({source['model_type']}, {len(plan['ranks'])} layers)")
+    table.add_row("kv_lora_rank", str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}, one per layer")
+    table.add_row("qk_rope_head_dim", str(plan["rope_dim"]))
+    table.add_row("cache elements per token", f"{plan['source_elements']:,} -> {plan['target_elements']:,}")
+    table.add_row("cache bytes per token, bf16", f"{2 * plan['source_elements']:,} -> {2 * plan['target_elements']:,}")
+    table.add_row("cache kept", f"{plan['cache_kept']:.1%}")
+    if calibration:
+        tokens = calibration["sequences"] * calibration["sequence_length"]
+        table.add_row("calibration", f"{tokens:,} tokens of {calibration['file']}")
+    if "seconds" in report:
+        table.add_row("weights", report["dtype"])
+        table.add_row("seconds", f"{report['seconds']:,}")
+    console().print(table)

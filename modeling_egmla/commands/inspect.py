@@ -1,0 +1,80 @@
+"""`egmla inspect`."""
+
+from typing import Annotated
+
+import typer
+
+
+CONTEXTS = (8_192, 32_768, 131_072)
+SHAPE_FIELDS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "q_lora_rank",
+    "kv_lora_rank",
+    "qk_nope_head_dim",
+    "qk_rope_head_dim",
+    "v_head_dim",
+    "kv_latent_norm",
+    "tie_word_embeddings",
+)
+
+
+def inspect(
+    model: Annotated[str, typer.Argument(metavar="MODEL_OR_PRESET", help="Preset name, local folder or hub id.")],
+) -> None:
+    """Show shapes, parameters by part and cache bytes of a preset or of any causal language model."""
+    from rich.table import Table
+
+    from egmla.evaluation.accounting import PARTS, cache_elements_per_layer, count_parameters, meta_model
+
+    from .common import console, find_config, in_bytes, in_units, quiet_transformers
+
+    quiet_transformers()
+    config = find_config(model)
+    empty = meta_model(config)
+    counts = count_parameters(empty)
+    per_layer = cache_elements_per_layer(empty)
+    is_egmla = config.model_type == "egmla"
+
+    table = Table("", "", title=f"{model} ({type(empty).__name__})", show_header=False)
+    for name in SHAPE_FIELDS:
+        # Where keys and values are latents, the fields of ordinary heads only mislead.
+        hidden = is_egmla and name in ("num_key_value_heads", "head_dim")
+        if not hidden and hasattr(config, name):
+            table.add_row(name, _short(getattr(config, name)))
+    if is_egmla:
+        table.add_row("gate", _gate(config))
+    table.add_row("rope", _short(getattr(config, "rope_parameters", None)))
+    table.add_section()
+    for part in PARTS:
+        if counts[part] or (is_egmla and part == "gate tables"):
+            table.add_row(f"parameters: {part}", f"{in_units(counts[part])} ({counts[part]:,})")
+    table.add_row("parameters: all", f"{in_units(sum(counts.values()))} ({sum(counts.values()):,})")
+    table.add_section()
+    elements = sum(per_layer)
+    table.add_row("cache elements per token", f"{elements:,}")
+    table.add_row("  of each layer", _short(per_layer if len(set(per_layer)) > 1 else per_layer[0]))
+    table.add_row("cache bytes per token, bf16", f"{2 * elements:,}")
+    for context in CONTEXTS:
+        table.add_row(f"  at {context // 1024}K tokens", in_bytes(2 * elements * context))
+    console().print(table)
+
+
+def _gate(config) -> str:
+    if config.kv_gate is None:
+        return "off (plain MLA)"
+    width = config.kv_gate_embedding_dim
+    source = "input embedding" if width is None else f"table of {config.vocab_size:,} x {width} in each layer"
+    return f"{config.kv_gate}, fed by the {source}" if width is None else f"{config.kv_gate}, fed by a {source}"
+
+
+def _short(value) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_short(item)}" for key, item in value.items())
+    text = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+    return text if len(text) <= 70 else text[:67] + "..."
