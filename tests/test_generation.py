@@ -14,7 +14,7 @@ from egmla.cache_egmla import FixedLatentLayer, GrowingLatentLayer
 TOLERANCE = 1e-4
 # Two logits closer than twice the rounding of fp32 (1e-5 here) may change places.
 NEAR_TIE = 2e-5
-NEW_TOKENS = 10
+NEW_TOKENS = 8
 GREEDY = {"max_new_tokens": NEW_TOKENS, "do_sample": False}
 SAMPLED = {"max_new_tokens": NEW_TOKENS, "do_sample": True, "temperature": 1.5, "top_k": 20}
 BEAMS = {"max_new_tokens": NEW_TOKENS, "num_beams": 4, "do_sample": False, "num_return_sequences": 2}
@@ -151,9 +151,10 @@ def test_prompt_lookup(name):
 
 
 @pytest.mark.parametrize("kind", ["default", "growing", "fixed", "stock dynamic"])
-def test_continuing_from_a_past(case, kind):
+@pytest.mark.parametrize("name", CORE_CASES)
+def test_continuing_from_a_past(name, kind):
     """Turn by turn, as in a chat: the cache of one call goes into the next."""
-    model = tiny_model(case)
+    model = tiny_model(name)
     cache = {
         "default": lambda: None,
         "growing": lambda: EGMLACache(model.config),
@@ -241,4 +242,4 @@ def test_bf16_generates():
     model, ids = tiny_model().to(torch.bfloat16), token_ids(2, 7)
     out = generate(model, ids, **GREEDY)
     assert out.past_key_values.layers[0].buffer.dtype == torch.bfloat16
-    assert out.past_key_values.nbytes == 2 * 16 * model.config.cache_bytes_per_token()
+    assert out.past_key_values.nbytes == 2 * (7 + NEW_TOKENS - 1) * model.config.cache_bytes_per_token()

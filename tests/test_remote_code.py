@@ -1,0 +1,221 @@
+"""A checkpoint loads where the package is not installed: `trust_remote_code` in clean processes."""
+
+import json
+import os
+import site
+import subprocess
+import sys
+import sysconfig
+import textwrap
+import venv
+from pathlib import Path
+
+import pytest
+import torch
+from cases import tiny_model, token_ids
+
+from egmla import EGMLACache, EGMLAForCausalLM, EGMLAForSequenceClassification, EGMLAForTokenClassification, EGMLAModel
+
+
+CASES = ("input-gate", "table-gate", "rank-per-layer", "rope-slots")
+NEW_TOKENS = 8
+
+# Run first in every clean process: what it finds must not be this package.
+PRELUDE = """
+import importlib.util, json, sys
+assert importlib.util.find_spec("egmla") is None, "this environment has egmla"
+import torch
+from transformers import (
+    AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoModelForTokenClassification
+)
+
+assert "egmla" not in sys.modules
+"""
+
+
+@pytest.fixture(scope="session")
+def clean_python(tmp_path_factory) -> Path:
+    """A Python whose environment has every installed distribution but this one."""
+    root = tmp_path_factory.mktemp("clean")
+    packages = root / "packages"
+    packages.mkdir()
+    for folder in dict.fromkeys(
+        [*site.getsitepackages(), sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
+    ):
+        for entry in Path(folder).iterdir() if Path(folder).is_dir() else ():
+            # Links, not a path entry: an installed package, or an editable one's finder, would come along.
+            if "egmla" not in entry.name.lower() and not (packages / entry.name).exists():
+                (packages / entry.name).symlink_to(entry)
+    venv.EnvBuilder(with_pip=False, symlinks=True).create(root / "env")
+    python = root / "env" / "bin" / "python"
+    command = [python, "-I", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
+    purelib = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    Path(purelib, "packages.pth").write_text(f"{packages}\n")
+    return python
+
+
+@pytest.fixture
+def clean_process(clean_python, tmp_path):
+    """Runs code in a process of its own, module cache included; returns what it prints last, as JSON."""
+
+    def run(code: str, *arguments) -> dict:
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "HF_"))}
+        environment |= {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        script = PRELUDE + textwrap.dedent(code)
+        command = [str(clean_python), "-I", "-c", script, *map(str, arguments)]
+        result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=150)
+        assert result.returncode == 0, result.stderr[-4000:]
+        return json.loads(result.stdout.splitlines()[-1])
+
+    return run
+
+
+# Loads each folder as a language model and as a trunk, generates, counts the cache's storages, saves again.
+ROUND_TRIP = """
+report = {}
+for folder in sys.argv[2:]:
+    ids = torch.tensor(json.loads(sys.argv[1]))
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    with torch.no_grad():
+        logits = model(ids).logits
+        trunk = AutoModel.from_pretrained(folder, trust_remote_code=True)
+        hidden = trunk(ids).last_hidden_state
+    out = model.generate(ids, max_new_tokens=8, do_sample=False, return_dict_in_generate=True)
+    cache = out.past_key_values
+    fixed = type(cache)(model.config, max_cache_len=cache.get_seq_length())
+    again = model.generate(ids, max_new_tokens=8, do_sample=False, past_key_values=fixed)
+    storages = [layer.buffer.untyped_storage().nbytes() for layer in fixed.layers]
+    model.save_pretrained(folder + "-again", max_shard_size="40KB")
+    report[folder] = {
+        "tokens": out.sequences.tolist(),
+        "tokens_fixed": again.tolist(),
+        "logits": logits.tolist(),
+        "hidden": hidden.tolist(),
+        "cache": type(cache).__name__,
+        "module": type(model).__module__.split(".")[0],
+        "classes": [type(model).__name__, type(trunk).__name__, type(config).__name__],
+        "elements_per_token": sum(storages) // 4 / ids.shape[0] / fixed.get_seq_length(),
+        "used": cache.nbytes,
+        "config_elements": config.cache_elements_per_token,
+    }
+print(json.dumps(report))
+"""
+
+
+@torch.no_grad()
+def test_language_model_round_trip(clean_process, tmp_path):
+    """Same logits and tokens, the latent cache, every case in one process; saved again, loaded in another."""
+    ids, expected, folders = token_ids(2, 6), {}, []
+    for name in CASES:
+        model = tiny_model(name)
+        folder = str(tmp_path / name)
+        model.save_pretrained(folder)
+        folders.append(folder)
+        out = model.generate(ids, max_new_tokens=NEW_TOKENS, do_sample=False, return_dict_in_generate=True)
+        assert type(out.past_key_values) is EGMLACache
+        expected[folder] = (model, out)
+    for suffix in ("", "-again"):
+        report = clean_process(ROUND_TRIP, json.dumps(ids.tolist()), *[folder + suffix for folder in folders])
+        assert len(report) == len(CASES)
+        for folder, (model, out) in expected.items():
+            got = report[folder + suffix]
+            assert got["module"] == "transformers_modules"
+            assert got["classes"] == ["EGMLAForCausalLM", "EGMLAModel", "EGMLAConfig"]
+            assert got["cache"] == "EGMLACache"
+            assert got["tokens"] == got["tokens_fixed"] == out.sequences.tolist()
+            elements = model.config.cache_elements_per_token
+            assert got["elements_per_token"] == got["config_elements"] == elements
+            assert got["used"] == out.past_key_values.nbytes
+            # One thread or two may sum in another order.
+            torch.testing.assert_close(torch.tensor(got["logits"]), model(ids).logits, atol=1e-5, rtol=0)
+            torch.testing.assert_close(
+                torch.tensor(got["hidden"]), model.model(ids).last_hidden_state, atol=1e-5, rtol=0
+            )
+    saved_again = Path(folders[0] + "-again")
+    assert len(list(saved_again.glob("*.safetensors"))) > 1
+    assert {path.name for path in saved_again.glob("*.py")} == {path.name for path in Path(folders[0]).glob("*.py")}
+    auto_map = json.loads((saved_again / "config.json").read_text())["auto_map"]
+    assert auto_map == json.loads((Path(folders[0]) / "config.json").read_text())["auto_map"]
+    # What a process without the package saved, the installed package loads.
+    loaded = EGMLAForCausalLM.from_pretrained(saved_again)
+    assert torch.equal(loaded(ids).logits, tiny_model(CASES[0])(ids).logits)
+
+
+HEADS = """
+report = {}
+classes = [AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoModel]
+for auto_class, folder in zip(classes, sys.argv[2:]):
+    ids = torch.tensor(json.loads(sys.argv[1]))
+    model = auto_class.from_pretrained(folder, trust_remote_code=True)
+    with torch.no_grad():
+        first = model(ids, attention_mask=(ids != 0).long())[0]
+        model.save_pretrained(folder + "-again")
+        again = auto_class.from_pretrained(folder + "-again", trust_remote_code=True)
+        second = again(ids, attention_mask=(ids != 0).long())[0]
+    assert torch.equal(first, second)
+    report[folder] = {"class": type(model).__name__, "output": first.tolist()}
+print(json.dumps(report))
+"""
+
+
+@torch.no_grad()
+def test_heads_and_trunk(clean_process, tmp_path):
+    """They build their trunk themselves: the generic heads ask AutoModel, which knows no remote code."""
+    ids = token_ids(2, 6)
+    ids[1, 4:] = 0
+    models = [
+        tiny_model("table-gate", EGMLAForSequenceClassification, num_labels=3),
+        tiny_model("input-gate", EGMLAForTokenClassification, num_labels=5),
+        tiny_model("rank-per-layer", EGMLAModel),
+    ]
+    folders = [str(tmp_path / type(model).__name__) for model in models]
+    for model, folder in zip(models, folders, strict=True):
+        model.save_pretrained(folder)
+    report = clean_process(HEADS, json.dumps(ids.tolist()), *folders)
+    for model, folder in zip(models, folders, strict=True):
+        assert report[folder]["class"] == type(model).__name__
+        expected = model(ids, attention_mask=(ids != 0).long())[0]
+        torch.testing.assert_close(torch.tensor(report[folder]["output"]), expected, atol=1e-5, rtol=0)
+
+
+def test_without_trust_the_code_does_not_run(clean_process, tmp_path):
+    """The clean environment really has no EG-MLA: without `trust_remote_code` nothing loads."""
+    tiny_model().save_pretrained(tmp_path / "model")
+    report = clean_process(
+        """
+        try:
+            AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=False)
+            print(json.dumps({"error": None}))
+        except ValueError as error:
+            print(json.dumps({"error": str(error)}))
+        """,
+        tmp_path / "model",
+    )
+    assert "trust_remote_code" in report["error"]
+
+
+def test_the_code_needs_only_what_a_checkpoint_may_ask_for():
+    """The three files travel in every checkpoint: flat relative imports, and of what is installed only these."""
+    import ast
+
+    import egmla
+
+    allowed = {"torch", "transformers", "huggingface_hub", "collections", "types", "math", "typing"}
+    siblings = {"configuration_egmla", "cache_egmla", "modeling_egmla"}
+    for name in siblings:
+        tree = ast.parse((Path(egmla.__file__).parent / f"{name}.py").read_text())
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                assert {alias.name.partition(".")[0] for alias in node.names} <= allowed
+            elif isinstance(node, ast.ImportFrom) and node.level:
+                assert node.level == 1 and node.module in siblings
+            elif isinstance(node, ast.ImportFrom):
+                assert node.module.partition(".")[0] in allowed
+
+
+def test_importing_is_light():
+    """No command-line, plotting or evaluation library comes with `import egmla`."""
+    code = "import sys, egmla; print([m for m in ('typer', 'matplotlib', 'lm_eval', 'gguf') if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
