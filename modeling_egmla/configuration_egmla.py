@@ -136,6 +136,11 @@ class EGMLAConfig(PreTrainedConfig):
         # `head_dim` is what Transformers' rope functions read; `qk_head_dim` is how it recognises latent attention.
         self.head_dim = self.rope_table_dim
         self.qk_head_dim = self.qk_nope_head_dim + self.qk_rope_head_dim
+        # Only one of the two is there, and a plan must not name what is not.
+        absent = "q_b_proj" if self.q_lora_rank is None else "q_proj"
+        self.base_model_tp_plan = {
+            name: style for name, style in type(self).base_model_tp_plan.items() if not name.endswith(f".{absent}")
+        }
         # Derived above: a value from a saved or edited config must not win over the fields it derives from.
         for derived in ("head_dim", "qk_head_dim"):
             kwargs.pop(derived, None)
