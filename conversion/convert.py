@@ -99,7 +99,9 @@ def plan_conversion(
         )
     ranks = kv_lora_rank if isinstance(kv_lora_rank, list) else [kv_lora_rank] * layers
     if len(ranks) != layers:
-        raise ValueError(f"kv_lora_rank has {len(ranks)} entries and the source {layers} layers; give one number or {layers}.")
+        raise ValueError(
+            f"kv_lora_rank has {len(ranks)} entries and the source {layers} layers; give one number or {layers}."
+        )
     largest = full - qk_rope_head_dim
     for rank in ranks:
         if not 1 <= rank <= largest:
@@ -388,7 +390,9 @@ def _calibration_sequences(
     if not path.is_file():
         raise FileNotFoundError(f"Calibration text {path} does not exist; give a plain text file.")
     if source.tokenizer is None:
-        raise ValueError(f"{source.label} has no tokenizer, which calibration needs; add its tokenizer files to the folder.")
+        raise ValueError(
+            f"{source.label} has no tokenizer, which calibration needs; add its tokenizer files to the folder."
+        )
     text = path.read_text(encoding="utf-8")
     ids = source.tokenizer(text, add_special_tokens=False, return_tensors="pt", verbose=False)["input_ids"][0]
     length = min(SEQUENCE_LENGTH, source.config.max_position_embeddings)

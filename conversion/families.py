@@ -84,9 +84,7 @@ class Family:
     def shape(self, config: PreTrainedConfig) -> AttentionShape:
         """The widths of the source's attention."""
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return AttentionShape(
-            config.num_attention_heads, config.num_key_value_heads, head_dim, config.hidden_size
-        )
+        return AttentionShape(config.num_attention_heads, config.num_key_value_heads, head_dim, config.hidden_size)
 
     def target_config(self, config: PreTrainedConfig, **attention) -> EGMLAConfig:
         """The EG-MLA configuration that keeps everything but the attention; `attention` are its fields."""

@@ -56,7 +56,9 @@ class Source:
                 with safe_open(where, framework="pt") as file:
                     tensor = file.get_tensor(name)
             except (SafetensorError, OSError) as error:
-                raise ValueError(f"{where} cannot be read ({error}): tensor {name}; download the file again.") from error
+                raise ValueError(
+                    f"{where} cannot be read ({error}): tensor {name}; download the file again."
+                ) from error
         else:
             raise ValueError(
                 f"{self.label} has no tensor {name}, which its config ({self.config.model_type}) requires; the checkpoint is "
@@ -83,7 +85,9 @@ def open_source(source: str | Path) -> Source:
     if not path.is_dir():
         path = _download(str(source))
     if not (path / "config.json").is_file():
-        raise FileNotFoundError(f"{path} has no config.json; give the folder of a Transformers checkpoint, or a .gguf file.")
+        raise FileNotFoundError(
+            f"{path} has no config.json; give the folder of a Transformers checkpoint, or a .gguf file."
+        )
     opened = Source(
         label=str(source),
         config=AutoConfig.from_pretrained(path),
@@ -104,7 +108,9 @@ def _download(repository: str) -> Path:
     from huggingface_hub.errors import HFValidationError
 
     if repository.startswith((".", "/", "~")) or repository.count("/") > 1:
-        raise FileNotFoundError(f"{repository} is no folder; give a local checkpoint folder, a hub id or a .gguf file.")
+        raise FileNotFoundError(
+            f"{repository} is no folder; give a local checkpoint folder, a hub id or a .gguf file."
+        )
     try:
         patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
         return Path(snapshot_download(repository, allow_patterns=patterns))
@@ -125,7 +131,9 @@ def _weight_files(path: Path) -> dict[str, Path]:
         shards = {name: path / shard for name, shard in weight_map.items()}
         missing = sorted({file.name for file in shards.values() if not file.is_file()})
         if missing:
-            raise ValueError(f"{path} lacks {', '.join(missing)}, which {index.name} lists; download the checkpoint again.")
+            raise ValueError(
+                f"{path} lacks {', '.join(missing)}, which {index.name} lists; download the checkpoint again."
+            )
     elif single.is_file():
         shards = {}
     else:
@@ -143,7 +151,9 @@ def _weight_files(path: Path) -> dict[str, Path]:
             shards = dict.fromkeys(found, single)
         absent = [name for name, shard in shards.items() if shard == file and name not in found]
         if absent:
-            raise ValueError(f"{file} lacks {absent[0]}, which {index.name} lists in it; download the checkpoint again.")
+            raise ValueError(
+                f"{file} lacks {absent[0]}, which {index.name} lists in it; download the checkpoint again."
+            )
     return shards
 
 
@@ -153,7 +163,9 @@ def _open_gguf(path: Path) -> Source:
     try:
         model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
     except ImportError as error:
-        raise ValueError(f"Reading {path.name} needs the gguf package: pip install 'egmla[gguf]' ({error}).") from error
+        raise ValueError(
+            f"Reading {path.name} needs the gguf package: pip install 'egmla[gguf]' ({error})."
+        ) from error
     config = model.config
     # The weights are plain floats now; the note that they were quantised would stop every save.
     if hasattr(config, "quantization_config"):

@@ -44,7 +44,8 @@ def staged_folder(target: Path) -> Iterator[Path]:
         if error.errno is None:
             raise
         raise OSError(
-            error.errno, f"Writing {target} failed ({error.strerror}); nothing was left there. Free space or choose another disk."
+            error.errno,
+            f"Writing {target} failed ({error.strerror}); nothing was left there. Free space or choose another disk.",
         ) from error
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)

@@ -1,0 +1,406 @@
+"""Conversion: exact mode equals the source, the closed form is what it claims, bad input leaves nothing behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from egmla import EGMLACache
+from egmla.conversion import Recipe, convert_checkpoint
+from egmla.conversion.closed_form import exact_attention, low_rank_attention
+from egmla.conversion.families import AttentionShape, AttentionWeights
+from egmla.conversion.statistics import LayerStatistics
+
+
+# fp32 sums in another order than the source's: a few units in the last place of logits of size 10.
+EXACT_TOLERANCE = 1e-4
+
+SMALL = {
+    "vocab_size": 128,
+    "hidden_size": 60,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.15,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1000.0},
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 1000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+YARN_ROPE = {"rope_type": "yarn", "rope_theta": 1000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+SOURCES = {
+    "llama-gqa-tied": (LlamaForCausalLM, LlamaConfig, {"tie_word_embeddings": True}),
+    "llama-mha": (LlamaForCausalLM, LlamaConfig, {"num_attention_heads": 5, "num_key_value_heads": 5}),
+    "llama-mqa": (LlamaForCausalLM, LlamaConfig, {"num_key_value_heads": 1}),
+    "llama-biases": (LlamaForCausalLM, LlamaConfig, {"attention_bias": True, "mlp_bias": True}),
+    "llama3-rope": (LlamaForCausalLM, LlamaConfig, {"rope_parameters": LLAMA3_ROPE}),
+    "llama-yarn": (LlamaForCausalLM, LlamaConfig, {"rope_parameters": YARN_ROPE}),
+    "mistral-wide-heads": (MistralForCausalLM, MistralConfig, {"head_dim": 16, "sliding_window": None}),
+}
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per ASCII character, enough to tokenise calibration text."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+
+    tokenizer = Tokenizer(models.WordLevel({chr(code): code for code in range(128)}, unk_token="\x00"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="\x01", chat_template="{{ messages }}")
+
+
+@pytest.fixture(scope="module")
+def make_source(tmp_path_factory):
+    """Builds a random source checkpoint on disk by its name in `SOURCES`."""
+
+    def make(name: str, **save):
+        model_class, config_class, special = SOURCES[name]
+        torch.manual_seed(0)
+        shape = {"num_attention_heads": 6, "num_key_value_heads": 3, **SMALL, **special}
+        model = model_class(config_class(**shape)).eval()
+        for parameter_name, parameter in model.named_parameters():
+            if parameter_name.endswith("bias"):
+                torch.nn.init.normal_(parameter, std=0.3)
+        folder = tmp_path_factory.mktemp(name)
+        model.save_pretrained(folder, **save)
+        make_tokenizer().save_pretrained(folder)
+        GenerationConfig(temperature=0.7, do_sample=True, eos_token_id=1).save_pretrained(folder)
+        return model, folder
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def calibration(tmp_path_factory):
+    """Random text of 20 thousand characters, words repeating so that attention has something to find."""
+    generator = torch.Generator().manual_seed(1)
+    words = ["".join(chr(97 + int(c)) for c in torch.randint(26, (5,), generator=generator)) for _ in range(60)]
+    text = " ".join(words[int(i)] for i in torch.randint(60, (3500,), generator=generator))
+    path = tmp_path_factory.mktemp("text") / "calibration.txt"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_exact_conversion_is_the_source(make_source, tmp_path, name):
+    source, folder = make_source(name)
+    target = tmp_path / "converted"
+    convert_checkpoint(folder, target, exact=True)
+    converted = AutoModelForCausalLM.from_pretrained(target).eval()
+    ids = torch.randint(2, 128, (2, 100))
+    with torch.no_grad():
+        assert (converted(ids).logits - source(ids).logits).abs().max() < EXACT_TOLERANCE
+    mask = torch.ones_like(ids)
+    expected = source.generate(ids, attention_mask=mask, max_new_tokens=64, do_sample=False, eos_token_id=None)
+    cache = EGMLACache(converted.config)
+    tokens = converted.generate(
+        ids, attention_mask=mask, max_new_tokens=64, do_sample=False, eos_token_id=None, past_key_values=cache
+    )
+    assert torch.equal(tokens, expected)
+    shape = source.config
+    per_token = shape.num_hidden_layers * 2 * shape.num_key_value_heads * shape.head_dim
+    assert converted.config.cache_elements_per_token == per_token
+
+
+def test_calibrated_conversion_is_whole_and_exact_at_full_rank(make_source, calibration, tmp_path):
+    source, folder = make_source("llama-biases")
+    report = convert_checkpoint(
+        folder, tmp_path / "full", kv_lora_rank=30, qk_rope_head_dim=30, calibration=calibration
+    )
+    smaller = convert_checkpoint(
+        folder, tmp_path / "small", kv_lora_rank=5, qk_rope_head_dim=4, calibration=calibration
+    )
+    assert report["plan"]["target_elements"] == 120 and smaller["plan"]["target_elements"] == 18
+    ids = torch.tensor([list(calibration.read_text()[:200].encode())])
+    with torch.no_grad():
+        expected = source(ids).logits
+        full, small = (
+            float((AutoModelForCausalLM.from_pretrained(tmp_path / name).eval()(ids).logits - expected).abs().max())
+            for name in ("full", "small")
+        )
+    assert full < EXACT_TOLERANCE and small > 100 * full
+    target = tmp_path / "full"
+    assert (target / "model.safetensors").is_file() and (target / "tokenizer.json").is_file()
+    assert GenerationConfig.from_pretrained(target).temperature == 0.7
+    assert (target / "chat_template.jinja").is_file()
+    assert json.loads((target / "config.json").read_text())["auto_map"]["AutoModel"] == "modeling_egmla.EGMLAModel"
+    assert (target / "modeling_egmla.py").is_file() and (target / "cache_egmla.py").is_file()
+    assert json.loads((target / "conversion_report.json").read_text())["calibration"]["file"] == calibration.name
+
+
+def test_gate_starts_at_identity_and_can_learn(make_source, tmp_path):
+    _, folder = make_source("llama-gqa-tied")
+    convert_checkpoint(folder, tmp_path / "converted", exact=True)
+    gated = AutoModelForCausalLM.from_pretrained(tmp_path / "converted").eval()
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "converted", kv_gate=None).eval()
+    ids = torch.randint(2, 128, (1, 40))
+    assert torch.equal(gated(ids).logits, plain(ids).logits)
+    gated(ids, labels=ids).loss.backward()
+    gradients = [p.grad for n, p in gated.named_parameters() if n.endswith("kv_gate_norm.weight")]
+    assert len(gradients) == 2 and all(gradient.abs().max() > 0 for gradient in gradients)
+
+
+def random_layer(shape: AttentionShape) -> tuple[AttentionWeights, LayerStatistics, torch.Tensor]:
+    """A random attention layer, statistics of random inputs through it, and those inputs."""
+    generator = torch.Generator().manual_seed(3)
+    rand = lambda *size: torch.randn(*size, generator=generator, dtype=torch.float64)  # noqa: E731
+    H, g, d, D = shape.heads, shape.kv_heads, shape.head_dim, shape.hidden_size
+    weights = AttentionWeights(
+        rand(H * d, D), rand(g * d, D), rand(g * d, D), rand(D, H * d), rand(H * d), rand(g * d), rand(g * d), rand(D)
+    )
+    inputs = rand(500, D) @ rand(D, D) + rand(D)
+    keys = inputs @ weights.k.T + weights.k_bias
+    queries = (inputs @ weights.q.T + weights.q_bias).view(-1, H, d).transpose(0, 1)
+    statistics = LayerStatistics(
+        key_moment=keys.T @ keys / 500,
+        query_moment=queries.transpose(1, 2) @ queries / 500,
+        mean=inputs.mean(dim=0),
+        raw_moment=inputs.T @ inputs / 500,
+        rotation=torch.polar(torch.rand(H, d // 2, generator=generator, dtype=torch.float64), rand(H, d // 2)),
+    )
+    return weights, statistics, inputs
+
+
+@pytest.mark.parametrize("recipe", [Recipe(), Recipe(metric="output"), Recipe(rope_metric="key", centred=False)])
+def test_full_rank_closed_form_loses_only_rotation(recipe):
+    """With every direction in the latent, scores differ only where a rotation was replaced by its mean."""
+    shape = AttentionShape(heads=6, kv_heads=3, head_dim=8, hidden_size=48)
+    weights, statistics, inputs = random_layer(shape)
+    statistics.rotation = torch.ones_like(statistics.rotation)  # as if every token looked at itself: nothing is lost
+    P, R, H, d = 8, 2 * 24 - 8, 6, 8
+    new = low_rank_attention(weights, shape, statistics, R, P, recipe)
+    queries = (inputs @ new.q.T + new.q_bias).view(-1, H, d + P)
+    latent, rope_key = (inputs @ new.kv_a.T + new.kv_a_bias).split([R, P], dim=-1)
+    up_k, up_v = new.kv_b.view(H, 2 * d, R).split([d, d], dim=1)
+    keys = torch.cat((torch.einsum("tr,hnr->thn", latent, up_k), rope_key[:, None].expand(-1, H, -1)), dim=-1)
+    scores = torch.einsum("thx,shx->hts", queries, keys)
+    old_q = (inputs @ weights.q.T + weights.q_bias).view(-1, H, d)
+    old_k = (inputs @ weights.k.T + weights.k_bias).view(-1, 3, d).repeat_interleave(2, dim=1)
+    expected = torch.einsum("thx,shx->hts", old_q, old_k)
+    # A constant in the keys moves all scores of a query alike, which the softmax does not see.
+    torch.testing.assert_close(scores.softmax(-1), expected.softmax(-1), atol=1e-8, rtol=1e-6)
+    old_v = (inputs @ weights.v.T + weights.v_bias).view(-1, 3, d).repeat_interleave(2, dim=1)
+    values = torch.einsum("tr,hvr->thv", latent, up_v)
+    outputs = values.reshape(500, -1) @ new.o.T + new.o_bias
+    expected_outputs = old_v.reshape(500, -1) @ weights.o.T + weights.o_bias
+    torch.testing.assert_close(outputs, expected_outputs, atol=1e-8, rtol=1e-8)
+
+
+def test_low_rank_is_optimal_in_its_metric():
+    """Eckart-Young: what is lost of the weighted keys and values is the sum of the eigenvalues left out."""
+    shape = AttentionShape(heads=4, kv_heads=2, head_dim=8, hidden_size=40)
+    weights, statistics, inputs = random_layer(shape)
+    R = 7
+    new = low_rank_attention(weights, shape, statistics, R, 0, Recipe())
+    latent = inputs @ new.kv_a.T + new.kv_a_bias
+    up_k, up_v = new.kv_b.view(4, 16, R)[::2].split([8, 8], dim=1)
+    centred = inputs - inputs.mean(dim=0)
+    key_error = centred @ weights.k.T - latent @ up_k.reshape(16, R).T
+    value_error = centred @ weights.v.T - latent @ up_v.reshape(16, R).T
+    # balance 1: keys are scaled to the values' energy
+    ratio = (centred @ weights.v.T).square().sum() / (centred @ weights.k.T).square().sum()
+    lost = (ratio * key_error.square().sum() + value_error.square().sum()) / 500
+    assert lost == pytest.approx(float(new.spectrum[R:].sum()), rel=1e-6)
+
+
+def test_exact_attention_needs_equal_blocks():
+    shape = AttentionShape(heads=4, kv_heads=2, head_dim=6, hidden_size=20)
+    weights, _, _ = random_layer(shape)
+    new = exact_attention(weights, shape)
+    assert new.q.shape == (4 * 12, 20) and new.kv_a.shape == (24, 20) and new.slots == [0, 1, 2, 0, 1, 2]
+    # Each head is on the block of its own key head: half of its rows are zero.
+    assert int((new.q.abs().sum(dim=1) == 0).sum()) == 4 * 6
+
+
+def test_shards_and_dtype(make_source, tmp_path, monkeypatch):
+    _, folder = make_source("llama-mha", max_shard_size="100KB")
+    from egmla.conversion import writing
+
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    monkeypatch.setattr(writing.ShardWriter.__init__, "__defaults__", (100_000,))
+    target = tmp_path / "converted"
+    convert_checkpoint(folder, target, exact=True, dtype="bfloat16")
+    shards = sorted(target.glob("model-*.safetensors"))
+    assert len(shards) > 1
+    index = json.loads((target / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == {shard.name for shard in shards}
+    assert {tensor.dtype for shard in shards for tensor in load_file(shard).values()} == {torch.bfloat16}
+    assert AutoModelForCausalLM.from_pretrained(target).dtype == torch.bfloat16
+
+
+def test_dry_run_writes_nothing(make_source, calibration, tmp_path):
+    _, folder = make_source("llama-mha")
+    plan = convert_checkpoint(
+        folder, tmp_path / "t", kv_lora_rank=20, qk_rope_head_dim=6, calibration=calibration, dry_run=True
+    )
+    assert plan["plan"]["target_elements"] == 52 and plan["plan"]["source_elements"] == 240
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_conversions_are_identical(make_source, calibration, tmp_path):
+    _, folder = make_source("llama-gqa-tied")
+    for name in ("a", "b"):
+        convert_checkpoint(folder, tmp_path / name, kv_lora_rank=12, qk_rope_head_dim=6, calibration=calibration)
+    assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"kv_lora_rank": 0, "qk_rope_head_dim": 4}, r"kv_lora_rank=0: must be from 1 to 56"),
+        ({"kv_lora_rank": 57, "qk_rope_head_dim": 4}, r"kv_lora_rank=57: must be from 1 to 56.*use exact"),
+        ({"kv_lora_rank": 8, "qk_rope_head_dim": 5}, r"qk_rope_head_dim=5: must be even and from 0 to 30"),
+        ({"kv_lora_rank": 8, "qk_rope_head_dim": 32}, r"qk_rope_head_dim=32: must be even and from 0 to 30"),
+        ({"kv_lora_rank": [8, 8, 8], "qk_rope_head_dim": 4}, r"3 entries and the source 2 layers"),
+        ({"kv_lora_rank": 8, "exact": True}, r"exact mode keeps everything"),
+        ({"cache": 1.5}, r"cache=1.5: .* above 0 and at most 1"),
+        ({}, r"Say how small the cache shall be"),
+        ({"kv_lora_rank": 8, "qk_rope_head_dim": 4, "calibration": None}, r"needs calibration text"),
+        ({"exact": True, "dtype": "int8"}, r"dtype='int8': must be one of float32"),
+    ],
+)
+def test_bad_arguments(make_source, calibration, tmp_path, arguments, message):
+    _, folder = make_source("llama-gqa-tied")
+    with pytest.raises(ValueError, match=message):
+        convert_checkpoint(folder, tmp_path / "t", **{"calibration": calibration, **arguments})
+    assert not (tmp_path / "t").exists()
+
+
+def test_calibration_text_too_short(make_source, tmp_path):
+    _, folder = make_source("llama-gqa-tied")
+    short = tmp_path / "short.txt"
+    short.write_text("abc " * 100)
+    with pytest.raises(ValueError, match=r"gives 400 calibration tokens; at least 1024 are required"):
+        convert_checkpoint(folder, tmp_path / "t", kv_lora_rank=8, qk_rope_head_dim=4, calibration=short)
+
+
+def test_target_not_empty(make_source, tmp_path):
+    _, folder = make_source("llama-gqa-tied")
+    (tmp_path / "keep.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"exists and is not empty"):
+        convert_checkpoint(folder, tmp_path, exact=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["keep.txt"]
+
+
+def test_missing_shard(make_source, tmp_path):
+    _, folder = make_source("llama-mha", max_shard_size="100KB")
+    lost = sorted(folder.glob("*.safetensors"))[1]
+    lost.unlink()
+    with pytest.raises(ValueError, match=rf"lacks {lost.name}, which model.safetensors.index.json lists"):
+        convert_checkpoint(folder, tmp_path / "t", exact=True)
+
+
+def test_truncated_shard(make_source, tmp_path):
+    _, folder = make_source("llama-mha")
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(ValueError, match=r"model.safetensors is truncated"):
+        convert_checkpoint(folder, tmp_path / "t", exact=True)
+
+
+def change_weights(folder, change):
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("name", ["model.layers.1.self_attn.k_proj.weight", "model.layers.1.mlp.up_proj.weight"])
+def test_nan_weights(make_source, tmp_path, name):
+    _, folder = make_source("llama-mha")
+
+    def poison(tensors):
+        tensors[name][0, 0] = float("nan")
+
+    change_weights(folder, poison)
+    with pytest.raises(ValueError, match=rf"Tensor {name} in .* has 1 values that are NaN"):
+        convert_checkpoint(folder, tmp_path / "t", exact=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_missing_and_unknown_tensors(make_source, tmp_path):
+    _, folder = make_source("llama-mha")
+    change_weights(folder, lambda tensors: tensors.update({"model.layers.0.extra.weight": torch.ones(1)}))
+    with pytest.raises(ValueError, match=r"1 tensors that a llama model does not, first model.layers.0.extra.weight"):
+        convert_checkpoint(folder, tmp_path / "t", exact=True)
+    change_weights(folder, lambda tensors: [tensors.pop(n) for n in list(tensors) if "extra" in n or "up_proj" in n])
+    with pytest.raises(ValueError, match=r"lacks 2 tensors its config asks for, first model.layers.0.mlp.up_proj"):
+        convert_checkpoint(folder, tmp_path / "t", exact=True)
+
+
+def test_unsupported_sources(make_source, tmp_path):
+    _, folder = make_source("mistral-wide-heads")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "sliding_window": 64}))
+    with pytest.raises(ValueError, match=r"sliding window of 64 tokens"):
+        convert_checkpoint(folder, tmp_path / "t", exact=True)
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "gpt_neox"}))
+    with pytest.raises(ValueError, match=r"'gpt_neox' is not supported. Supported: llama, mistral"):
+        convert_checkpoint(folder, tmp_path / "t", exact=True)
+    with pytest.raises(FileNotFoundError, match=r"is no folder"):
+        convert_checkpoint(tmp_path / "nothing", tmp_path / "t", exact=True)
+    with pytest.raises(FileNotFoundError, match=r"nothing.gguf does not exist"):
+        convert_checkpoint(tmp_path / "nothing.gguf", tmp_path / "t", exact=True)
+
+
+def test_full_disk_leaves_nothing(make_source, tmp_path):
+    """A file-size limit in a child process stands for a disk that fills up half way."""
+    _, folder = make_source("llama-mha")
+    script = (
+        "import resource, signal, sys\n"
+        "from egmla.conversion import convert_checkpoint\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000))\n"
+        "convert_checkpoint(sys.argv[1], sys.argv[2], exact=True)\n"
+    )
+    command = [sys.executable, "-c", script, str(folder), str(tmp_path / "t")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "nothing was left there" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_interruption_leaves_nothing_like_a_model(make_source, calibration, tmp_path, how):
+    _, folder = make_source("llama-mha")
+    script = (
+        "import sys, time\n"
+        "from egmla.conversion import convert_checkpoint\n"
+        "def progress(*args):\n"
+        "    print('working', flush=True)\n"
+        "    time.sleep(0.2)\n"
+        "convert_checkpoint(sys.argv[1], sys.argv[2], kv_lora_rank=8, qk_rope_head_dim=4, calibration=sys.argv[3],"
+        " progress=progress)\n"
+    )
+    command = [sys.executable, "-c", script, str(folder), str(tmp_path / "t"), str(calibration)]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=os.environ)
+    assert child.stdout is not None and child.stdout.readline() == "working\n"
+    time.sleep(0.3)
+    child.send_signal(how)
+    assert child.wait(timeout=60) != 0
+    assert not (tmp_path / "t").exists()
+    leftovers = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert not any(path.name in ("config.json", "model.safetensors") for path in leftovers)
+    if how == signal.SIGINT:
+        assert list(tmp_path.iterdir()) == []
+    convert_checkpoint(folder, tmp_path / "t", exact=True)  # what was left does not stand in the way
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "t").config.model_type == "egmla"
