@@ -297,12 +297,15 @@ def test_as_a_process():
     def shell(*arguments: str) -> subprocess.CompletedProcess:
         return subprocess.run([sys.executable, "-m", "egmla", *arguments], capture_output=True, text=True, timeout=120)
 
-    version = shell("--version")
+    version = shell("--version")  # two processes only: each imports torch and Transformers anew
     assert (version.returncode, version.stdout.strip()) == (0, f"egmla {egmla.__version__}")
     wrong = shell("inspect", "./nowhere")
     assert (wrong.returncode, wrong.stdout) == (1, "")
     assert wrong.stderr.startswith("Error: There is no folder ./nowhere")
-    assert shell("no-such-command").returncode == 2
+
+
+def test_unknown_command():
+    assert run("no-such-command").exit_code == 2
 
 
 def test_every_command_explains_itself():
@@ -322,6 +325,7 @@ def test_demo(llama, tmp_path, monkeypatch):
     monkeypatch.setattr(egmla.conversion, "smollm2_source", lambda cache_dir: str(llama))
     monkeypatch.setattr(demo, "CONTEXT", 64)
     monkeypatch.setattr(demo, "WINDOW", 64)
+    monkeypatch.setattr(demo, "CALIBRATION_TOKENS", 4096)
     half = {"kv_lora_rank": 12, "qk_rope_head_dim": 4}
     conversions = {"full": ("full-rank", {"exact": True}), "half": ("half-cache", half)}
     monkeypatch.setattr(demo, "CONVERSIONS", conversions)

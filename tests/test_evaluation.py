@@ -1,5 +1,6 @@
 """Perplexity by hand, caches of known size, timings that hold together, samples that are there."""
 
+import importlib.util
 import math
 
 import pytest
@@ -12,7 +13,7 @@ from egmla.evaluation.accounting import cache_elements_per_layer, cache_nbytes, 
 from egmla.evaluation.comparison import ComparisonRow, compare, measurement_notes
 from egmla.evaluation.decode_speed import DecodeTiming, synthetic_cache, time_decode
 from egmla.evaluation.perplexity import perplexity, token_windows
-from egmla.evaluation.plots import plot_comparison
+from egmla.evaluation.plots import check_matplotlib, plot_comparison
 
 
 SHAPE = {
@@ -175,6 +176,12 @@ def test_plot_wants_rows(tmp_path):
     row = ComparisonRow("m", 1, 1, 1.0, 1.0, 1.0, 1.0, 1.0, 1, 1)
     with pytest.raises(ValueError, match="7 models"):
         plot_comparison([row] * 7, tmp_path / "table.png", "A title")
+
+
+def test_plot_without_matplotlib(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"pip install 'egmla\[plot\]'"):
+        check_matplotlib()
 
 
 def test_samples_are_there():

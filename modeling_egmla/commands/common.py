@@ -109,7 +109,7 @@ def console() -> Console:
 def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
     """Progress on stderr: a function of (stage, done, total) that keeps one bar per stage.
 
-    Without a terminal it prints a line when a stage ends.
+    Without a terminal it prints a line at each quarter of a stage.
     """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
@@ -118,12 +118,15 @@ def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=stderr
     )
     tasks: dict[str, TaskID] = {}
+    quarters: dict[str, int] = {}
 
     def advance(stage: str, done: int, total: int) -> None:
         if stage not in tasks:
             tasks[stage] = bars.add_task(stage, total=total)
         bars.update(tasks[stage], completed=done, total=total)
-        if not stderr.is_terminal and done == total:
+        quarter = 4 * done // total
+        if not stderr.is_terminal and quarter > quarters.get(stage, 0):
+            quarters[stage] = quarter
             stderr.print(f"{stage}: {done}/{total}")
 
     if not stderr.is_terminal:

@@ -34,12 +34,13 @@ def demo(
     from egmla.conversion import smollm2_source
     from egmla.evaluation import sample_text
     from egmla.evaluation.comparison import compare, measurement_notes
-    from egmla.evaluation.plots import plot_comparison
+    from egmla.evaluation.plots import check_matplotlib, plot_comparison
     from egmla.evaluation.streaming import encode_prompt, stream_answer
 
     from .common import console, progress_bars, quiet_transformers
 
     quiet_transformers()
+    check_matplotlib()
     output.mkdir(parents=True, exist_ok=True)
     windows = None if full else WINDOWS
     # Outside of our progress display: a download has bars of its own.

@@ -1,5 +1,6 @@
 """The comparison as a picture. Needs the `plot` extra (matplotlib)."""
 
+import importlib.util
 import os
 from collections.abc import Sequence
 
@@ -8,6 +9,12 @@ from .comparison import ComparisonRow
 
 # Okabe and Ito's palette: told apart by colour-blind readers, and by lightness in grey.
 COLOURS = ("#999999", "#56B4E9", "#D55E00", "#009E73", "#E69F00", "#0072B2")
+
+
+def check_matplotlib() -> None:
+    """Raises `ImportError` saying how to install matplotlib when it is missing; ask before measuring for minutes."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ImportError("Plots need matplotlib, which is not installed; run: pip install 'egmla[plot]'")
 
 
 def plot_comparison(rows: Sequence[ComparisonRow], path: str | os.PathLike, title: str, note: str = "") -> None:
@@ -25,12 +32,10 @@ def plot_comparison(rows: Sequence[ComparisonRow], path: str | os.PathLike, titl
     """
     if not 1 <= len(rows) <= len(COLOURS):
         raise ValueError(f"{len(rows)} models: from 1 to {len(COLOURS)} can be drawn.")
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-        from matplotlib.layout_engine import ConstrainedLayoutEngine
-    except ImportError as error:
-        raise ImportError(f"Plots need matplotlib: pip install 'egmla[plot]' ({error}).") from error
+    check_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     speeds = [row.decode_tokens_per_second for row in rows]
     # A slow step is a low speed, so the tenth percentile of the times is the upper end.
