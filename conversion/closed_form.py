@@ -1,17 +1,18 @@
 """The closed form of a conversion: attention weights and statistics in, EG-MLA attention weights out.
 
-Pure functions on fp64 tensors, one layer at a time. Notation as in the model: `H` heads, `g` key/value heads, `d` head width,
-`D` hidden size, `P` rotary width, `R` latent width; `j(h)` is head `h`'s key/value head.
+Pure functions on fp64 tensors, one layer at a time. Notation as in the model: `H` heads, `g` key/value heads, `d`
+head width, `D` hidden size, `P` rotary width, `R` latent width; `j(h)` is head `h`'s key/value head.
 
-1. **Rotary decoupling.** RoPE turns the pair `(l, l + d/2)` of every key head by the same angle: as a complex number times
-   `e^{i theta_l t}`. Any invertible real mixing `M_l` of the heads' components at one frequency commutes with that, if the
+1. **Rotary decoupling.** RoPE turns the pair `(l, l + d/2)` of every key head by the same angle: as a complex number
+   times `e^{i theta_l t}`. Any invertible real mixing `M_l` of the heads' components at one frequency commutes with
+   that, if the
    queries get `M_l^-T`. The mixing here makes components independent in the energy that the logits would lose without
    rotation, so that the `P / 2` rotary slots go to the components that lose most.
 2. **Mean rotation.** A component without a slot turns no more; its best constant stand-in is the mean rotation
    `rho = E[e^{i theta (t - s)}]` over the positions attended to, put into the query: free at run time.
-3. **Joint low rank.** What is left of the keys and all values become `R` numbers: the leading directions of their second
-   moment on calibration text. Means are folded away: a constant in a key changes no softmax, and one in a value is a constant
-   in the output.
+3. **Joint low rank.** What is left of the keys and all values become `R` numbers: the leading directions of their
+   second moment on calibration text. Means are folded away: a constant in a key changes no softmax, and one in a value
+   is a constant in the output.
 """
 
 from dataclasses import dataclass
@@ -28,8 +29,8 @@ class Recipe:
 
     Attributes:
         rope_metric: `"query"` mixes and picks rotary components by the logit energy lost, `"key"` by key energy alone.
-        mean_rotation: `"head"` gives each head its own stand-in for lost rotation, `"layer"` one for all, `"none"` uses 1.
-        metric: `"input"` measures the low-rank error on keys and values, `"output"` on logits and the attention's output.
+        mean_rotation: stand-in for lost rotation: `"head"` one per head, `"layer"` one for all, `"none"` uses 1.
+        metric: measures the low-rank error on keys and values (`"input"`) or on logits and output (`"output"`).
         weighting: `"attention"` weighs calibration tokens by the attention they receive, `"uniform"` equally.
         centred: fold the means of keys and values away before the low rank.
         balance: weight of the keys' error against the values' (1 is equal energy).
@@ -117,7 +118,7 @@ def low_rank_attention(
         kv_lora_rank (`int`): `R`, at most `2 g d - P`.
         qk_rope_head_dim (`int`): `P`, at most `g d`.
         recipe (`Recipe`): choices.
-        attention_factor (`float`): what the rope type multiplies cosines and sines by; parts without rotation get it here.
+        attention_factor (`float`): what the rope type multiplies cosines and sines by; the rest gets it here.
     """
     H, d, P, R = shape.heads, shape.head_dim, qk_rope_head_dim, kv_lora_rank
     rotation = _mean_rotation(statistics, recipe)
@@ -224,7 +225,7 @@ def _turn(rows: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
 
 
 def _metrics(weights, shape, statistics, rotation, recipe):
-    """Square roots of what an error in the keys (in the values) costs, block-diagonal over key/value heads `[g d, g d]`."""
+    """Square roots of what errors in keys and in values cost, block-diagonal over key/value heads, `[g d, g d]`."""
     g, n, d = shape.kv_heads, shape.group, shape.head_dim
     if recipe.metric == "input":
         identity = torch.eye(g * d, dtype=torch.float64)

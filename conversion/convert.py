@@ -94,8 +94,8 @@ def plan_conversion(
         qk_rope_head_dim = min(shape.head_dim, width, 2 * (rank // 2))
     if qk_rope_head_dim < 0 or qk_rope_head_dim % 2 or qk_rope_head_dim > width:
         raise ValueError(
-            f"qk_rope_head_dim={qk_rope_head_dim}: must be even and from 0 to {width}, the width of all keys of this source "
-            f"({shape.kv_heads} key heads of {shape.head_dim})."
+            f"qk_rope_head_dim={qk_rope_head_dim}: must be even and from 0 to {width}, the width of all keys of this "
+            f"source ({shape.kv_heads} key heads of {shape.head_dim})."
         )
     ranks = kv_lora_rank if isinstance(kv_lora_rank, list) else [kv_lora_rank] * layers
     if len(ranks) != layers:
@@ -107,8 +107,8 @@ def plan_conversion(
         if not 1 <= rank <= largest:
             raise ValueError(
                 f"kv_lora_rank={rank}: must be from 1 to {largest}, what keys and values of this source hold beside "
-                f"qk_rope_head_dim={qk_rope_head_dim} ({shape.kv_heads} key/value heads of {shape.head_dim}: {full} elements). "
-                "For the source's own function use exact."
+                f"qk_rope_head_dim={qk_rope_head_dim} ({shape.kv_heads} key/value heads of {shape.head_dim}: {full} "
+                "elements). For the source's own function use exact."
             )
     return Plan(False, list(ranks), qk_rope_head_dim, full * layers, sum(ranks) + layers * qk_rope_head_dim)
 
@@ -142,7 +142,7 @@ def convert_checkpoint(
         kv_lora_rank (`int` or `list[int]`, *optional*): latent width `R`, one or per layer.
         qk_rope_head_dim (`int`, *optional*): rotary width `P`.
         cache (`float`, *optional*): share of the source's cache to keep, instead of `kv_lora_rank`.
-        calibration (`str` or `Path`, *optional*): a plain text file, required unless `exact`. Never the evaluation text.
+        calibration (`str` or `Path`, *optional*): a plain text, required unless `exact`; never the evaluation text.
         calibration_tokens (`int`): tokens of it to use at most.
         recipe (`Recipe`, *optional*): choices of the closed form.
         dtype (`str`, *optional*): dtype to write, `"float32"`, `"bfloat16"` or `"float16"`; the source's by default.
@@ -276,8 +276,8 @@ def _attention_weights(source: Source, family: Family, shape: AttentionShape, la
         rows = tensors[role].shape[0]
         if rows != width:
             raise ValueError(
-                f"Tensor {names[role]} in {source.label} has {rows} rows and its config asks for {width}; the checkpoint and its "
-                "config.json do not belong together."
+                f"Tensor {names[role]} in {source.label} has {rows} rows and its config asks for {width}; the "
+                "checkpoint and its config.json do not belong together."
             )
         tensors.setdefault(f"{role}_bias", torch.zeros(width, dtype=torch.float64))
     return AttentionWeights(**tensors)
@@ -349,7 +349,7 @@ def _write_companions(folder: Path, config: EGMLAConfig, source: Source, writer:
         raise ValueError(f"The converted tensors are not those of the model's config; first differences: {different}.")
     config.auto_map = dict(egmla.configuration_egmla.AUTO_MAP)
     config.architectures = ["EGMLAForCausalLM"]
-    custom_object_save(model, folder, config=config)
+    custom_object_save(model, folder, config=config)  # type: ignore[arg-type]  # its hint says dict, it takes both
     config.save_pretrained(folder)
     if source.generation_config is not None:
         source.generation_config.save_pretrained(folder)
@@ -366,15 +366,16 @@ def _check_names(source: Source, family: Family) -> None:
     missing = sorted(needed - source.names)
     if missing:
         raise ValueError(
-            f"{source.label} lacks {len(missing)} tensors its config asks for, first {missing[0]}; the checkpoint is incomplete."
+            f"{source.label} lacks {len(missing)} tensors its config asks for, first {missing[0]}; the checkpoint is "
+            "incomplete."
         )
     # A tied head is the embedding under another name, and old checkpoints carry the rotary frequencies.
     known = needed | {"lm_head.weight"}
     unknown = sorted(name for name in source.names - known if not name.endswith("rotary_emb.inv_freq"))
     if unknown:
         raise ValueError(
-            f"{source.label} has {len(unknown)} tensors that a {source.config.model_type} model does not, first {unknown[0]}; "
-            "converting would drop them. Is config.json the right one?"
+            f"{source.label} has {len(unknown)} tensors that a {source.config.model_type} model does not, first "
+            f"{unknown[0]}; converting would drop them. Is config.json the right one?"
         )
 
 
@@ -383,8 +384,8 @@ def _calibration_sequences(
 ) -> tuple[torch.Tensor, dict[str, Any]]:
     if calibration is None:
         raise ValueError(
-            "A smaller cache needs calibration text: pass calibration=FILE (--calibration FILE), a plain text file of at least "
-            f"{MIN_SEQUENCES * SEQUENCE_LENGTH} tokens that is not your evaluation text."
+            "A smaller cache needs calibration text: pass calibration=FILE (--calibration FILE), a plain text file "
+            f"of at least {MIN_SEQUENCES * SEQUENCE_LENGTH} tokens that is not your evaluation text."
         )
     path = Path(calibration)
     if not path.is_file():
@@ -399,8 +400,9 @@ def _calibration_sequences(
     count = min(ids.numel(), tokens) // length
     if count < MIN_SEQUENCES:
         raise ValueError(
-            f"{path.name} gives {min(ids.numel(), tokens)} calibration tokens; at least {MIN_SEQUENCES * length} are required "
-            f"({MIN_SEQUENCES} sequences of {length}), {64 * length} are recommended. Use a longer text or more calibration_tokens."
+            f"{path.name} gives {min(ids.numel(), tokens)} calibration tokens; at least {MIN_SEQUENCES * length} are "
+            f"required ({MIN_SEQUENCES} sequences of {length}), {64 * length} are recommended. Use a longer text or "
+            "more calibration_tokens."
         )
     return ids[: count * length].view(count, length), {
         "file": path.name,

@@ -17,6 +17,27 @@ from transformers import PreTrainedConfig
 from egmla import EGMLAConfig
 
 
+# Configuration fields with the same name and meaning in the source and in EG-MLA.
+KEPT_FIELDS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "hidden_act",
+    "rms_norm_eps",
+    "rope_parameters",
+    "max_position_embeddings",
+    "attention_dropout",
+    "initializer_range",
+    "tie_word_embeddings",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+    "use_cache",
+)
+
+
 @dataclass(frozen=True)
 class AttentionShape:
     """Widths of a source's attention: `H` query heads, `g` key/value heads, `d` head width, `D` hidden size."""
@@ -88,12 +109,7 @@ class Family:
 
     def target_config(self, config: PreTrainedConfig, **attention) -> EGMLAConfig:
         """The EG-MLA configuration that keeps everything but the attention; `attention` are its fields."""
-        kept = (
-            "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads hidden_act rms_norm_eps "
-            "max_position_embeddings initializer_range pad_token_id bos_token_id eos_token_id tie_word_embeddings "
-            "rope_parameters attention_dropout use_cache"
-        ).split()
-        fields = {name: getattr(config, name) for name in kept if hasattr(config, name)}
+        fields = {name: getattr(config, name) for name in KEPT_FIELDS if hasattr(config, name)}
         return EGMLAConfig(**fields, mlp_bias=getattr(config, "mlp_bias", False), **attention)
 
 
@@ -113,14 +129,14 @@ def find_family(config: PreTrainedConfig) -> Family:
     if model_type not in FAMILIES:
         near = difflib.get_close_matches(model_type, FAMILIES, n=1, cutoff=0.0)
         raise ValueError(
-            f"Architecture {model_type!r} is not supported. Supported: {', '.join(FAMILIES)} (nearest by name: {near[0]}). "
-            "A new family is an entry in conversion/families.py."
+            f"Architecture {model_type!r} is not supported. Supported: {', '.join(FAMILIES)} (nearest by name: "
+            f"{near[0]}). A new family is an entry in conversion/families.py."
         )
     if getattr(config, "sliding_window", None):
         raise ValueError(
-            f"This {model_type} checkpoint attends in a sliding window of {config.sliding_window} tokens, which EG-MLA does "
-            "not have. Use a checkpoint without one (Mistral 7B v0.2 and later), or set sliding_window to null in its "
-            "config.json to convert it for contexts no longer than the window."
+            f"This {model_type} checkpoint attends in a sliding window of {config.sliding_window} tokens, which "
+            "EG-MLA does not have. Use a checkpoint without one (Mistral 7B v0.2 and later), or set sliding_window "
+            "to null in its config.json to convert it for contexts no longer than the window."
         )
     if isinstance(getattr(config, "rope_parameters", None), dict) and config.rope_parameters.get(
         "partial_rotary_factor", 1.0

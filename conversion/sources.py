@@ -7,6 +7,7 @@ import tempfile
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -32,7 +33,7 @@ class Source:
 
     label: str
     config: PreTrainedConfig
-    tokenizer: object | None = None
+    tokenizer: Any | None = None
     generation_config: GenerationConfig | None = None
     files: dict[str, Path] = field(default_factory=dict)
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -61,13 +62,13 @@ class Source:
                 ) from error
         else:
             raise ValueError(
-                f"{self.label} has no tensor {name}, which its config ({self.config.model_type}) requires; the checkpoint is "
-                "incomplete or of another architecture than its config says."
+                f"{self.label} has no tensor {name}, which its config ({self.config.model_type}) requires; the "
+                "checkpoint is incomplete or of another architecture than its config says."
             )
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise ValueError(
-                f"Tensor {name} in {where} has {int((~torch.isfinite(tensor)).sum())} values that are NaN or infinite; "
-                "a conversion would spread them everywhere. Use an intact copy of the checkpoint."
+                f"Tensor {name} in {where} has {int((~torch.isfinite(tensor)).sum())} values that are NaN or "
+                "infinite; a conversion would spread them everywhere. Use an intact copy of the checkpoint."
             )
         return tensor
 
@@ -97,8 +98,9 @@ def open_source(source: str | Path) -> Source:
     )
     if getattr(opened.config, "quantization_config", None) is not None:
         raise ValueError(
-            f"{source} has quantised weights ({opened.config.quantization_config.get('quant_method', 'unknown')}); conversion "
-            "needs the original ones. Use the unquantised checkpoint (GGUF files are de-quantised on reading)."
+            f"{source} has quantised weights ({opened.config.quantization_config.get('quant_method', 'unknown')}); "
+            "conversion needs the original ones. Use the unquantised checkpoint (GGUF files are de-quantised on "
+            "reading)."
         )
     return opened
 
@@ -118,7 +120,8 @@ def _download(repository: str) -> Path:
         raise FileNotFoundError(f"{repository} is neither a folder nor a hub id ({error}).") from error
     except Exception as error:
         raise FileNotFoundError(
-            f"{repository} is no local folder, and the hub gave nothing under that name ({type(error).__name__}: {error})."
+            f"{repository} is no local folder, and the hub gave nothing under that name ({type(error).__name__}: "
+            f"{error})."
         ) from error
 
 

@@ -1,7 +1,7 @@
 """Calibration: what a source model's attention does on real text, layer by layer.
 
-Only one layer's weights are in memory at a time; the hidden states of all calibration sequences go from layer to layer.
-Sums are kept in fp64. What is measured follows from what the closed form (`closed_form.py`) minimises.
+Only one layer's weights are in memory at a time; the hidden states of all calibration sequences go from layer to
+layer. Sums are kept in fp64. What is measured follows from what the closed form (`closed_form.py`) minimises.
 """
 
 from collections.abc import Callable, Iterator
@@ -59,7 +59,7 @@ class _Sums:
         self.rotation = torch.zeros(H, shape.frequencies, dtype=torch.complex128)
 
     def add(self, inputs, queries, keys, attention, phases):
-        """Adds one sequence: inputs `[T, D]`, queries `[H, T, d]`, keys `[g, T, d]`, attention `[H, T, T]`, phases `[T, d / 2]`."""
+        """Adds a sequence: inputs `[T, D]`, queries `[H, T, d]`, keys `[g, T, d]`, attention `[H, T, T]`, phases."""
         T = inputs.shape[0]
         self.tokens += T
         flat_keys = keys.transpose(0, 1).reshape(T, -1)

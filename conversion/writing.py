@@ -19,7 +19,8 @@ def check_target(target: Path) -> None:
     """Raises `FileExistsError` when the target is a file, or a folder with something in it."""
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
         raise FileExistsError(
-            f"{target} exists and is not empty; a conversion needs a new or empty folder. Choose another target or remove it."
+            f"{target} exists and is not empty; a conversion needs a new or empty folder. Choose another target or "
+            "remove it."
         )
 
 
@@ -53,7 +54,7 @@ def staged_folder(target: Path) -> Iterator[Path]:
 
 
 class ShardWriter:
-    """Collects tensors and writes them as safetensors shards of at most `max_bytes` (a larger tensor has one of its own).
+    """Collects tensors and writes them as safetensors shards of at most `max_bytes`, or of one larger tensor.
 
     Args:
         folder (`Path`): where to write.
@@ -84,7 +85,7 @@ class ShardWriter:
         """Writes what is left, gives the shards their final names and writes the index when there are several."""
         self._flush()
         count = len(self.shards)
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for number, names in enumerate(self.shards, start=1):
             final = "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
             self._part(number).rename(self.folder / final)

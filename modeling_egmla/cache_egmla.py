@@ -5,6 +5,8 @@ Layout of a layer's buffer: `[B, 1, capacity, R + P]`, latent first, rotary key 
 buffer itself, as key and as value, so nothing is copied or joined on the way.
 """
 
+from typing import Any
+
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.utils import is_torchdynamo_compiling
@@ -29,13 +31,16 @@ class LatentLayer(CacheLayerMixin):
 
     is_sliding = False
     is_croppable = True
+    buffer: Any  # the tensor, `None` before the first update
+    dtype: torch.dtype
+    device: torch.device
 
     def __init__(self, kv_lora_rank: int, qk_rope_head_dim: int, layer_idx: int = 0):
         # `keys` and `values` of the base class are views here, so its constructor (which sets them) is not called.
         self.kv_lora_rank = kv_lora_rank
         self.qk_rope_head_dim = qk_rope_head_dim
         self.layer_idx = layer_idx
-        self.buffer: torch.Tensor | None = None
+        self.buffer = None
         self.is_initialized = False
 
     @property
@@ -49,12 +54,12 @@ class LatentLayer(CacheLayerMixin):
         return self.buffer[:, :, : int(self.get_seq_length())]
 
     @property
-    def keys(self) -> torch.Tensor | None:  # type: ignore[override]
+    def keys(self) -> torch.Tensor | None:
         """Cached latents `[B, 1, S, R]`, a view (DeepSeek's place for them)."""
         return None if self.buffer is None else self.entries[..., : self.kv_lora_rank]
 
     @property
-    def values(self) -> torch.Tensor | None:  # type: ignore[override]
+    def values(self) -> torch.Tensor | None:
         """Cached rotary keys `[B, 1, S, P]`, a view."""
         return None if self.buffer is None else self.entries[..., self.kv_lora_rank :]
 
@@ -67,13 +72,15 @@ class LatentLayer(CacheLayerMixin):
         given = (latent.shape[-1], rope_key.shape[-1])
         if given != (self.kv_lora_rank, self.qk_rope_head_dim):
             raise ValueError(
-                f"Layer {self.layer_idx} gives a latent of {given[0]} and a rotary key of {given[1]} elements per token, but this "
-                f"cache was built for {self.kv_lora_rank} and {self.qk_rope_head_dim}; build it with EGMLACache(model.config)."
+                f"Layer {self.layer_idx} gives a latent of {given[0]} and a rotary key of {given[1]} elements per "
+                f"token, but this cache was built for {self.kv_lora_rank} and {self.qk_rope_head_dim}; build it with "
+                "EGMLACache(model.config)."
             )
         if self.is_initialized and (latent.shape[0], latent.dtype) != (self.batch_size, self.dtype):
             raise ValueError(
-                f"Layer {self.layer_idx} gives {latent.shape[0]} sequences in {latent.dtype}, but this cache holds {self.batch_size} "
-                f"in {self.dtype}; use a new cache, or batch_repeat_interleave, batch_select_indices or reset on this one."
+                f"Layer {self.layer_idx} gives {latent.shape[0]} sequences in {latent.dtype}, but this cache holds "
+                f"{self.batch_size} in {self.dtype}; use a new cache, or batch_repeat_interleave, "
+                "batch_select_indices or reset on this one."
             )
 
     def update(self, key_states, value_states, *args, packed: bool = False, **kwargs):
@@ -115,8 +122,9 @@ class LatentLayer(CacheLayerMixin):
     def _check_crop(self, tokens_to_remove: int) -> int:
         if tokens_to_remove > 0:
             raise ValueError(
-                f"crop({tokens_to_remove}): the argument is the number of tokens to remove, written as 0 or a negative number, "
-                f"as in Transformers 5; use crop({-tokens_to_remove}) to remove {tokens_to_remove} tokens."
+                f"crop({tokens_to_remove}): the argument is the number of tokens to remove, written as 0 or a "
+                f"negative number, as in Transformers 5; use crop({-tokens_to_remove}) to remove {tokens_to_remove} "
+                "tokens."
             )
         return min(-tokens_to_remove, int(self.get_seq_length()))
 
@@ -179,6 +187,7 @@ class FixedLatentLayer(LatentLayer):
     """
 
     is_compileable = True
+    cumulative_length: Any  # a tensor
 
     def __init__(self, kv_lora_rank: int, qk_rope_head_dim: int, layer_idx: int = 0, *, max_cache_len: int):
         super().__init__(kv_lora_rank, qk_rope_head_dim, layer_idx)
@@ -211,8 +220,9 @@ class FixedLatentLayer(LatentLayer):
         end = start + new_tokens
         if end > self.max_cache_len:
             raise ValueError(
-                f"{start} cached and {new_tokens} new tokens exceed this cache's max_cache_len={self.max_cache_len}; the cache is "
-                f"unchanged. Build one with max_cache_len={end} or more, or a growing one, EGMLACache(config)."
+                f"{start} cached and {new_tokens} new tokens exceed this cache's max_cache_len={self.max_cache_len}; "
+                f"the cache is unchanged. Build one with max_cache_len={end} or more, or a growing one, "
+                "EGMLACache(config)."
             )
         self.cumulative_length.add_(new_tokens)
         self.buffer[:, :, start:end, : self.kv_lora_rank] = latent
@@ -228,7 +238,7 @@ class FixedLatentLayer(LatentLayer):
         if self.cumulative_length.is_inference():
             self.cumulative_length = self.cumulative_length.clone()
 
-    def get_seq_length(self) -> int | torch.Tensor:  # type: ignore[override]
+    def get_seq_length(self) -> int | torch.Tensor:
         if not self.is_initialized:
             return 0
         return self.cumulative_length if is_torchdynamo_compiling() else int(self.cumulative_length)
@@ -281,9 +291,7 @@ class EGMLACache(Cache):
             if max_cache_len is None:
                 layers.append(GrowingLatentLayer(rank, config.qk_rope_head_dim, layer_idx))
             else:
-                layers.append(
-                    FixedLatentLayer(rank, config.qk_rope_head_dim, layer_idx, max_cache_len=max_cache_len)
-                )
+                layers.append(FixedLatentLayer(rank, config.qk_rope_head_dim, layer_idx, max_cache_len=max_cache_len))
         super().__init__(layers=layers, offloading=offloading)
 
     def append(self, latent: torch.Tensor, rope_key: torch.Tensor, layer_idx: int) -> torch.Tensor:
@@ -302,8 +310,8 @@ class EGMLACache(Cache):
     def update(self, key_states, value_states, layer_idx: int, *args, **kwargs):
         if layer_idx >= len(self.layers):
             raise ValueError(
-                f"Layer {layer_idx} does not exist in this cache of {len(self.layers)} layers, built for another config; "
-                "build it with EGMLACache(model.config)."
+                f"Layer {layer_idx} does not exist in this cache of {len(self.layers)} layers, built for another "
+                "config; build it with EGMLACache(model.config)."
             )
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
@@ -317,7 +325,9 @@ class EGMLACache(Cache):
     @property
     def nbytes(self) -> int:
         """Bytes in use: `B x S x (R + P)` elements, all layers."""
-        return sum(layer.entries.numel() * layer.buffer.element_size() for layer in self.layers if layer.is_initialized)
+        return sum(
+            layer.entries.numel() * layer.buffer.element_size() for layer in self.layers if layer.is_initialized
+        )
 
     @property
     def allocated_nbytes(self) -> int:

@@ -21,8 +21,8 @@ AUTO_MAP = {
 @strict
 class EGMLAConfig(PreTrainedConfig):
     r"""
-    Configuration of an EG-MLA model (Embedding-Gated Multi-head Latent Attention). Fields that DeepSeek-V3 has keep its
-    names and meaning; the defaults are the paper's kv64 row with the gate fed by the input embedding.
+    Configuration of an EG-MLA model (Embedding-Gated Multi-head Latent Attention). Fields that DeepSeek-V3 has keep
+    its names and meaning; the defaults are the paper's kv64 row with the gate fed by the input embedding.
 
     Args:
         num_attention_heads (`int`, *optional*, defaults to 12):
@@ -44,11 +44,11 @@ class EGMLAConfig(PreTrainedConfig):
         rope_interleave (`bool`, *optional*, defaults to `True`):
             Rotary pairs are neighbours `(0, 1), (2, 3), ...` (DeepSeek) instead of half the width apart (Llama).
         rope_table_dim (`int`, *optional*):
-            Width the rotary frequencies are computed for, `rope_table_dim // 2` frequencies. `None` is `qk_rope_head_dim`.
-            A converted model keeps its source's head width here.
+            Width the rotary frequencies are computed for, `rope_table_dim // 2` frequencies. `None` is
+            `qk_rope_head_dim`. A converted model keeps its source's head width here.
         rope_slots (`list[int]` or `list[list[int]]`, *optional*):
-            Which of the frequencies each of the `qk_rope_head_dim // 2` rotary pairs turns at; one list for all layers or one
-            per layer. `None` takes them in order.
+            Which of the frequencies each of the `qk_rope_head_dim // 2` rotary pairs turns at; one list for all
+            layers or one per layer. `None` takes them in order.
         softmax_scale (`float`, *optional*):
             Factor on the attention scores. `None` is `(N + P) ** -0.5`, times YaRN's `mscale` squared where
             `rope_parameters` has `mscale_all_dim`, as in DeepSeek.
@@ -159,26 +159,32 @@ class EGMLAConfig(PreTrainedConfig):
         for rank in self.layer_kv_lora_ranks:
             if rank < 1:
                 raise ValueError(
-                    f"kv_lora_rank={self.kv_lora_rank}: must be a positive number of elements; use 64 for the paper's kv64 row."
+                    f"kv_lora_rank={self.kv_lora_rank}: must be a positive number of elements; use 64 for the "
+                    "paper's kv64 row."
                 )
         if self.q_lora_rank is not None and self.q_lora_rank < 1:
-            raise ValueError(f"q_lora_rank={self.q_lora_rank}: must be positive, or None for a full-rank query projection.")
+            raise ValueError(
+                f"q_lora_rank={self.q_lora_rank}: must be positive, or None for a full-rank query projection."
+            )
         if self.qk_rope_head_dim < 0 or self.qk_rope_head_dim % 2:
             raise ValueError(
-                f"qk_rope_head_dim={self.qk_rope_head_dim}: rotary dimensions turn in pairs, so it must be even (0 for none); "
-                f"use {max(self.qk_rope_head_dim, 0) // 2 * 2 + 2} or {max(self.qk_rope_head_dim, 0) // 2 * 2}."
+                f"qk_rope_head_dim={self.qk_rope_head_dim}: rotary dimensions turn in pairs, so it must be even (0 "
+                f"for none); use {max(self.qk_rope_head_dim, 0) // 2 * 2 + 2} or "
+                f"{max(self.qk_rope_head_dim, 0) // 2 * 2}."
             )
         if self.qk_nope_head_dim < 0 or self.qk_head_dim < 1:
             raise ValueError(
-                f"qk_nope_head_dim={self.qk_nope_head_dim} and qk_rope_head_dim={self.qk_rope_head_dim}: together they are the "
-                "query/key width of a head and must be at least 1, neither negative."
+                f"qk_nope_head_dim={self.qk_nope_head_dim} and qk_rope_head_dim={self.qk_rope_head_dim}: together "
+                "they are the query/key width of a head and must be at least 1, neither negative."
             )
         if self.kv_gate not in KV_GATES:
-            raise ValueError(f"kv_gate={self.kv_gate!r}: known gates are {', '.join(map(repr, KV_GATES))}; use one of them.")
+            raise ValueError(
+                f"kv_gate={self.kv_gate!r}: known gates are {', '.join(map(repr, KV_GATES))}; use one of them."
+            )
         if self.kv_gate_embedding_dim is not None and (self.kv_gate is None or self.kv_gate_embedding_dim < 1):
             raise ValueError(
-                f"kv_gate_embedding_dim={self.kv_gate_embedding_dim} with kv_gate={self.kv_gate!r}: a gate table needs a "
-                "positive width and kv_gate='latent'; use None to feed the gate with the input embedding."
+                f"kv_gate_embedding_dim={self.kv_gate_embedding_dim} with kv_gate={self.kv_gate!r}: a gate table "
+                "needs a positive width and kv_gate='latent'; use None to feed the gate with the input embedding."
             )
         self._validate_rope_slots()
 
@@ -192,14 +198,16 @@ class EGMLAConfig(PreTrainedConfig):
         if self.rope_slots is None:
             if self.rope_table_dim != self.qk_rope_head_dim:
                 raise ValueError(
-                    f"rope_table_dim={self.rope_table_dim} differs from qk_rope_head_dim={self.qk_rope_head_dim}: rope_slots must "
-                    f"then say which of the {frequencies} frequencies each of the {pairs} rotary pairs turns at."
+                    f"rope_table_dim={self.rope_table_dim} differs from qk_rope_head_dim={self.qk_rope_head_dim}: "
+                    f"rope_slots must then say which of the {frequencies} frequencies each of the {pairs} rotary "
+                    "pairs turns at."
                 )
             return
         per_layer = bool(self.rope_slots) and isinstance(self.rope_slots[0], list)
         if per_layer and len(self.rope_slots) != self.num_hidden_layers:
             raise ValueError(
-                f"rope_slots has {len(self.rope_slots)} lists: give one list for all layers or {self.num_hidden_layers}, one per layer."
+                f"rope_slots has {len(self.rope_slots)} lists: give one list for all layers or "
+                f"{self.num_hidden_layers}, one per layer."
             )
         for slots in self.rope_slots if per_layer else [self.rope_slots]:
             if len(slots) != pairs or any(slot < 0 or slot >= frequencies for slot in slots):

@@ -5,7 +5,8 @@ Shapes, everywhere in this file:
     B batch, T new tokens, S tokens seen so far (the new ones included), D hidden_size, H heads, R kv_lora_rank,
     N / P / V qk_nope_head_dim / qk_rope_head_dim / v_head_dim, E width of the gate's input.
 
-Everything but the gate and the absorbed attention is DeepSeek-V3's, under its names. The gate is `EGMLAAttention.gate`,
+Everything but the gate and the absorbed attention is DeepSeek-V3's, under its names. The gate is
+`EGMLAAttention.gate`,
 the absorption `EGMLAAttention.attend_absorbed` with `latent_attention`, the cache is `cache_egmla.py`.
 """
 
@@ -49,7 +50,7 @@ class EGMLAMLP(LlamaMLP):
 
 
 class EGMLAGateNorm(nn.LayerNorm):
-    """LayerNorm of the gate, starting at weight 0 and bias 1: the gate is then exactly 1 and its weight has a gradient."""
+    """LayerNorm of the gate, starting at weight 0 and bias 1: the gate is exactly 1, its weight has a gradient."""
 
     def reset_parameters(self):
         init.zeros_(self.weight)
@@ -59,8 +60,8 @@ class EGMLAGateNorm(nn.LayerNorm):
 def rotate_pairs(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
     """Turns the rotary pairs of `x` `[..., T, P]` by the angles behind `cos` and `sin` `[B, 1, T, P // 2]`.
 
-    Pairs are neighbours when `interleaved` (DeepSeek), else half the width apart (Llama); the result has first members in
-    its first half either way, which changes no product of a query with a key.
+    Pairs are neighbours when `interleaved` (DeepSeek), else half the width apart (Llama); the result has first
+    members in its first half either way, which changes no product of a query with a key.
     """
     first, second = (x[..., 0::2], x[..., 1::2]) if interleaved else x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
@@ -96,8 +97,8 @@ def absorption_pays(new_tokens: int, kv_lora_rank: int, qk_nope_head_dim: int, v
     return excess <= 0 or new_tokens * excess < kv_lora_rank * (qk_nope_head_dim + v_head_dim)
 
 
-# What the mask functions read of a config, for masks in the form the latent path takes. A constant: torch.compile cannot
-# trace its construction.
+# What the mask functions read of a config, for masks in the form the latent path takes. A constant: torch.compile
+# cannot trace its construction.
 DENSE_MASKS = SimpleNamespace(_attn_implementation="sdpa")
 # Below this many cached tokens per thread, splitting the cache over threads costs more than it saves.
 SPLIT_MIN_TOKENS = 512
@@ -116,7 +117,8 @@ def latent_attention(
     Args:
         query (`torch.Tensor`): absorbed queries `[B, H, T, R + P]`.
         entries (`torch.Tensor`): cache entries `[B, 1, S, R + P]`.
-        attention_mask (`torch.Tensor`, *optional*): `[B or 1, 1, T, S]`, boolean (true is seen) or additive. `None`: all is seen.
+        attention_mask (`torch.Tensor`, *optional*): `[B or 1, 1, T, S]`, boolean (true is seen) or additive. `None`:
+        all is seen.
         scaling (`float`): factor on the scores.
 
     Returns:
@@ -143,7 +145,7 @@ def latent_attention(
 
 
 def _split_count(query: torch.Tensor, entries: torch.Tensor, attention_mask: torch.Tensor | None) -> int:
-    """Pieces to cut the cache into: one per CPU thread left idle by the batch, 1 where the split kernel does not apply."""
+    """Pieces to cut the cache into: one per CPU thread the batch leaves idle, 1 where the kernel does not apply."""
     if is_torchdynamo_compiling() or query.device.type != "cpu" or attention_mask is not None:
         return 1
     if torch.is_grad_enabled() and (query.requires_grad or entries.requires_grad):
@@ -156,10 +158,9 @@ def _split_count(query: torch.Tensor, entries: torch.Tensor, attention_mask: tor
 def _split_attention(query: torch.Tensor, entries: torch.Tensor, scaling: float, parts: int) -> torch.Tensor:
     """Attention over `parts` pieces of the cache at once, merged by their log-sum-exp.
 
-    A fused CPU kernel works on one (sequence, head) at a time, so a single sequence over a single shared head would keep
-    one core busy. The pieces take the place of heads, as a view: nothing is copied.
+    A fused CPU kernel works on one (sequence, head) at a time, so a single sequence over a single shared head would
+    keep one core busy. The pieces take the place of heads, as a view: nothing is copied.
     """
-    B, _, rows, width = query.shape
     size = entries.shape[2] // parts
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     pieces = entries[:, 0, : parts * size].unflatten(1, (parts, size))  # [B, parts, size, R + P]
@@ -220,7 +221,7 @@ class EGMLAAttention(nn.Module):
             self.rope_slots = nn.Buffer(torch.tensor(slots, dtype=torch.long), persistent=False)
 
     def gate(self, gate_input: torch.Tensor) -> torch.Tensor:
-        """The gate `[B, T, R]` of tokens given by their embedding `[B, T, D]`, or by their id `[B, T]` where there is a table.
+        """The gate `[B, T, R]` of tokens, given by embedding `[B, T, D]` or, where there is a table, by id `[B, T]`.
 
         Source: arXiv 2509.16686: a linear map of the token's embedding to the latent's width, normalised.
         """
@@ -258,9 +259,9 @@ class EGMLAAttention(nn.Module):
     def up_projections(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`W_UK` `[H, N, R]` and `W_UV` `[H, V, R]`, read off `kv_b_proj`.
 
-        Anything but a plain Linear with its weight at hand (LoRA, quantised, offloaded or sharded by hooks) is asked for its
-        effect on the identity instead, in the dtype and on the device of the activation `like`, so that absorption never
-        sees raw or stale weights and needs no weight attribute.
+        Anything but a plain Linear with its weight at hand (LoRA, quantised, offloaded or sharded by hooks) is asked
+        for its effect on the identity instead, in the dtype and on the device of the activation `like`, so that
+        absorption never sees raw or stale weights and needs no weight attribute.
         """
         layer = self.kv_b_proj
         if type(layer) is nn.Linear and type(layer.weight) is nn.Parameter and not hasattr(layer, "_hf_hook"):
@@ -302,10 +303,11 @@ class EGMLAAttention(nn.Module):
     def attend_absorbed(self, nope, rope, entries, attention_mask):
         """Attention `[B, T, H, V]` on the cache entries `[B, 1, S, R + P]` as they are, in the latent space.
 
-            score_h(t, s) = scaling * [W_UK,h^T q_nope ; q_rope] . [z_s ; k_rope_s]        out_h = W_UV,h sum_s a_h(t, s) z_s
+            score_h(t, s) = scaling * [W_UK,h^T q_nope ; q_rope] . [z_s ; k_rope_s]
+            out_h(t) = W_UV,h sum_s a_h(t, s) z_s
 
-        Derived: equal to the expanded form by associativity. Heads are the batch of both products, so the weights are read
-        once for all sequences.
+        Derived: equal to the expanded form by associativity. Heads are the batch of both products, so the weights are
+        read once for all sequences.
         """
         B, H, T, _ = nope.shape
         key_up, value_up = self.up_projections(nope)
@@ -335,7 +337,7 @@ class EGMLAAttention(nn.Module):
         absorb: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Output `[B, T, D]` and, with eager attention, the weights `[B, H, T, S]`. `absorb` picks the latent-space path."""
+        """Output `[B, T, D]` and, with eager attention, weights `[B, H, T, S]`. `absorb` picks the latent space."""
         nope, rope = self.project_queries(hidden_states)
         latents, rope_keys = self.project_latents(hidden_states, gate_input)
         if self.qk_rope_head_dim:
@@ -398,7 +400,7 @@ class EGMLAPreTrainedModel(PreTrainedModel):
             init.copy_(module.rope_slots, torch.tensor(self.config.layer_rope_slots(module.layer_idx)))
 
     def resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None, mean_resizing=True):
-        """Resizes the token embeddings and every gate table with them (see `PreTrainedModel.resize_token_embeddings`)."""
+        """Resizes the token embeddings, as in `PreTrainedModel`, and every gate table with them."""
         embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
         size = embeddings.weight.shape[0]
         for module in self.modules():
@@ -410,7 +412,7 @@ class EGMLAPreTrainedModel(PreTrainedModel):
         return embeddings
 
     def save_pretrained(self, save_directory, **kwargs):
-        """Saves weights, configuration and the code that loads them without this package (`PreTrainedModel.save_pretrained`)."""
+        """Saves weights and configuration, as in `PreTrainedModel`, and the code that loads them anywhere."""
         # Transformers would name only the class being saved; serving engines and the heads need the others too.
         self.config.auto_map = dict(AUTO_MAP)
         super().save_pretrained(save_directory, **kwargs)
@@ -432,15 +434,15 @@ class EGMLAModel(EGMLAPreTrainedModel):
             self.rotary_emb = EGMLARotaryEmbedding(config)
             if self.rotary_emb.inv_freq.numel() != config.rope_table_dim // 2:
                 raise ValueError(
-                    f"rope_parameters={config.rope_parameters} give {self.rotary_emb.inv_freq.numel()} frequencies and "
-                    f"rope_table_dim={config.rope_table_dim} asks for {config.rope_table_dim // 2}; leave partial_rotary_factor "
-                    "out, the rotary width of this model is qk_rope_head_dim."
+                    f"rope_parameters={config.rope_parameters} give {self.rotary_emb.inv_freq.numel()} frequencies "
+                    f"and rope_table_dim={config.rope_table_dim} asks for {config.rope_table_dim // 2}; leave "
+                    "partial_rotary_factor out, the rotary width of this model is qk_rope_head_dim."
                 )
         self.gradient_checkpointing = False
         self.post_init()
 
     def _gate_input(self, input_ids, inputs_embeds, kv_gate_input_ids) -> torch.Tensor | None:
-        """What the layers' gates read: embeddings `[B, T, D]`, ids `[B, T]` where they have tables, `None` without a gate."""
+        """What the gates read: embeddings `[B, T, D]`, or ids `[B, T]` for tables; `None` without a gate."""
         if self.config.kv_gate is None:
             return None
         if self.config.kv_gate_embedding_dim is None:
@@ -448,14 +450,14 @@ class EGMLAModel(EGMLAPreTrainedModel):
         ids = input_ids if kv_gate_input_ids is None else kv_gate_input_ids
         if ids is None:
             raise ValueError(
-                f"Only inputs_embeds was given, but this model's gates read a table by token id (kv_gate_embedding_dim="
-                f"{self.config.kv_gate_embedding_dim}). Pass the ids of the same tokens as well: "
-                "model(inputs_embeds=..., kv_gate_input_ids=ids), or pass input_ids alone."
+                "Only inputs_embeds was given, but this model's gates read a table by token id "
+                f"(kv_gate_embedding_dim={self.config.kv_gate_embedding_dim}). Pass the ids of the same tokens as "
+                "well: model(inputs_embeds=..., kv_gate_input_ids=ids), or pass input_ids alone."
             )
         if ids.shape[-1] != inputs_embeds.shape[1]:
             raise ValueError(
-                f"kv_gate_input_ids covers {ids.shape[-1]} tokens and inputs_embeds {inputs_embeds.shape[1]}; both must be "
-                "of the same tokens."
+                f"kv_gate_input_ids covers {ids.shape[-1]} tokens and inputs_embeds {inputs_embeds.shape[1]}; both "
+                "must be of the same tokens."
             )
         return ids
 
@@ -520,7 +522,8 @@ class EGMLAModel(EGMLAPreTrainedModel):
         if self.config.qk_rope_head_dim:
             # The tables repeat each angle for both members of a pair; once is enough. [B, 1, T, rope_table_dim // 2]
             position_embeddings = tuple(
-                table[..., : table.shape[-1] // 2].unsqueeze(1) for table in self.rotary_emb(inputs_embeds, position_ids)
+                table[..., : table.shape[-1] // 2].unsqueeze(1)
+                for table in self.rotary_emb(inputs_embeds, position_ids)
             )
 
         hidden_states = inputs_embeds
@@ -575,8 +578,8 @@ class EGMLAForCausalLM(EGMLAPreTrainedModel, GenerationMixin):
                 Ids of the tokens in `inputs_embeds`, for models whose gates have tables of their own.
 
         Returns:
-            `CausalLMOutputWithPast`: logits `[B, T, vocab_size]` (or of the positions in `logits_to_keep`), the loss when
-            `labels` are given, and the cache.
+            `CausalLMOutputWithPast`: logits `[B, T, vocab_size]` (or of the positions in `logits_to_keep`), the loss
+            when `labels` are given, and the cache.
         """
         outputs: BaseModelOutputWithPast = self.model(
             input_ids=input_ids,
@@ -608,7 +611,9 @@ class EGMLAForCausalLM(EGMLAPreTrainedModel, GenerationMixin):
         cache = model_kwargs.get("past_key_values")
         if given is None and type(cache) in (DynamicCache, StaticCache):
             length = cache.get_max_length() if type(cache) is StaticCache else None
-            model_kwargs["past_key_values"] = EGMLACache(self.config, max_cache_len=length, offloading=cache.offloading)
+            model_kwargs["past_key_values"] = EGMLACache(
+                self.config, max_cache_len=length, offloading=cache.offloading
+            )
 
     # `inputs_embeds` is named because `generate()` looks for it in this signature.
     def prepare_inputs_for_generation(self, input_ids, next_sequence_length=None, inputs_embeds=None, **kwargs):
@@ -628,7 +633,7 @@ class EGMLAForSequenceClassification(GenericForSequenceClassification, EGMLAPreT
     _auto_class = "AutoModelForSequenceClassification"
 
     def __init__(self, config: EGMLAConfig):
-        # Not `super()`: the generic head builds its trunk through AutoModel, which cannot find remote code by its config.
+        # Not `super()`: the generic head builds its trunk through AutoModel, which finds no remote code by its config.
         EGMLAPreTrainedModel.__init__(self, config)
         self.num_labels = config.num_labels
         self.model = EGMLAModel(config)
