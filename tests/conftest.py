@@ -12,6 +12,10 @@ import torch
 from cases import MODEL_CASES
 
 
+# Tiny tensors gain nothing from threads, and lose much of a test run to them where cores are shared.
+torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
 def fixed_seed():
     torch.manual_seed(0)

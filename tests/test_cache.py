@@ -1,5 +1,7 @@
 """The latent cache: its size, counted from storages; every operation of generation; what a decode step allocates."""
 
+import copy
+
 import pytest
 import torch
 from cases import BASE, difference, tiny_model, token_ids
@@ -281,6 +283,16 @@ def test_no_slot_is_read_before_it_is_written(case, poisoned_memory):
         assert difference(model(ids[:, 8:], past_key_values=cache).logits, expected[:, 8:]) <= TOLERANCE
 
 
+@torch.no_grad()
+def test_empty_slots_of_a_fixed_cache_are_zero(poisoned_memory):
+    """Compiled attention reads them too, and a NaN under a mask is still a NaN."""
+    model = tiny_model()
+    cache = EGMLACache(model.config, max_cache_len=20)
+    model(token_ids(2, 5), past_key_values=cache)
+    for layer in cache.layers:
+        assert not layer.buffer[:, :, 5:].any()
+
+
 def test_poisoned_memory_is_poisoned(poisoned_memory):
     assert torch.empty(3).isnan().all() and torch.ones(1).new_empty(2).isnan().all()
 
@@ -295,6 +307,21 @@ def test_reordered_cache_continues_the_right_sequence(case):
         cache.reorder_cache(order)
         expected = model(ids[order], use_cache=False).logits[:, 6:]
         assert difference(model(ids[order, 6:], past_key_values=cache).logits, expected) <= TOLERANCE
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("length", [None, 20])
+def test_a_copied_cache_is_independent(length):
+    """The cache of a common prompt is copied for each continuation."""
+    model, ids = tiny_model(), token_ids(2, 9)
+    expected = model(ids, use_cache=False).logits
+    prompt = EGMLACache(model.config, max_cache_len=length)
+    model(ids[:, :5], past_key_values=prompt)
+    for _ in range(2):
+        given = model(ids[:, 5:], past_key_values=copy.deepcopy(prompt)).logits
+        assert difference(given, expected[:, 5:]) <= TOLERANCE
+        model(ids[:, :4], past_key_values=copy.deepcopy(prompt))
+    assert prompt.get_seq_length() == 5
 
 
 # --- limits and messages ---
@@ -553,6 +580,24 @@ def test_split_attention_is_used_and_changes_nothing(name, monkeypatch):
         logits += [model(ids[:, t : t + 1], past_key_values=cache).logits for t in range(30, 33)]
         assert difference(torch.cat(logits, dim=1), expected) <= TOLERANCE
         assert set(calls) == expected_parts and len(calls) == (6 if expected_parts else 0)  # 3 steps of 2 layers
+
+
+@torch.no_grad()
+def test_split_attention_on_two_threads():
+    """As above with nothing replaced: two threads and a cache long enough for both."""
+    model, ids = tiny_model(num_hidden_layers=1), token_ids(1, 1101)
+    expected = model(ids, use_cache=False, logits_to_keep=1).logits
+    cache = EGMLACache(model.config)
+    model(ids[:, :1100], past_key_values=cache, logits_to_keep=1)
+    torch.set_num_threads(2)
+    try:
+        with Spy(model, cache) as spy:
+            logits = model(ids[:, 1100:], past_key_values=cache).logits
+    finally:
+        torch.set_num_threads(1)
+    assert difference(logits, expected) <= TOLERANCE
+    assert spy.count(FLASH) == 2  # the two halves at once, and the odd tokens left over
+    assert spy.largest[0] < 1101 * 32, spy.largest
 
 
 def test_split_attention_stays_out_of_training(monkeypatch):
