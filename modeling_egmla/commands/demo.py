@@ -10,7 +10,7 @@ import typer
 QUESTION = "What is the capital of France, and what is it known for?"
 CONTEXT = 8192
 WINDOW = 1024
-WINDOWS = 8
+WINDOWS = 6
 CALIBRATION_TOKENS = 32768
 # The models of the table: what `convert_checkpoint` is asked for. Half of SmolLM2's 384 elements a layer is 128 + 64.
 CONVERSIONS: dict[str, tuple[str, dict[str, Any]]] = {
