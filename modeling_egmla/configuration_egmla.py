@@ -65,7 +65,8 @@ class EGMLAConfig(PreTrainedConfig):
             Bias on the three MLP projections.
 
     Raises:
-        ValueError: for shapes that cannot work; the message says what was given, what is required and what to do.
+        huggingface_hub.errors.StrictDataclassClassValidationError: for shapes that cannot work; the message says what
+            was given, what is required and what to do.
 
     Example:
 

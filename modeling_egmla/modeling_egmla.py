@@ -38,7 +38,10 @@ from .configuration_egmla import AUTO_MAP, EGMLAConfig
 
 
 class EGMLARMSNorm(LlamaRMSNorm):
-    pass
+    """`LlamaRMSNorm` as one operation: seven small ones a layer and norm add up in a decode step."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return nn.functional.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
 
 
 class EGMLARotaryEmbedding(LlamaRotaryEmbedding):
@@ -161,14 +164,18 @@ def _split_attention(query: torch.Tensor, entries: torch.Tensor, scaling: float,
     A fused CPU kernel works on one (sequence, head) at a time, so a single sequence over a single shared head would
     keep one core busy. The pieces take the place of heads, as a view: nothing is copied.
     """
-    size = entries.shape[2] // parts
+    B, _, S, width = entries.shape
+    step = S // parts
+    size = S - step * (parts - 1)  # pieces overlap by what the division leaves, so that all are of one size
+    batch_stride, _, token_stride, _ = entries.stride()
+    strides = (batch_stride, step * token_stride, token_stride, 1)
+    pieces = entries.as_strided((B, parts, size, width), strides)  # [B, parts, size, R + P]
+    mask = None
+    if size > step:
+        mask = query.new_zeros((1, parts, 1, size))
+        mask[:, :-1, :, step:] = -torch.inf
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    pieces = entries[:, 0, : parts * size].unflatten(1, (parts, size))  # [B, parts, size, R + P]
-    outputs, lse = kernel(query.expand(-1, parts, -1, -1), pieces, pieces, scale=scaling)
-    if parts * size < entries.shape[2]:
-        rest = entries[:, :, parts * size :]
-        rest_output, rest_lse = kernel(query, rest, rest, scale=scaling)
-        outputs, lse = torch.cat((outputs, rest_output), dim=1), torch.cat((lse, rest_lse), dim=1)
+    outputs, lse = kernel(query.expand(-1, parts, -1, -1), pieces, pieces, attn_mask=mask, scale=scaling)
     shares = torch.softmax(lse, dim=1).to(outputs.dtype)  # [B, parts, rows]
     return (outputs * shares.unsqueeze(-1)).sum(dim=1, keepdim=True)
 
@@ -192,6 +199,11 @@ class EGMLAAttention(nn.Module):
         self.qk_rope_head_dim = config.qk_rope_head_dim
         self.qk_head_dim = config.qk_head_dim
         self.v_head_dim = config.v_head_dim
+        # Kept here because reading a field of a config takes as long as a small operation of a decode step.
+        self.kv_latent_norm = config.kv_latent_norm
+        self.kv_gate = config.kv_gate
+        self.kv_gate_embedding_dim = config.kv_gate_embedding_dim
+        self.rope_interleave = config.rope_interleave
         self.attention_dropout = config.attention_dropout
         self.is_causal = True
         self.scaling = config.softmax_scale
@@ -217,15 +229,14 @@ class EGMLAAttention(nn.Module):
             self.kv_gate_proj = nn.Linear(config.kv_gate_embedding_dim or D, R, bias=False)
             self.kv_gate_norm = EGMLAGateNorm(R, eps=config.rms_norm_eps)
         slots = config.layer_rope_slots(layer_idx)
-        if slots is not None:
-            self.rope_slots = nn.Buffer(torch.tensor(slots, dtype=torch.long), persistent=False)
+        self.rope_slots = None if slots is None else nn.Buffer(torch.tensor(slots, dtype=torch.long), persistent=False)
 
     def gate(self, gate_input: torch.Tensor) -> torch.Tensor:
         """The gate `[B, T, R]` of tokens, given by embedding `[B, T, D]` or, where there is a table, by id `[B, T]`.
 
         Source: arXiv 2509.16686: a linear map of the token's embedding to the latent's width, normalised.
         """
-        if self.config.kv_gate_embedding_dim is not None:
+        if self.kv_gate_embedding_dim is not None:
             gate_input = self.kv_gate_embedding(gate_input)
         return self.kv_gate_norm(self.kv_gate_proj(gate_input))
 
@@ -242,9 +253,9 @@ class EGMLAAttention(nn.Module):
         """Gated latents `[B, 1, T, R]` and rotary keys, not yet turned, `[B, 1, T, P]`."""
         compressed = self.kv_a_proj_with_mqa(hidden_states)
         latents, rope_keys = compressed.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
-        if self.config.kv_latent_norm:
+        if self.kv_latent_norm:
             latents = self.kv_a_layernorm(latents)
-        if self.config.kv_gate is not None:
+        if self.kv_gate is not None:
             latents = latents * self.gate(gate_input)
         # One head, four dimensions: every cache of Transformers then handles them.
         return latents.unsqueeze(1), rope_keys.unsqueeze(1)
@@ -252,9 +263,9 @@ class EGMLAAttention(nn.Module):
     def rotate(self, x: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         """Rotary part `x` `[B, H or 1, T, P]` turned to its positions, each pair at its slot's frequency."""
         cos, sin = position_embeddings
-        if self.config.rope_slots is not None:
+        if self.rope_slots is not None:
             cos, sin = cos[..., self.rope_slots], sin[..., self.rope_slots]
-        return rotate_pairs(x, cos, sin, self.config.rope_interleave)
+        return rotate_pairs(x, cos, sin, self.rope_interleave)
 
     def up_projections(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`W_UK` `[H, N, R]` and `W_UV` `[H, V, R]`, read off `kv_b_proj`.
@@ -341,7 +352,9 @@ class EGMLAAttention(nn.Module):
         nope, rope = self.project_queries(hidden_states)
         latents, rope_keys = self.project_latents(hidden_states, gate_input)
         if self.qk_rope_head_dim:
-            rope, rope_keys = self.rotate(rope, position_embeddings), self.rotate(rope_keys, position_embeddings)
+            # Turned together, as one more head: half the operations.
+            turned = self.rotate(torch.cat((rope, rope_keys), dim=1), position_embeddings)
+            rope, rope_keys = turned[:, :-1], turned[:, -1:]
 
         entries = None
         if past_key_values is not None:
@@ -396,7 +409,7 @@ class EGMLAPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, EGMLAGateNorm):
             module.reset_parameters()
-        elif isinstance(module, EGMLAAttention) and hasattr(module, "rope_slots"):
+        elif isinstance(module, EGMLAAttention) and module.rope_slots is not None:
             init.copy_(module.rope_slots, torch.tensor(self.config.layer_rope_slots(module.layer_idx)))
 
     def resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None, mean_resizing=True):
@@ -432,7 +445,8 @@ class EGMLAModel(EGMLAPreTrainedModel):
         self.norm = EGMLARMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         if config.qk_rope_head_dim:
             self.rotary_emb = EGMLARotaryEmbedding(config)
-            if self.rotary_emb.inv_freq.numel() != config.rope_table_dim // 2:
+            partial = config.rope_parameters.get("partial_rotary_factor") not in (None, 1.0)
+            if partial or self.rotary_emb.inv_freq.numel() != config.rope_table_dim // 2:
                 raise ValueError(
                     f"rope_parameters={config.rope_parameters} give {self.rotary_emb.inv_freq.numel()} frequencies "
                     f"and rope_table_dim={config.rope_table_dim} asks for {config.rope_table_dim // 2}; leave "

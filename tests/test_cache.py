@@ -596,7 +596,7 @@ def test_split_attention_on_two_threads():
     finally:
         torch.set_num_threads(1)
     assert difference(logits, expected) <= TOLERANCE
-    assert spy.count(FLASH) == 2  # the two halves at once, and the odd tokens left over
+    assert spy.count(FLASH) == 1  # both halves at once, an odd token in both and masked in one
     assert spy.largest[0] < 1101 * 32, spy.largest
 
 

@@ -1,0 +1,45 @@
+"""Perplexity of a converted model against its source, on the same windows of a text.
+
+    python tests/benchmarks/perplexity_ratio.py SOURCE CONVERTED --text wiki.test.raw --windows 9 --window 2048
+
+The last line of the output is one JSON object.
+"""
+
+import argparse
+import json
+import sys
+
+import torch
+from transformers import AutoModelForCausalLM
+
+import egmla  # noqa: F401  registers the architecture
+from egmla.conversion import load_source
+from egmla.evaluation.perplexity import perplexity, token_windows
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("source")
+    parser.add_argument("converted", nargs="+")
+    parser.add_argument("--text", required=True)
+    parser.add_argument("--window", type=int, default=2048)
+    parser.add_argument("--windows", type=int, default=9)
+    options = parser.parse_args()
+    model, tokenizer = load_source(options.source)
+    with open(options.text, encoding="utf-8") as file:
+        windows = token_windows(tokenizer, file.read(), options.window, options.windows)
+    result = {"window": options.window, "windows": len(windows), "source": perplexity(model, windows)}
+    print(f"source     {result['source']:.3f}", flush=True)
+    for path in options.converted:
+        converted = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+        elements = converted.config.cache_elements_per_token / converted.config.num_hidden_layers
+        value = perplexity(converted, windows)
+        result[path.rstrip("/").rsplit("/", 1)[-1]] = {"perplexity": value, "elements_per_token_and_layer": elements}
+        ratio = value / result["source"]
+        print(f"converted  {value:.3f}  {ratio:.3f} times  {elements:.0f} elements per token and layer")
+    print(json.dumps(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
