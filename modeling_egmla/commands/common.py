@@ -145,7 +145,7 @@ def quiet_transformers() -> None:
     logging.disable_progress_bar()
     hub_logging.set_verbosity_error()
     # The one bar without a switch; it would break up ours.
-    gguf_loading.tqdm = functools.partial(gguf_loading.tqdm, disable=True)  # type: ignore[misc,assignment]
+    gguf_loading.tqdm = functools.partial(gguf_loading.tqdm, disable=True)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 

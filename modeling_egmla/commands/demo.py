@@ -95,15 +95,15 @@ def _obtain_models(source: str, output: Path, calibration_tokens: int | None, pr
     for name, (folder, settings) in CONVERSIONS.items():
         target = output / folder
         if not (target / "config.json").is_file():
-            convert_checkpoint(
-                source,
-                target,
-                **settings,
-                calibration=None if settings.get("exact") else sample_path("calibration"),
-                dtype="float32",
-                progress=lambda stage, done, total, name=name: progress(f"{name}: {stage}", done, total),
-                **({"calibration_tokens": calibration_tokens} if calibration_tokens else {}),
-            )
+            if not settings.get("exact"):
+                settings = {**settings, "calibration": sample_path("calibration")}
+                if calibration_tokens is not None:
+                    settings["calibration_tokens"] = calibration_tokens
+
+            def advance(stage: str, done: int, total: int, name: str = name) -> None:
+                progress(f"{name}: {stage}", done, total)
+
+            convert_checkpoint(source, target, **settings, dtype="float32", progress=advance)
         models[name] = load_model(target, "float32")[0]
     return models, tokenizer
 
