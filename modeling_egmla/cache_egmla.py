@@ -212,8 +212,7 @@ class FixedLatentLayer(LatentLayer):
         if is_torchdynamo_compiling():
             positions = torch.arange(new_tokens, device=self.device) + self.cumulative_length
             self.cumulative_length.add_(new_tokens)
-            self.buffer[..., : self.kv_lora_rank].index_copy_(2, positions, latent)
-            self.buffer[..., self.kv_lora_rank :].index_copy_(2, positions, rope_key)
+            self.buffer.index_copy_(2, positions, torch.cat((latent, rope_key), dim=-1))
             return self.buffer
         self._thaw()
         start = int(self.cumulative_length)

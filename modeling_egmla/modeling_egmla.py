@@ -137,9 +137,9 @@ def latent_attention(
     packed = query.reshape(B, 1, H * T, width)
     if attention_mask is not None and T > 1:
         attention_mask = attention_mask.expand(-1, H, -1, -1).reshape(-1, 1, H * T, attention_mask.shape[-1])
-    parts = _split_count(packed, entries, attention_mask)
+    parts = _split_count(packed, entries)
     if parts > 1:
-        output = _split_attention(packed, entries, scaling, parts)
+        output = _split_attention(packed, entries, attention_mask, scaling, parts)
     else:
         output = nn.functional.scaled_dot_product_attention(
             packed, entries, entries, attn_mask=attention_mask, scale=scaling, is_causal=False
@@ -147,33 +147,44 @@ def latent_attention(
     return output.view(B, H, T, width)
 
 
-def _split_count(query: torch.Tensor, entries: torch.Tensor, attention_mask: torch.Tensor | None) -> int:
+@torch.compiler.assume_constant_result
+def _cpu_threads() -> int:
+    return torch.get_num_threads()
+
+
+def _split_count(query: torch.Tensor, entries: torch.Tensor) -> int:
     """Pieces to cut the cache into: one per CPU thread the batch leaves idle, 1 where the kernel does not apply."""
-    if is_torchdynamo_compiling() or query.device.type != "cpu" or attention_mask is not None:
+    if query.device.type != "cpu":
         return 1
     if torch.is_grad_enabled() and (query.requires_grad or entries.requires_grad):
         return 1
     if query.shape[2] < 2:  # a single row makes the kernel's log-sum-exp shape ambiguous, and there is nothing to gain
         return 1
-    return max(1, min(torch.get_num_threads() // query.shape[0], entries.shape[2] // SPLIT_MIN_TOKENS))
+    return max(1, min(_cpu_threads() // query.shape[0], entries.shape[2] // SPLIT_MIN_TOKENS))
 
 
-def _split_attention(query: torch.Tensor, entries: torch.Tensor, scaling: float, parts: int) -> torch.Tensor:
+def _split_attention(
+    query: torch.Tensor, entries: torch.Tensor, attention_mask: torch.Tensor | None, scaling: float, parts: int
+) -> torch.Tensor:
     """Attention over `parts` pieces of the cache at once, merged by their log-sum-exp.
 
     A fused CPU kernel works on one (sequence, head) at a time, so a single sequence over a single shared head would
     keep one core busy. The pieces take the place of heads, as a view: nothing is copied.
     """
-    B, _, S, width = entries.shape
-    step = S // parts
-    size = S - step * (parts - 1)  # pieces overlap by what the division leaves, so that all are of one size
-    batch_stride, _, token_stride, _ = entries.stride()
-    strides = (batch_stride, step * token_stride, token_stride, 1)
-    pieces = entries.as_strided((B, parts, size, width), strides)  # [B, parts, size, R + P]
+    step = entries.shape[2] // parts
+    size = entries.shape[2] - step * (parts - 1)  # pieces overlap by what the division leaves, so all are of one size
+    pieces = entries[:, 0].unfold(1, size, step).transpose(2, 3)  # [B, parts, size, R + P], a view
     mask = None
+    if attention_mask is not None:
+        if attention_mask.dtype == torch.bool:
+            # Not infinite: the kernel gives a piece without any token the weight of one with score 0.
+            hidden = torch.finfo(query.dtype).min
+            attention_mask = torch.zeros_like(attention_mask, dtype=query.dtype).masked_fill(~attention_mask, hidden)
+        mask = attention_mask[:, 0].unfold(2, size, step).transpose(1, 2)  # [B or 1, parts, rows or 1, size]
     if size > step:
-        mask = query.new_zeros((1, parts, 1, size))
-        mask[:, :-1, :, step:] = -torch.inf
+        doubled = query.new_zeros((1, parts, 1, size))
+        doubled[:, :-1, :, step:] = -torch.inf
+        mask = doubled if mask is None else mask + doubled
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     outputs, lse = kernel(query.expand(-1, parts, -1, -1), pieces, pieces, attn_mask=mask, scale=scaling)
     shares = torch.softmax(lse, dim=1).to(outputs.dtype)  # [B, parts, rows]

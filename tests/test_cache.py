@@ -551,7 +551,7 @@ def test_split_attention_equals_unsplit(batch, parts, length, dtype):
     buffer = torch.randn(batch, 1, length + 13, 24).to(dtype)
     entries, query = buffer[:, :, :length], (3 * torch.randn(batch, 1, 5, 24)).to(dtype)
     expected = plain_attention(query, entries, 0.3)
-    split = modeling._split_attention(query, entries, 0.3, parts)
+    split = modeling._split_attention(query, entries, None, 0.3, parts)
     assert split.shape == query.shape and split.dtype == dtype
     assert difference(split, expected) <= (TOLERANCE if dtype == torch.float32 else BF16_TOLERANCE)
 
@@ -562,9 +562,9 @@ def test_split_attention_is_used_and_changes_nothing(name, monkeypatch):
     """A model's decode with more threads than sequences: the split path runs, and gives the uncached logits."""
     calls = []
 
-    def spied(query, entries, scaling, parts):
+    def spied(query, entries, attention_mask, scaling, parts):
         calls.append(parts)
-        return split(query, entries, scaling, parts)
+        return split(query, entries, attention_mask, scaling, parts)
 
     split = modeling._split_attention
     monkeypatch.setattr(modeling, "_split_attention", spied)
@@ -600,16 +600,32 @@ def test_split_attention_on_two_threads():
     assert spy.largest[0] < 1101 * 32, spy.largest
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("additive", [False, True])
+@pytest.mark.parametrize("length", [40, 47])
+@pytest.mark.parametrize("hidden", [slice(0, 3), slice(0, 25), slice(18, 47)])
+def test_split_attention_heeds_masks(hidden, length, additive, dtype):
+    """Left padding, and the empty end of a fixed cache: pieces hidden in part or as a whole have no weight."""
+    query, entries = torch.randn(2, 1, 5, 24).to(dtype), torch.randn(2, 1, length, 24).to(dtype)
+    seen = torch.ones(2, 1, 1, length, dtype=torch.bool)
+    seen[1, :, :, hidden] = False
+    weights = (query.double() @ entries.double().transpose(2, 3) * 0.3).masked_fill(~seen, -torch.inf).softmax(-1)
+    mask = torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min) if additive else seen
+    split = modeling._split_attention(query, entries, mask, 0.3, 4)
+    expected = weights @ entries.double()
+    assert difference(split, expected) <= (TOLERANCE if dtype == torch.float32 else BF16_TOLERANCE)
+
+
 def test_split_attention_stays_out_of_training(monkeypatch):
     """The split kernel is called below autograd, so it must not run where gradients are wanted."""
     monkeypatch.setattr(modeling, "SPLIT_MIN_TOKENS", 8)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     query, entries = torch.randn(1, 1, 5, 24), torch.randn(1, 1, 50, 24)
-    assert modeling._split_count(query, entries, None) == 4
-    assert modeling._split_count(query, entries, torch.ones(1, 1, 5, 50, dtype=torch.bool)) == 1
-    assert modeling._split_count(query.requires_grad_(), entries, None) == 1
+    assert modeling._split_count(query, entries) == 4
+    assert modeling._split_count(query.requires_grad_(), entries) == 1
     with torch.no_grad():
-        assert modeling._split_count(query, entries, None) == 4
+        assert modeling._split_count(query, entries) == 4
 
 
 # --- stock caches hold the same ---

@@ -6,12 +6,14 @@ entries of the size real ones have. Turns (A, B, C, A, B, C, ...) let a machine'
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
+
+from egmla import EGMLACache
 
 from .accounting import cache_nbytes
 
@@ -60,8 +62,12 @@ class DecodeTiming:
 
 
 @torch.no_grad()
-def synthetic_cache(model: PreTrainedModel, context: int, batch_size: int = 1, seed: int = 0) -> Cache:
+def synthetic_cache(
+    model: PreTrainedModel, context: int, batch_size: int = 1, seed: int = 0, max_cache_len: int | None = None
+) -> Cache:
     """A cache of the model's own default kind holding `context` tokens of random entries.
+
+    With `max_cache_len` it is a fixed-size one, which EG-MLA models have.
 
     The model reads one token, which shows each layer's shape, dtype and scale; normal noise of that scale follows.
 
@@ -71,7 +77,10 @@ def synthetic_cache(model: PreTrainedModel, context: int, batch_size: int = 1, s
     if context < 1 or batch_size < 1:
         raise ValueError(f"context={context} and batch_size={batch_size}: both must be at least 1.")
     ids = torch.zeros((batch_size, 1), dtype=torch.long, device=model.device)
-    cache = model(ids, use_cache=True).past_key_values
+    # Uncompiled: this is another graph than the step to be timed.
+    model = getattr(model, "_orig_mod", model)
+    fixed = None if max_cache_len is None else EGMLACache(model.config, max_cache_len=max_cache_len)
+    cache = model(ids, use_cache=True, past_key_values=fixed).past_key_values
     if context == 1:
         return cache
     generator = torch.Generator(model.device).manual_seed(seed)
@@ -102,6 +111,7 @@ def time_decode(
     rounds: int = 4,
     warmup: int = 2,
     batch_size: int = 1,
+    fixed_size: Collection[str] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, DecodeTiming]:
     """Times single-token decode steps of several models at one context, in turns.
@@ -113,6 +123,7 @@ def time_decode(
         rounds (`int`): turns of each contestant.
         warmup (`int`): steps before the timed ones of each turn (other contestants have used the processor's caches).
         batch_size (`int`): sequences decoded at once.
+        fixed_size (`Collection[str]`): EG-MLA contestants that get a fixed-size cache, as compiled ones need it.
         progress (*optional*): called with (turns done, turns in all).
 
     Returns:
@@ -123,7 +134,11 @@ def time_decode(
     """
     if steps < 1 or rounds < 1 or warmup < 0:
         raise ValueError(f"steps={steps}, rounds={rounds}, warmup={warmup}: at least 1, 1 and 0 are required.")
-    caches = {name: synthetic_cache(model, context, batch_size) for name, model in models.items()}
+    room = context + warmup + steps
+    caches = {
+        name: synthetic_cache(model, context, batch_size, max_cache_len=room if name in fixed_size else None)
+        for name, model in models.items()
+    }
     timings = {}
     for name, cache in caches.items():
         used, allocated = cache_nbytes(cache)

@@ -22,7 +22,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from egmla import EGMLAForCausalLM
+from egmla import EGMLACache, EGMLAForCausalLM
 from egmla.configuration import load_preset
 from egmla.conversion.families import KEPT_FIELDS
 from egmla.evaluation.decode_speed import time_decode
@@ -30,6 +30,7 @@ from egmla.evaluation.decode_speed import time_decode
 
 # fp32 logits of size 1: sums in another order.
 PARITY_TOLERANCE = 1e-4
+COMPILED = "EG-MLA compiled"
 
 
 def build_contestants(preset: str) -> dict[str, PreTrainedModel]:
@@ -55,20 +56,33 @@ def build_contestants(preset: str) -> dict[str, PreTrainedModel]:
     weights = {name: tensor for name, tensor in egmla.state_dict().items() if "kv_gate_" not in name}
     deepseek.load_state_dict(weights)
     llama = LlamaForCausalLM(LlamaConfig(**shared, num_key_value_heads=config.num_attention_heads)).eval()
-    return {"EG-MLA": egmla, "DeepseekV3": deepseek, "Llama MHA": llama}
+    return {"EG-MLA": egmla, COMPILED: compile_for_decoding(egmla), "DeepseekV3": deepseek, "Llama MHA": llama}
+
+
+def compile_for_decoding(model: PreTrainedModel) -> PreTrainedModel:
+    """The model compiled as one graph when first called, weights laid out for the processor (`freezing`)."""
+    torch._dynamo.reset()
+    return torch.compile(model, fullgraph=True, options={"freezing": True})
 
 
 @torch.no_grad()
 def parity(models: dict[str, PreTrainedModel]) -> float:
-    """Largest logit difference of EG-MLA and DeepSeek-V3 over a prompt and a decode step."""
+    """Largest logit difference of EG-MLA, also compiled with a fixed cache, and DeepSeek-V3 over prompt and step."""
     ids = torch.randint(models["EG-MLA"].config.vocab_size, (1, 65), generator=torch.Generator().manual_seed(0))
     difference = 0.0
     outputs = {}
-    for name in ("EG-MLA", "DeepseekV3"):
-        first = models[name](ids[:, :64], use_cache=True)
-        outputs[name] = (first.logits, models[name](ids[:, 64:], past_key_values=first.past_key_values).logits)
-    for ours, theirs in zip(outputs["EG-MLA"], outputs["DeepseekV3"], strict=True):
-        difference = max(difference, float((ours - theirs).abs().max()))
+    for name, model in models.items():
+        if name == COMPILED:
+            cache = EGMLACache(model.config, max_cache_len=72)
+            first = models["EG-MLA"](ids[:, :64], past_key_values=cache)
+        elif name != "Llama MHA":
+            first = model(ids[:, :64], use_cache=True)
+        else:
+            continue
+        outputs[name] = (first.logits, model(ids[:, 64:], past_key_values=first.past_key_values).logits)
+    for name in ("EG-MLA", COMPILED):
+        for ours, theirs in zip(outputs[name], outputs["DeepseekV3"], strict=True):
+            difference = max(difference, float((ours - theirs).abs().max()))
     return difference
 
 
@@ -90,14 +104,23 @@ def main() -> int:
     if difference > PARITY_TOLERANCE:
         print(f"above {PARITY_TOLERANCE}: nothing is timed", file=sys.stderr)
         return 1
-    print("dtype     batch  contestant     ms/step       p10       p90 cache MiB  times")
+    print("dtype     batch  contestant       ms/step       p10       p90 cache MiB  times  x compiled")
     rows = []
     for dtype in options.dtype:
-        for model in models.values():
-            model.to(getattr(torch, dtype))
+        for name, model in models.items():
+            if name != COMPILED:
+                model.to(getattr(torch, dtype))
+        # Frozen weights are those of the moment of compilation.
+        models[COMPILED] = compile_for_decoding(models["EG-MLA"])
         for batch in options.batch:
             timings = time_decode(
-                models, options.context, steps=options.steps, rounds=options.rounds, warmup=1, batch_size=batch
+                models,
+                options.context,
+                steps=options.steps,
+                rounds=options.rounds,
+                warmup=1,
+                batch_size=batch,
+                fixed_size=[COMPILED],
             )
             ours = timings["EG-MLA"].median
             for name, timing in timings.items():
@@ -110,11 +133,13 @@ def main() -> int:
                     "ms_p90": timing.p90 * 1e3,
                     "cache_used_bytes": timing.cache_used_bytes,
                     "times_slower": timing.median / ours,
+                    "times_slower_than_compiled": timing.median / timings[COMPILED].median,
                 }
                 rows.append(row)
                 figures = (row["ms_median"], row["ms_p10"], row["ms_p90"], row["cache_used_bytes"] / 2**20)
                 columns = " ".join(f"{figure:9.1f}" for figure in figures)
-                print(f"{dtype:9} {batch:5}  {name:12} {columns} {row['times_slower']:6.2f}", flush=True)
+                ratios = f"{row['times_slower']:6.2f} {row['times_slower_than_compiled']:10.2f}"
+                print(f"{dtype:9} {batch:5}  {name:15} {columns} {ratios}", flush=True)
     environment = {
         "processor": platform.processor() or platform.machine(),
         "threads": options.threads,
