@@ -25,7 +25,7 @@ from .statistics import LayerStatistics
 
 @dataclass(frozen=True)
 class Recipe:
-    """Choices of the closed form; the defaults are the best found (conversion/README.md has the ablations).
+    """Choices of the closed form; the defaults are the best of those in conversion/README.md.
 
     Attributes:
         rope_metric: `"query"` mixes and picks rotary components by the logit energy lost, `"key"` by key energy alone.

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,6 +29,8 @@ from .writing import ShardWriter, check_target, staged_folder
 REPORT_NAME = "conversion_report.json"
 SEQUENCE_LENGTH = 1024
 MIN_SEQUENCES = 4
+# More text than this per token asked for is not read: tokenising a whole corpus takes minutes.
+MAX_CHARACTERS_PER_TOKEN = 16
 
 Progress = Callable[[str, int, int], None]
 
@@ -114,7 +117,7 @@ def plan_conversion(
 
 
 def _default_rope_dim(shape: AttentionShape, elements: int) -> int:
-    """A third of the cache, at most one head's width: the best of those tried (conversion/README.md)."""
+    """A third of the cache, at most one head's width: best of three at 50 % and 31 % (conversion/README.md)."""
     return min(shape.head_dim, shape.kv_width, elements // 6 * 2)
 
 
@@ -157,13 +160,15 @@ def convert_checkpoint(
         OSError: when the target cannot be written; nothing is left there.
     """
     started = time.time()
-    target = Path(target)
+    target = Path(target).resolve()
     recipe = recipe or Recipe()
     output_dtype = _parse_dtype(dtype)
     check_target(target)
     opened = open_source(source)
     family = find_family(opened.config)
     shape = family.shape(opened.config)
+    if calibration is None and kv_lora_rank == qk_rope_head_dim == shape.kv_width:
+        exact, kv_lora_rank, qk_rope_head_dim = True, None, None  # all that the source has: nothing to calibrate
     plan = plan_conversion(opened.config, shape, exact, kv_lora_rank, qk_rope_head_dim, cache)
     _check_names(opened, family)
     sequences, calibration_report = torch.empty(0, 0, dtype=torch.long), None
@@ -178,7 +183,10 @@ def convert_checkpoint(
         "plan": {**asdict(plan), "cache_kept": plan.kept},
         "recipe": None if exact else asdict(recipe),
         "calibration": calibration_report,
+        "tokenizer": None if opened.tokenizer is None else type(opened.tokenizer).__name__,
     }
+    if opened.tokenizer is None:
+        warnings.warn(f"{source} has no tokenizer that can be read; the converted model will have none.", stacklevel=2)
     if dry_run:
         return report
 
@@ -394,17 +402,25 @@ def _calibration_sequences(
         raise ValueError(
             f"{source.label} has no tokenizer, which calibration needs; add its tokenizer files to the folder."
         )
-    text = path.read_text(encoding="utf-8")
+    with path.open(encoding="utf-8") as file:
+        text = file.read(MAX_CHARACTERS_PER_TOKEN * tokens)
     ids = source.tokenizer(text, add_special_tokens=False, return_tensors="pt", verbose=False)["input_ids"][0]
     length = min(SEQUENCE_LENGTH, source.config.max_position_embeddings)
-    count = min(ids.numel(), tokens) // length
+    # Where the tokenizer puts a first token before every text, that token draws the attention: it must be measured.
+    first = source.tokenizer("a")["input_ids"][: -len(source.tokenizer("a", add_special_tokens=False)["input_ids"])]
+    first = [token for token in first if token == source.tokenizer.bos_token_id]
+    own = length - len(first)
+    count = min(ids.numel(), tokens) // own
     if count < MIN_SEQUENCES:
         raise ValueError(
             f"{path.name} gives {min(ids.numel(), tokens)} calibration tokens; at least {MIN_SEQUENCES * length} are "
             f"required ({MIN_SEQUENCES} sequences of {length}), {64 * length} are recommended. Use a longer text or "
             "more calibration_tokens."
         )
-    return ids[: count * length].view(count, length), {
+    sequences = ids[: count * own].view(count, own)
+    if first:
+        sequences = torch.cat((torch.full((count, 1), first[0]), sequences), dim=1)
+    return sequences, {
         "file": path.name,
         "sha256": hashlib.sha256(text.encode()).hexdigest(),
         "sequences": count,

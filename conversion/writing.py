@@ -38,8 +38,13 @@ def staged_folder(target: Path) -> Iterator[Path]:
     try:
         yield staging
         if target.is_dir():
-            target.rmdir()
-        staging.rename(target)
+            # An empty folder may be the current one or a mount point, so it stays; config.json makes it a model and
+            # comes last.
+            for file in sorted(staging.iterdir(), key=lambda file: file.name == "config.json"):
+                file.rename(target / file.name)
+            staging.rmdir()
+        else:
+            staging.rename(target)
     except OSError as error:
         shutil.rmtree(staging, ignore_errors=True)
         if error.errno is None:

@@ -79,8 +79,8 @@ class LatentLayer(CacheLayerMixin):
         if self.is_initialized and (latent.shape[0], latent.dtype) != (self.batch_size, self.dtype):
             raise ValueError(
                 f"Layer {self.layer_idx} gives {latent.shape[0]} sequences in {latent.dtype}, but this cache holds "
-                f"{self.batch_size} in {self.dtype}; use a new cache, or batch_repeat_interleave, "
-                "batch_select_indices or reset on this one."
+                f"{self.batch_size} in {self.dtype}; use a new cache, or batch_repeat_interleave "
+                "or batch_select_indices on this one."
             )
 
     def update(self, key_states, value_states, *args, packed: bool = False, **kwargs):

@@ -132,20 +132,25 @@ class EGMLAConfig(PreTrainedConfig):
     tie_word_embeddings: bool = True
 
     def __post_init__(self, **kwargs):
-        if self.rope_table_dim is None:
-            self.rope_table_dim = self.qk_rope_head_dim
-        # `head_dim` is what Transformers' rope functions read; `qk_head_dim` is how it recognises latent attention.
-        self.head_dim = self.rope_table_dim
-        self.qk_head_dim = self.qk_nope_head_dim + self.qk_rope_head_dim
         # Only one of the two is there, and a plan must not name what is not.
         absent = "q_b_proj" if self.q_lora_rank is None else "q_proj"
         self.base_model_tp_plan = {
             name: style for name, style in type(self).base_model_tp_plan.items() if not name.endswith(f".{absent}")
         }
-        # Derived above: a value from a saved or edited config must not win over the fields it derives from.
+        # Derived from fields: DeepSeek's configs carry them, and must not set them apart.
         for derived in ("head_dim", "qk_head_dim"):
             kwargs.pop(derived, None)
         super().__post_init__(**kwargs)
+
+    @property
+    def head_dim(self) -> int:
+        """Width of the rotary table, under the name by which Transformers' rope functions read it."""
+        return self.qk_rope_head_dim if self.rope_table_dim is None else self.rope_table_dim
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Query/key width `N + P` of a head; having it is how Transformers recognises latent attention."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
 
     def validate_architecture(self):
         """Checks the widths against each other (called by `@strict` after construction)."""
@@ -195,9 +200,9 @@ class EGMLAConfig(PreTrainedConfig):
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1.")
 
     def _validate_rope_slots(self):
-        pairs, frequencies = self.qk_rope_head_dim // 2, self.rope_table_dim // 2
+        pairs, frequencies = self.qk_rope_head_dim // 2, self.head_dim // 2
         if self.rope_slots is None:
-            if self.rope_table_dim != self.qk_rope_head_dim:
+            if self.head_dim != self.qk_rope_head_dim:
                 raise ValueError(
                     f"rope_table_dim={self.rope_table_dim} differs from qk_rope_head_dim={self.qk_rope_head_dim}: "
                     f"rope_slots must then say which of the {frequencies} frequencies each of the {pairs} rotary "
@@ -214,7 +219,7 @@ class EGMLAConfig(PreTrainedConfig):
             if len(slots) != pairs or any(slot < 0 or slot >= frequencies for slot in slots):
                 raise ValueError(
                     f"rope_slots={slots}: qk_rope_head_dim={self.qk_rope_head_dim} needs {pairs} frequency numbers, "
-                    f"each from 0 to {frequencies - 1} (rope_table_dim={self.rope_table_dim})."
+                    f"each from 0 to {frequencies - 1} (rope_table_dim={self.head_dim})."
                 )
 
     @property

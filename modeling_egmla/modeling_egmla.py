@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import torch
 from torch import nn
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 from transformers.generation import GenerationMixin
@@ -135,7 +136,7 @@ def latent_attention(
             query, shared, shared, attn_mask=attention_mask, scale=scaling, is_causal=False
         )
     packed = query.reshape(B, 1, H * T, width)
-    if attention_mask is not None and T > 1:
+    if attention_mask is not None and (T > 1 or attention_mask.shape[1] > 1):
         attention_mask = attention_mask.expand(-1, H, -1, -1).reshape(-1, 1, H * T, attention_mask.shape[-1])
     parts = _split_count(packed, entries)
     if parts > 1:
@@ -180,6 +181,8 @@ def _split_attention(
             # Not infinite: the kernel gives a piece without any token the weight of one with score 0.
             hidden = torch.finfo(query.dtype).min
             attention_mask = torch.zeros_like(attention_mask, dtype=query.dtype).masked_fill(~attention_mask, hidden)
+        else:
+            attention_mask = attention_mask.clamp(min=torch.finfo(query.dtype).min)
         mask = attention_mask[:, 0].unfold(2, size, step).transpose(1, 2)  # [B or 1, parts, rows or 1, size]
     if size > step:
         doubled = query.new_zeros((1, parts, 1, size))
@@ -308,10 +311,15 @@ class EGMLAAttention(nn.Module):
     def attend_expanded(self, nope, rope, latents, rope_keys, attention_mask, **kwargs):
         """Attention `[B, T, H, V]` through the attention interface, on keys and values expanded from all latents."""
         keys, values = self.expand_kv(latents, rope_keys)
+        # On CPU, SDPA has a fused kernel for equal widths only; the other makes all T x S scores, four times slower.
+        padding = self.qk_head_dim - self.v_head_dim
+        padded = self.config._attn_implementation == "sdpa" and keys.device.type == "cpu" and padding > 0
+        if padded:
+            values = nn.functional.pad(values, (0, padding))
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
-        return attend(
+        output, weights = attend(
             self,
             torch.cat((nope, rope), dim=-1),
             keys,
@@ -321,6 +329,7 @@ class EGMLAAttention(nn.Module):
             scaling=self.scaling,
             **kwargs,
         )
+        return output[..., : self.v_head_dim] if padded else output, weights
 
     def attend_absorbed(self, nope, rope, entries, attention_mask):
         """Attention `[B, T, H, V]` on the cache entries `[B, 1, S, R + P]` as they are, in the latent space.
@@ -338,11 +347,14 @@ class EGMLAAttention(nn.Module):
         query = torch.cat((absorbed, rope), dim=-1)
         weights = None
         if self.config._attn_implementation == "eager":
-            shared = entries.expand(-1, H, -1, -1)
-            output, weights = eager_attention_forward(
-                self, query, shared, shared[..., : self.kv_lora_rank], attention_mask, self.scaling
-            )
-            output = output.transpose(1, 2)
+            # As `eager_attention_forward`, heads beside one another: broadcasting would copy the cache for each.
+            scores = torch.matmul(query.reshape(B, 1, H * T, -1), entries.transpose(2, 3)) * self.scaling
+            scores = scores.view(B, H, T, -1)
+            if attention_mask is not None:
+                scores = scores + attention_mask
+            weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+            output = torch.matmul(weights.view(B, 1, H * T, -1), entries[..., : self.kv_lora_rank])
+            output = output.view(B, H, T, -1)
         else:
             output = latent_attention(query, entries, attention_mask, self.scaling)[..., : self.kv_lora_rank]
         output = output.transpose(0, 1).reshape(H, B * T, self.kv_lora_rank)
@@ -377,6 +389,9 @@ class EGMLAAttention(nn.Module):
             # A fixed-size cache has masks as wide as it is, and returns only what is in use.
             if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 4:
                 attention_mask = attention_mask[..., : latents.shape[2]]
+            elif isinstance(attention_mask, BlockMask) and attention_mask.shape[-1] > latents.shape[2]:
+                missing = attention_mask.shape[-1] - latents.shape[2]  # a block mask cannot be cut, and hides the rest
+                latents, rope_keys = (nn.functional.pad(x, (0, 0, 0, missing)) for x in (latents, rope_keys))
         if absorb:
             if entries is None:
                 entries = torch.cat((latents, rope_keys), dim=-1)
@@ -448,6 +463,8 @@ class EGMLAModel(EGMLAPreTrainedModel):
     _auto_class = "AutoModel"
 
     def __init__(self, config: EGMLAConfig):
+        # Fields may have been set after construction, as `from_pretrained(..., field=value)` does.
+        config.validate_architecture()
         super().__init__(config)
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
@@ -456,11 +473,13 @@ class EGMLAModel(EGMLAPreTrainedModel):
         self.norm = EGMLARMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         if config.qk_rope_head_dim:
             self.rotary_emb = EGMLARotaryEmbedding(config)
+            # "proportional" keeps all frequencies and sets some to zero; other types would leave dimensions out.
             partial = config.rope_parameters.get("partial_rotary_factor") not in (None, 1.0)
-            if partial or self.rotary_emb.inv_freq.numel() != config.rope_table_dim // 2:
+            partial = partial and config.rope_parameters["rope_type"] != "proportional"
+            if partial or self.rotary_emb.inv_freq.numel() != config.head_dim // 2:
                 raise ValueError(
                     f"rope_parameters={config.rope_parameters} give {self.rotary_emb.inv_freq.numel()} frequencies "
-                    f"and rope_table_dim={config.rope_table_dim} asks for {config.rope_table_dim // 2}; leave "
+                    f"and the rotary table of width {config.head_dim} needs {config.head_dim // 2}; leave "
                     "partial_rotary_factor out, the rotary width of this model is qk_rope_head_dim."
                 )
         self.gradient_checkpointing = False
@@ -488,7 +507,7 @@ class EGMLAModel(EGMLAPreTrainedModel):
 
     def _absorb(self, new_tokens: int, past_key_values: Cache | None) -> bool:
         """Whether this forward attends in the latent space: decoding, and any continuation where that is cheaper."""
-        if past_key_values is None:
+        if past_key_values is None or (self.training and self.config.attention_dropout):
             return False
         if new_tokens == 1:
             return True
@@ -545,7 +564,7 @@ class EGMLAModel(EGMLAPreTrainedModel):
 
         position_embeddings = None
         if self.config.qk_rope_head_dim:
-            # The tables repeat each angle for both members of a pair; once is enough. [B, 1, T, rope_table_dim // 2]
+            # The tables repeat each angle for both members of a pair; once is enough. [B, 1, T, head_dim // 2]
             position_embeddings = tuple(
                 table[..., : table.shape[-1] // 2].unsqueeze(1)
                 for table in self.rotary_emb(inputs_embeds, position_ids)

@@ -42,7 +42,7 @@ def silu(x):
 def rope_frequencies(config, length):
     """Angle per position of each rotary pair, and the factor on cos and sin, for a sequence of `length` tokens."""
     parameters = config.rope_parameters
-    kind, theta, dim = parameters["rope_type"], parameters["rope_theta"], config.rope_table_dim
+    kind, theta, dim = parameters["rope_type"], parameters["rope_theta"], config.head_dim
     longest = config.max_position_embeddings
     factor = parameters.get("factor", 1.0)
     if kind == "dynamic" and length > longest:

@@ -103,10 +103,21 @@ def test_config_round_trip(case, tmp_path):
     assert EGMLAConfig(**json.loads(config.to_json_string())).to_dict() == config.to_dict()
 
 
+def test_overrides_are_followed_and_checked(tmp_path):
+    """`from_pretrained(..., field=value)` sets fields after construction: widths follow, bad values are refused."""
+    tiny_config().save_pretrained(tmp_path)
+    config = EGMLAConfig.from_pretrained(tmp_path, qk_nope_head_dim=6, qk_rope_head_dim=4)
+    assert (config.head_dim, config.qk_head_dim) == (4, 10)
+    EGMLAForCausalLM(config)(torch.tensor([[1, 2, 3]]))
+    for field, value in {"kv_gate": "latnet", "kv_lora_rank": 0}.items():
+        with pytest.raises(ValueError, match=f"{field}="):
+            EGMLAForCausalLM(EGMLAConfig.from_pretrained(tmp_path, **{field: value}))
+
+
 def test_derived_widths_follow_an_edited_config():
     """`head_dim` and `qk_head_dim` in a saved config do not win over the fields they derive from."""
     saved = json.loads(tiny_config().to_json_string(use_diff=False))
-    saved.update(qk_rope_head_dim=4, rope_table_dim=None)
+    saved.update(qk_rope_head_dim=4)
     edited = EGMLAConfig(**saved)
     assert (edited.head_dim, edited.qk_head_dim) == (4, 12)
 

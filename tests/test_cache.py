@@ -602,7 +602,7 @@ def test_split_attention_on_two_threads():
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("additive", [False, True])
+@pytest.mark.parametrize("additive", [None, float("-inf"), -1e9])
 @pytest.mark.parametrize("length", [40, 47])
 @pytest.mark.parametrize("hidden", [slice(0, 3), slice(0, 25), slice(18, 47)])
 def test_split_attention_heeds_masks(hidden, length, additive, dtype):
@@ -611,7 +611,7 @@ def test_split_attention_heeds_masks(hidden, length, additive, dtype):
     seen = torch.ones(2, 1, 1, length, dtype=torch.bool)
     seen[1, :, :, hidden] = False
     weights = (query.double() @ entries.double().transpose(2, 3) * 0.3).masked_fill(~seen, -torch.inf).softmax(-1)
-    mask = torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min) if additive else seen
+    mask = seen if additive is None else torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, additive)
     split = modeling._split_attention(query, entries, mask, 0.3, 4)
     expected = weights @ entries.double()
     assert difference(split, expected) <= (TOLERANCE if dtype == torch.float32 else BF16_TOLERANCE)

@@ -147,6 +147,47 @@ def test_calibrated_conversion_is_whole_and_exact_at_full_rank(make_source, cali
     assert json.loads((target / "conversion_report.json").read_text())["calibration"]["file"] == calibration.name
 
 
+def test_full_widths_without_calibration_are_exact(make_source, tmp_path, monkeypatch):
+    """The source's own widths need no calibration; the target may be an empty current folder."""
+    source, folder = make_source("llama-gqa-tied")
+    monkeypatch.chdir(tmp_path)
+    report = convert_checkpoint(folder, ".", kv_lora_rank=30, qk_rope_head_dim=30)
+    assert report["plan"]["exact"]
+    ids = torch.randint(2, 128, (1, 40))
+    with torch.no_grad():
+        difference = AutoModelForCausalLM.from_pretrained(tmp_path).eval()(ids).logits - source(ids).logits
+    assert difference.abs().max() < EXACT_TOLERANCE
+
+
+def test_calibration_starts_as_the_tokenizer_does(make_source, calibration, tmp_path, monkeypatch):
+    """Where a tokenizer puts a first token before every text, each calibration sequence has it."""
+    from tokenizers.processors import TemplateProcessing
+
+    from egmla.conversion import convert
+
+    _, folder = make_source("llama-mha")
+    tokenizer = make_tokenizer()
+    tokenizer.bos_token = "\x02"
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="\x02 $A", special_tokens=[("\x02", 2)])
+    tokenizer.save_pretrained(folder)
+    seen = []
+    collect = convert.collect_statistics
+    monkeypatch.setattr(
+        convert, "collect_statistics", lambda *args, **kwargs: seen.append(args[2]) or collect(*args, **kwargs)
+    )
+    convert_checkpoint(folder, tmp_path / "t", kv_lora_rank=8, qk_rope_head_dim=4, calibration=calibration)
+    assert (seen[0][:, 0] == 2).all() and not (seen[0][:, 1:] == 2).any()
+
+
+def test_source_without_tokenizer_is_said_to_have_none(make_source, tmp_path):
+    _, folder = make_source("llama-mha")
+    for file in folder.glob("*token*"):
+        file.unlink()
+    with pytest.warns(UserWarning, match="has no tokenizer that can be read"):
+        report = convert_checkpoint(folder, tmp_path / "t", exact=True)
+    assert report["tokenizer"] is None
+
+
 def test_gate_starts_at_identity_and_can_learn(make_source, tmp_path):
     _, folder = make_source("llama-gqa-tied")
     convert_checkpoint(folder, tmp_path / "converted", exact=True)

@@ -599,3 +599,34 @@ def test_compiled_decode_step_does_not_recompile():
     assert counters["stats"]["unique_graphs"] == 1
     assert not counters["graph_break"]
     torch._dynamo.reset()
+
+
+# --- which kernels run, and masks of other attention implementations ---
+
+
+@torch.no_grad()
+def test_prefill_uses_the_fused_kernel_where_widths_differ(monkeypatch):
+    """Values narrower than keys are padded for SDPA on CPU: its other kernel makes all scores."""
+    model, ids = tiny_model(v_head_dim=8), token_ids(1, 40)
+    widths = []
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def spied(query, key, value, **kwargs):
+        widths.append((query.shape[-1], value.shape[-1]))
+        return attend(query, key, value, **kwargs)
+
+    expected = tiny_model(v_head_dim=8, attn_implementation="eager")(ids).logits
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spied)
+    assert difference(model(ids, use_cache=False).logits, expected) <= TOLERANCE
+    assert widths and all(query == value for query, value in widths)
+
+
+@torch.no_grad()
+def test_flex_attention_with_either_cache():
+    """Block masks: uncached, prefill into a growing and a fixed cache, and decoding behind it."""
+    model, ids = tiny_model(attn_implementation="flex_attention"), token_ids(1, 24)
+    expected = tiny_model()(ids, use_cache=False).logits
+    for cache in (EGMLACache(model.config), EGMLACache(model.config, max_cache_len=128)):
+        logits = [model(ids[:, :20], past_key_values=cache).logits]
+        logits += [model(ids[:, t : t + 1], past_key_values=cache).logits for t in range(20, 24)]
+        assert difference(torch.cat(logits, dim=1), expected) <= TOLERANCE

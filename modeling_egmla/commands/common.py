@@ -11,11 +11,13 @@ from pathlib import Path
 
 import typer
 import typer.core
+from huggingface_hub.errors import StrictDataclassError
 from rich.console import Console
+from safetensors import SafetensorError
 
 
 # What the library raises for bad input; anything else is a bug and shows its traceback.
-EXPECTED_ERRORS = (ValueError, TypeError, OSError, ImportError)
+EXPECTED_ERRORS = (ValueError, TypeError, OSError, ImportError, StrictDataclassError, SafetensorError)
 
 
 class DType(str, Enum):

@@ -93,7 +93,7 @@ def _obtain_models(source: str, output: Path, calibration_tokens: int | None, pr
     model, tokenizer = load_source(source)
     models = {"source": model}
     for name, (folder, settings) in CONVERSIONS.items():
-        target = output / folder
+        target = output / (folder if calibration_tokens is not None or settings.get("exact") else f"{folder}-full")
         if not (target / "config.json").is_file():
             if not settings.get("exact"):
                 settings = {**settings, "calibration": sample_path("calibration")}
