@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -79,7 +80,8 @@ def synthetic_cache(
     ids = torch.zeros((batch_size, 1), dtype=torch.long, device=model.device)
     # Uncompiled: this is another graph than the step to be timed.
     model = getattr(model, "_orig_mod", model)
-    fixed = None if max_cache_len is None else EGMLACache(model.config, max_cache_len=max_cache_len)
+    config: Any = model.config
+    fixed = None if max_cache_len is None else EGMLACache(config, max_cache_len=max_cache_len)
     cache = model(ids, use_cache=True, past_key_values=fixed).past_key_values
     if context == 1:
         return cache
