@@ -14,6 +14,7 @@ import platform
 import sys
 
 import torch
+import torch._inductor.config
 from transformers import (
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
@@ -62,7 +63,9 @@ def build_contestants(preset: str) -> dict[str, PreTrainedModel]:
 def compile_for_decoding(model: PreTrainedModel) -> PreTrainedModel:
     """The model compiled as one graph when first called, weights laid out for the processor (`freezing`)."""
     torch._dynamo.reset()
-    return torch.compile(model, fullgraph=True, options={"freezing": True})
+    # Not by `options`: tracing, which comes before they count, must already treat weights as constants.
+    torch._inductor.config.freezing = True
+    return torch.compile(model, fullgraph=True)
 
 
 @torch.no_grad()
