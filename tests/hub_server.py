@@ -2,7 +2,7 @@
 
 It covers what pushing and loading a model needs: whoami, creating a repository and a branch, validating a card,
 preupload, LFS batch, upload and verification, commits as NDJSON, information, revisions and trees, and files with
-ranges. A `Fault` makes any of it fail, or cuts the connection in the middle of an upload.
+ranges. A `Fault` makes any of it fail, or cuts the connection in the middle of an upload or download.
 """
 
 import base64
@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import re
+import socket
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -28,7 +29,8 @@ LFS_SUFFIXES = (".safetensors", ".png")
 
 @dataclass
 class Fault:
-    """Answers matching requests with `status`, or cuts the connection in the middle of their body when it is None.
+    """Answers matching requests with `status`, or cuts the connection when it is None, in the middle of what is
+    sent: of the request's body if it has one, else of the answer's.
 
     Args:
         method (`str`): such as PUT.
@@ -53,7 +55,8 @@ class Repository:
     commits: dict[str, dict[str, tuple[bool, bytes]]] = field(default_factory=dict)
     branches: dict[str, str] = field(default_factory=dict)
     messages: list[str] = field(default_factory=list)
-    lfs: dict[str, bytes] = field(default_factory=dict)
+    lfs: dict[str, bytes] = field(default_factory=dict)  # verified; the others wait
+    waiting: dict[str, bytes] = field(default_factory=dict)
 
     def commit(self, branch: str, tree: dict[str, tuple[bool, bytes]], message: str) -> str:
         """Puts a tree on a branch; returns the commit's id."""
@@ -69,7 +72,7 @@ class Repository:
 
 
 class HubServer(ThreadingHTTPServer):
-    """The server and all it knows; `requests` and `uploads` record what clients asked for and sent."""
+    """The server and all it knows; `requests` and `uploads` record what clients do."""
 
     daemon_threads = True
 
@@ -155,7 +158,6 @@ ROUTES = [
     ("POST", rf"/{NAME}\.git/info/lfs/objects/batch", "lfs_batch"),
     ("PUT", rf"/lfs/{NAME}/(?P<oid>[0-9a-f]{{64}})", "lfs_upload"),
     ("POST", rf"/lfs/{NAME}/verify", "lfs_verify"),
-    ("GET", rf"/lfs/{NAME}/(?P<oid>[0-9a-f]{{64}})", "lfs_download"),
     ("GET", rf"/{NAME}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", "resolve"),
 ]
 
@@ -179,15 +181,15 @@ class _Handler(BaseHTTPRequestHandler):
             self.server.requests.append((self.command, path))
         length = int(self.headers.get("Content-Length") or 0)
         fault = self.server.take_fault(self.command, path)
-        if fault is not None and fault.status is None:
+        self.cut = fault is not None and fault.status is None
+        if self.cut and length:
             self.rfile.read(length // 2)
-            self.connection.close()
-            self.close_connection = True
+            self.hang_up()
             return
         self.body = self._read_chunks() if "chunked" in self.headers.get("Transfer-Encoding", "") else b""
         self.body += self.rfile.read(length)
         try:
-            if fault is not None:
+            if fault is not None and not self.cut:
                 code = {404: "RepoNotFound"}.get(fault.status or 0)
                 raise _HubError(fault.status or 500, f"asked to fail with {fault.status}", code)
             for verb, pattern, name in ROUTES:
@@ -217,7 +219,15 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(data)
+            self.wfile.write(data[: len(data) // 2] if self.cut else data)
+        if self.cut:
+            self.hang_up()
+
+    def hang_up(self) -> None:
+        """Ends the connection where it is."""
+        self.wfile.flush()
+        self.connection.shutdown(socket.SHUT_RDWR)
+        self.close_connection = True
 
     # who asks
 
@@ -352,14 +362,16 @@ class _Handler(BaseHTTPRequestHandler):
         if hashlib.sha256(self.body).hexdigest() != oid:
             raise _HubError(400, "the content is not what its name says")
         with self.server.lock:
-            self.server.repositories[repo].lfs[oid] = self.body
+            self.server.repositories[repo].waiting[oid] = self.body
             self.server.uploads.append(oid)
         self.answer({})
 
     def lfs_verify(self, repo: str) -> None:
         wanted = json.loads(self.body)
-        if len(self.repository(repo).lfs.get(wanted["oid"], b"")) != wanted["size"]:
+        repository = self.repository(repo)
+        if len(repository.waiting.get(wanted["oid"], b"")) != wanted["size"]:
             raise _HubError(404, "Object does not exist")
+        repository.lfs[wanted["oid"]] = repository.waiting.pop(wanted["oid"])
         self.answer({})
 
     def commit(self, repo: str, revision: str) -> None:
@@ -399,15 +411,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.answer({"error": "Entry not found"}, 404, headers)
             return
         is_lfs, data = tree[path]
-        if not is_lfs:
-            self.send_file(data, git_oid(data), headers)
-            return
-        digest = hashlib.sha256(data).hexdigest()
-        headers |= {"X-Linked-Etag": f'"{digest}"', "X-Linked-Size": str(len(data))}
-        self.answer(b"", 302, headers | {"Location": f"{self.server.endpoint}/lfs/{repo}/{digest}"})
-
-    def lfs_download(self, repo: str, oid: str) -> None:
-        self.send_file(self.server.repositories[repo].lfs[oid], oid, {})
+        # The Hub sends large files from another host after a redirect; the client reads the same headers either way.
+        self.send_file(data, hashlib.sha256(data).hexdigest() if is_lfs else git_oid(data), headers)
 
     def send_file(self, data: bytes, etag: str, headers: dict[str, str]) -> None:
         headers = {"ETag": f'"{etag}"', "Accept-Ranges": "bytes", "Content-Type": "application/octet-stream"} | headers

@@ -112,7 +112,8 @@ def check_folder(folder: Path, secrets: Iterable[str] = ()) -> FolderReport:
 
 
 def _collect(folder: Path) -> tuple[list[str], list[str]]:
-    files, left_out = [], []
+    files: list[str] = []
+    left_out: list[str] = []
     for path in sorted(folder.rglob("*")):
         if not path.is_file():
             continue
@@ -171,7 +172,7 @@ def _code_problems(folder: Path, config: dict) -> list[str]:
     problems = []
     if missing := sorted(set(AUTO_MAP) - set(auto_map)):
         problems.append(f"auto_map in config.json lacks {_some(missing)}: {remedy}")
-    waiting = {}
+    waiting: dict[str, set[str]] = {}
     for reference in auto_map.values():
         module, _, name = str(reference).rpartition(".")
         waiting.setdefault(module, set()).add(name)

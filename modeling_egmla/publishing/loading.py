@@ -68,7 +68,9 @@ def check_loads_without_package(folder: Path, python: str = sys.executable) -> d
         }
         environment.pop("HF_TOKEN", None)
         command = [python, "-c", SCRIPT, str(folder.resolve()), "tokenizer" if tokenizer else "model"]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=scratch)
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=environment, cwd=scratch
+        )
     lines = done.stdout.strip().splitlines()
     if done.returncode or not lines:
         reasons = [line for line in done.stderr.strip().splitlines() if line and not line[0].isspace()]
