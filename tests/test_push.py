@@ -215,13 +215,13 @@ def test_dry_run_lists_and_sends_nothing(hub, client, finished):
     # Afterwards it tells what has changed from what the Hub already has.
     assert client.push(finished)["code"] == 0
     result = client.push(finished, REPO, "--dry-run")
-    assert "0 files, 0 B, would be sent" in result["stdout"]
+    assert "nothing would be sent" in result["stdout"] and "unchanged" in result["stdout"]
     again = client.push(finished)
     assert again["code"] == 0 and "no new commit" in again["stdout"]
     assert len(hub.repositories[REPO].commits) == 2
     # Without a token the folder is still checked.
     result = client.push(finished, REPO, "--dry-run", token=None)
-    assert result["code"] == 0 and "not asked" in result["stderr"]
+    assert result["code"] == 0 and "not asked" in result["stderr"] and "unknown" in result["stdout"]
 
 
 def test_private_branch_and_message(hub, client, finished):

@@ -61,7 +61,11 @@ def _print_plan(report) -> None:
         table.add_row(path, "left out", "")
     out = console()
     out.print(table)
-    sent = [file for file in report.files if file.state in ("new", "changed")]
+    sent = [file for file in report.files if file.state in ("new", "changed", "unknown")]
     size = in_bytes(sum(file.size for file in sent))
     about = {True: "updated", False: "created", None: "created or updated"}[report.exists]
-    out.print(f"{len(sent)} files, {size}, would be sent; {report.repo_id} would be {about}.", soft_wrap=True)
+    if sent or any(file.state == "stale" for file in report.files):
+        text = f"{len(sent)} files, {size}, would be sent; {report.repo_id} would be {about}."
+    else:
+        text = f"{report.repo_id} has all of these files already: nothing would be sent."
+    out.print(text, soft_wrap=True, markup=False)

@@ -24,8 +24,8 @@ class PushedFile:
     Args:
         path (`str`): in the repository.
         size (`int`): bytes.
-        state (`str`): `"new"`, `"changed"`, `"unchanged"` or `"stale"` (removed from the repository); of a real push
-            only stale files are told apart, the others are `"sent"`.
+        state (`str`): `"new"`, `"changed"`, `"unchanged"`, `"unknown"` (the Hub was not asked) or `"stale"` (removed
+            from the repository); of a real push only stale files are told apart, the others are `"sent"`.
     """
 
     path: str
@@ -195,7 +195,9 @@ def _stale_weights(checked: FolderReport, remote: _Remote | None) -> list[Pushed
 
 
 def _state(file: Path, path: str, size: int, remote: _Remote | None) -> str:
-    if remote is None or path not in remote.files:
+    if remote is None:
+        return "unknown"
+    if path not in remote.files:
         return "new"
     remote_size, name = remote.files[path]
     if size != remote_size:
@@ -225,7 +227,7 @@ def _send(
             api.create_repo(repo_id, private=private, exist_ok=True)
     new_branch = revision not in (None, "main") and not remote.has_revision and not str(revision).startswith("refs/")
     try:
-        with _clear_errors(repo_id, sending=True):
+        with _clear_errors(repo_id, sending=True, created=not remote.exists):
             if new_branch:
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
             operations: list[Any] = [
@@ -250,7 +252,7 @@ def _send(
 
 
 @contextlib.contextmanager
-def _clear_errors(repo_id: str, sending: bool = False) -> Iterator[None]:
+def _clear_errors(repo_id: str, sending: bool = False, created: bool = False) -> Iterator[None]:
     """Turns what the client raises for bad answers and lost connections into an `OSError` that says what to do."""
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -264,7 +266,8 @@ def _clear_errors(repo_id: str, sending: bool = False) -> Iterator[None]:
         for link in chain:
             if isinstance(link, HfHubHTTPError):
                 status = link.response.status_code
-                kept = f" Nothing was committed, {repo_id} is as it was.{again}" if sending else " Nothing was sent."
+                state = "is there, without files of yours" if created else "is as it was"
+                kept = f" Nothing was committed, {repo_id} {state}.{again}" if sending else " Nothing was sent."
                 detail = f" (its words: {link.server_message})" if link.server_message else ""
                 raise OSError(f"{_explain(status, repo_id)}{detail}{kept}") from error
         for link in chain:
