@@ -1,6 +1,11 @@
 """Fixtures of all tests: offline, one fixed seed, and uninitialised memory that cannot be mistaken for zeros."""
 
 import os
+import site
+import subprocess
+import sysconfig
+import venv
+from pathlib import Path
 
 
 # Before transformers is imported: it reads these once.
@@ -41,3 +46,24 @@ def poisoned_memory(monkeypatch):
     monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
     monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
+
+
+@pytest.fixture(scope="session")
+def clean_python(tmp_path_factory) -> Path:
+    """A Python whose environment has every installed distribution but this one."""
+    root = tmp_path_factory.mktemp("clean")
+    packages = root / "packages"
+    packages.mkdir()
+    for folder in dict.fromkeys(
+        [*site.getsitepackages(), sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
+    ):
+        for entry in Path(folder).iterdir() if Path(folder).is_dir() else ():
+            # Links, not a path entry: an installed package, or an editable one's finder, would come along.
+            if "egmla" not in entry.name.lower() and not (packages / entry.name).exists():
+                (packages / entry.name).symlink_to(entry)
+    venv.EnvBuilder(with_pip=False, symlinks=True).create(root / "env")
+    python = root / "env" / "bin" / "python"
+    command = [python, "-I", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
+    purelib = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    Path(purelib, "packages.pth").write_text(f"{packages}\n")
+    return python

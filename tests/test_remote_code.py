@@ -2,12 +2,9 @@
 
 import json
 import os
-import site
 import subprocess
 import sys
-import sysconfig
 import textwrap
-import venv
 from pathlib import Path
 
 import pytest
@@ -31,27 +28,6 @@ from transformers import (
 
 assert "egmla" not in sys.modules
 """
-
-
-@pytest.fixture(scope="session")
-def clean_python(tmp_path_factory) -> Path:
-    """A Python whose environment has every installed distribution but this one."""
-    root = tmp_path_factory.mktemp("clean")
-    packages = root / "packages"
-    packages.mkdir()
-    for folder in dict.fromkeys(
-        [*site.getsitepackages(), sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
-    ):
-        for entry in Path(folder).iterdir() if Path(folder).is_dir() else ():
-            # Links, not a path entry: an installed package, or an editable one's finder, would come along.
-            if "egmla" not in entry.name.lower() and not (packages / entry.name).exists():
-                (packages / entry.name).symlink_to(entry)
-    venv.EnvBuilder(with_pip=False, symlinks=True).create(root / "env")
-    python = root / "env" / "bin" / "python"
-    command = [python, "-I", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
-    purelib = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    Path(purelib, "packages.pth").write_text(f"{packages}\n")
-    return python
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from .demo import demo
 from .generate import generate
 from .inspect import inspect
 from .presets import presets
+from .push import push
 
 
 app = typer.Typer(
@@ -32,7 +33,7 @@ def options(
     """EG-MLA: language models with a small, gated KV cache for Hugging Face Transformers."""
 
 
-for command in (demo, convert, generate, inspect, presets):
+for command in (demo, convert, generate, inspect, presets, push):
     app.command()(command)
 
 

@@ -1,0 +1,16 @@
+"""Publishing a checkpoint folder on the Hub: checks before anything is sent, then one commit."""
+
+from .checks import FolderReport, check_folder, check_repo_id
+from .loading import check_loads_without_package
+from .push import PushedFile, PushReport, push_folder
+
+
+__all__ = [
+    "FolderReport",
+    "PushReport",
+    "PushedFile",
+    "check_folder",
+    "check_loads_without_package",
+    "check_repo_id",
+    "push_folder",
+]
