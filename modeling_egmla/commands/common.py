@@ -149,6 +149,31 @@ def quiet_transformers() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
+def quiet_lm_eval() -> None:
+    """Hides lm-eval's remarks on task files; its progress bars stay."""
+    import logging
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+
+
+def split_names(text: str) -> list[str]:
+    """Names separated by commas."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def read_limit(limit: float | None) -> float | None:
+    """Number of questions as lm-eval wants it: a whole number, or a share below 1.
+
+    Raises:
+        ValueError: when it is neither.
+    """
+    if limit is None or 0 < limit < 1:
+        return limit
+    if limit < 1 or limit != int(limit):
+        raise ValueError(f"--limit {limit:g}: must be a whole number of questions, or a share of them below 1.")
+    return int(limit)
+
+
 def in_units(count: int) -> str:
     """Parameters for people: 19.2K, 154.5M, 1.25B."""
     for unit, size, digits in (("B", 1e9, 2), ("M", 1e6, 1), ("K", 1e3, 1)):
