@@ -64,7 +64,7 @@ class LocalTaskFactory(TaskFactory):
         if stems is None:
             raise ValueError(
                 f"Task {task} reads the data set {config['dataset_path']}, for which no local file is known; with a "
-                f"data folder use tasks on {', '.join(sorted({key[0] for key in LOCAL_FILES}))}, or leave the folder out."
+                f"data folder use tasks on {', '.join(sorted({key[0] for key in LOCAL_FILES}))}, or leave it out."
             )
         splits = {key: config[key] for key in SPLIT_KEYS if config.get(key)}
         shots_split = config.get("fewshot_split")
@@ -78,7 +78,7 @@ class LocalTaskFactory(TaskFactory):
             elif split in wanted:
                 raise FileNotFoundError(
                     f"{self.data_dir} has no {stems.get(split, task + '_' + str(split))}*.jsonl, which task {task} "
-                    f"needs: the {split} split of {config['dataset_path']}, one JSON object a line with its field names."
+                    f"needs: the {split} split of {config['dataset_path']} with its field names, one object a line."
                 )
         for key, split in splits.items():
             if split not in files:
