@@ -149,11 +149,17 @@ def quiet_transformers() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
-def quiet_lm_eval() -> None:
-    """Hides lm-eval's remarks on task files; its progress bars stay."""
+@contextlib.contextmanager
+def quiet_lm_eval() -> Iterator[None]:
+    """Hides lm-eval's remarks, and sends what it prints to stderr: stdout is for our tables. Its bars stay."""
     import logging
 
+    import datasets
+
+    datasets.disable_progress_bars()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    with contextlib.redirect_stdout(sys.stderr):
+        yield
 
 
 def split_names(text: str) -> list[str]:

@@ -47,24 +47,24 @@ def compare(
     more = parse_settings(settings or ())
     check_matplotlib()
     quiet_transformers()
-    quiet_lm_eval()
     if threads is not None:
         import torch
 
         torch.set_num_threads(threads)
     stderr = Console(stderr=True, soft_wrap=True, highlight=False)
-    result = compare_scores(
-        models,
-        split_names(tasks),
-        output,
-        num_fewshot=num_fewshot,
-        batch_size=int(batch_size) if batch_size.isdecimal() else batch_size,
-        model_args=parse_model_args(model_args),
-        data_dir=data_dir,
-        include_path=include_path,
-        say=lambda text: stderr.print(text, markup=False),
-        **{"limit": read_limit(limit), **more},
-    )
+    with quiet_lm_eval():
+        result = compare_scores(
+            models,
+            split_names(tasks),
+            output,
+            num_fewshot=num_fewshot,
+            batch_size=int(batch_size) if batch_size.isdecimal() else batch_size,
+            model_args=parse_model_args(model_args),
+            data_dir=data_dir,
+            include_path=include_path,
+            say=lambda text: stderr.print(text, markup=False),
+            **{"limit": read_limit(limit), **more},
+        )
     plot_scores(result, output / "scores.png")
     console().print(_table(result))
     console().print(

@@ -41,21 +41,21 @@ def evaluate(
 
     more = parse_settings(settings or ())
     quiet_transformers()
-    quiet_lm_eval()
     if threads is not None:
         import torch
 
         torch.set_num_threads(threads)
-    results = score(
-        model,
-        split_names(tasks),
-        num_fewshot=num_fewshot,
-        batch_size=int(batch_size) if batch_size.isdecimal() else batch_size,
-        model_args=parse_model_args(model_args),
-        data_dir=data_dir,
-        include_path=include_path,
-        **{"limit": read_limit(limit), **more},
-    )
+    with quiet_lm_eval():
+        results = score(
+            model,
+            split_names(tasks),
+            num_fewshot=num_fewshot,
+            batch_size=int(batch_size) if batch_size.isdecimal() else batch_size,
+            model_args=parse_model_args(model_args),
+            data_dir=data_dir,
+            include_path=include_path,
+            **{"limit": read_limit(limit), **more},
+        )
     if output is not None:
         write_json(output, results)
     console().print(_table(model, scores(results)))
