@@ -136,12 +136,14 @@ def compare_scores(
         **_versions(),
         **settings,
     }
+    folders = [include_path] if isinstance(include_path, (str, os.PathLike)) else list(include_path or ())
+    inputs = {"data": _fingerprint(data_dir), "tasks": [_fingerprint(folder) for folder in folders]}
     output = Path(output)
     total, found = len(models) * len(wanted), 0
     compared: list[ModelScores] = []
     questions: dict[str, dict[str, Any]] = {}
     for name, model in zip(names, models, strict=True):
-        key = _key({**common, "data": _fingerprint(data_dir), "model": _fingerprint(model)})
+        key = _key({**common, **inputs, "model": _fingerprint(model)})
         parts = {task: _load_part(_part_file(output, name, task), key) for task in wanted}
         loaded = None
         for task, part in parts.items():
