@@ -5,8 +5,10 @@ from typing import Annotated
 import typer
 
 from .common import CommandGroup, show_version
+from .compare import compare
 from .convert import convert
 from .demo import demo
+from .evaluate import evaluate
 from .generate import generate
 from .inspect import inspect
 from .presets import presets
@@ -33,8 +35,9 @@ def options(
     """EG-MLA: language models with a small, gated KV cache for Hugging Face Transformers."""
 
 
-for command in (demo, convert, generate, inspect, presets, push):
+for command in (demo, convert, generate, compare, inspect, presets, push):
     app.command()(command)
+app.command("eval")(evaluate)
 
 
 def main() -> None:

@@ -151,6 +151,37 @@ def quiet_transformers() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
+@contextlib.contextmanager
+def quiet_lm_eval() -> Iterator[None]:
+    """Hides lm-eval's remarks, and sends what it prints to stderr: stdout is for our tables. Its bars stay."""
+    import logging
+
+    import datasets
+
+    datasets.disable_progress_bars()
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    with contextlib.redirect_stdout(sys.stderr):
+        yield
+
+
+def split_names(text: str) -> list[str]:
+    """Names separated by commas."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def read_limit(limit: float | None) -> float | None:
+    """Number of questions as lm-eval wants it: a whole number, or a share below 1.
+
+    Raises:
+        ValueError: when it is neither.
+    """
+    if limit is None or 0 < limit < 1:
+        return limit
+    if limit < 1 or limit != int(limit):
+        raise ValueError(f"--limit {limit:g}: must be a whole number of questions, or a share of them below 1.")
+    return int(limit)
+
+
 def in_units(count: int) -> str:
     """Parameters for people: 19.2K, 154.5M, 1.25B."""
     for unit, size, digits in (("B", 1e9, 2), ("M", 1e6, 1), ("K", 1e3, 1)):

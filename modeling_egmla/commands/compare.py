@@ -1,0 +1,100 @@
+"""`egmla compare`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def compare(
+    models: Annotated[list[str], typer.Argument(metavar="SOURCE MODEL...", help="Folders or hub ids, source first.")],
+    tasks: Annotated[str, typer.Option(help="Tasks or groups, separated by commas; egmla_paper and egmla_quick too.")],
+    output: Annotated[
+        Path, typer.Option(metavar="FOLDER", help="For comparison.json, scores.png, results of each model.")
+    ] = Path("egmla-compare"),
+    limit: Annotated[float | None, typer.Option(help="Questions of each task; below 1 a share of them.")] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option("--num-fewshot", "--num_fewshot", min=0, help="Solved examples before each question.")
+    ] = None,
+    batch_size: Annotated[
+        str, typer.Option("--batch-size", "--batch_size", help="Rows at once, or auto: what fits into memory.")
+    ] = "1",
+    model_args: Annotated[
+        str | None,
+        typer.Option(
+            "--model-args", "--model_args", metavar="KEY=VALUE,...", help="For lm-eval's hf model: dtype=..."
+        ),
+    ] = None,
+    data_dir: Annotated[
+        Path | None, typer.Option(help="Folder of JSON-lines files that replace the official data sets.")
+    ] = None,
+    include_path: Annotated[list[Path] | None, typer.Option(help="Folder of further task files; repeatable.")] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Any argument of lm-eval's simple_evaluate; repeatable."),
+    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; all by default.")] = None,
+) -> None:
+    """Score a source and its conversions side by side; run it again after an interruption, and it goes on."""
+    from rich.console import Console
+
+    from egmla.evaluation.harness import parse_model_args, parse_settings
+    from egmla.evaluation.plots import check_matplotlib
+    from egmla.evaluation.score_comparison import compare_scores, plot_scores
+
+    from .common import console, quiet_lm_eval, quiet_transformers, read_limit, split_names
+
+    more = parse_settings(settings or ())
+    check_matplotlib()
+    quiet_transformers()
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+    stderr = Console(stderr=True, soft_wrap=True, highlight=False)
+    with quiet_lm_eval():
+        result = compare_scores(
+            models,
+            split_names(tasks),
+            output,
+            num_fewshot=num_fewshot,
+            batch_size=int(batch_size) if batch_size.isdecimal() else batch_size,
+            model_args=parse_model_args(model_args),
+            data_dir=data_dir,
+            include_path=include_path,
+            say=lambda text: stderr.print(text, markup=False),
+            **{"limit": read_limit(limit), **more},
+        )
+    plot_scores(result, output / "scores.png")
+    console().print(_table(result))
+    console().print(
+        f"Left in {output}: comparison.json, scores.png, and each model's results in lm-eval's format.",
+        style="dim",
+        soft_wrap=True,
+    )
+
+
+def _table(result):
+    from rich.table import Table
+
+    from egmla.evaluation.score_comparison import with_error
+
+    source = result.models[0]
+    table = Table(caption="± standard error; in brackets the difference from the source over the same questions")
+    table.add_column("")
+    for model in result.models:
+        table.add_column(model.name, justify="right")
+    sizes = [model.cache_bytes_per_token for model in result.models]
+    table.add_row("cache bytes per token", *(f"{size:,} ({size / sizes[0]:.0%})" for size in sizes))
+    table.add_section()
+    cells: dict[str, dict[str, str]] = {}
+    for score in result.scores:
+        name = f"{score.task} {score.metric}" + ("" if score.filter == "none" else f" ({score.filter})")
+        text = with_error(score.value, score.stderr)
+        if score.model != source.name and score.difference is not None:
+            sign = "+" if score.difference >= 0 else ""
+            text += f"\n({sign}{with_error(score.difference, score.difference_stderr)})"
+        cells.setdefault(f"{name}, n = {score.questions:,}", {})[score.model] = text
+    for name, values in cells.items():
+        table.add_row(name, *(values.get(model.name, "") for model in result.models))
+    return table

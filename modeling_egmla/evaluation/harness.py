@@ -1,0 +1,225 @@
+"""Scores of causal language models by lm-eval, on its own `simple_evaluate`. lm-eval is imported when it is needed."""
+
+import ast
+import difflib
+import importlib.util
+import inspect
+import json
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+)
+# What has a parameter of its own here, or cannot be written as text.
+RESERVED = ("model", "model_args", "tasks", "task_manager", "evaluation_tracker")
+
+
+def check_lm_eval() -> None:
+    """Raises `ImportError` saying how to install lm-eval when it is missing."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ImportError("Evaluation needs lm-eval, which is not installed; run: pip install 'egmla[eval]'")
+
+
+def check_model(model: str, tokenizer: str | None = None) -> None:
+    """Looks at a model's folder and tokenizer, without loading weights.
+
+    Raises:
+        FileNotFoundError: when the folder holds no model or no tokenizer.
+        ValueError: when the tokenizer has none of the tokens that can fill up a batch.
+    """
+    folder = Path(model)
+    local = folder.is_dir()
+    if local and not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{model} is a folder without a config.json, so it holds no model; check the path.")
+    if not local and (folder.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1):
+        raise FileNotFoundError(f"There is no folder {model}; check the path.")
+    name = tokenizer or model
+    if Path(name).is_dir() and not any((Path(name) / file).is_file() for file in TOKENIZER_FILES):
+        raise FileNotFoundError(
+            f"{name} holds no tokenizer ({', '.join(TOKENIZER_FILES[:3])}, ...); save the source's with "
+            f"AutoTokenizer.from_pretrained(SOURCE).save_pretrained({name!r}), or name one: tokenizer=FOLDER among "
+            "the model arguments."
+        )
+    loaded = AutoTokenizer.from_pretrained(name)
+    if all(getattr(loaded, token) is None for token in ("pad_token", "unk_token", "eos_token")):
+        raise ValueError(
+            f"The tokenizer of {name} has no pad token and no unk or eos token to stand in for it, so batches cannot "
+            "be filled up; set one with tokenizer.pad_token = ... and save it again."
+        )
+
+
+def parse_settings(pairs: Sequence[str]) -> dict[str, Any]:
+    """Arguments of `simple_evaluate` from texts like `bootstrap_iters=100`; values are Python literals or plain text.
+
+    Raises:
+        ValueError: for what is no pair, no argument, or an argument that cannot be set so.
+    """
+    check_lm_eval()
+    from lm_eval import simple_evaluate
+
+    known = [name for name in inspect.signature(simple_evaluate).parameters if name not in RESERVED]
+    settings: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        name = name.strip().replace("-", "_")
+        if not equals:
+            raise ValueError(f"{pair!r}: a setting is written key=value, such as bootstrap_iters=1000.")
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=3, cutoff=0.5) or known
+            raise ValueError(
+                f"{name!r} is no argument of simple_evaluate that can be set; there is {', '.join(near)}."
+            )
+        try:
+            settings[name] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            settings[name] = {"true": True, "false": False, "none": None}.get(text.lower(), text)
+    return settings
+
+
+def parse_model_args(text: str | None) -> dict[str, Any]:
+    """Model arguments as a dictionary, from lm-eval's form `key=value,key=value`.
+
+    Raises:
+        ValueError: when there is something else in it.
+    """
+    if not text:
+        return {}
+    if any("=" not in part for part in text.split(",")):
+        raise ValueError(f"Model arguments {text!r}: write them as key=value,key=value, such as dtype=float32.")
+    from lm_eval.utils import simple_parse_args_string
+
+    return simple_parse_args_string(text)
+
+
+def evaluate(
+    model: str,
+    tasks: Sequence[str],
+    *,
+    limit: float | None = None,
+    num_fewshot: int | None = None,
+    batch_size: int | str = 1,
+    model_args: Mapping[str, Any] | None = None,
+    data_dir: str | os.PathLike | None = None,
+    include_path: str | os.PathLike | Sequence[str | os.PathLike] | None = None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Scores a model on tasks; everything that can be wrong is looked at before the weights are loaded.
+
+    Args:
+        model (`str`): folder or hub id of a causal language model, EG-MLA or not.
+        tasks (`Sequence[str]`): tasks, groups or tags of lm-eval, `egmla_paper`, `egmla_quick`, or task files.
+        limit (`float`, *optional*): questions of each task; below 1 a share of them.
+        num_fewshot (`int`, *optional*): solved examples before each question; the task's own number by default.
+        batch_size (`int` or `str`): rows at once, or `"auto"`.
+        model_args (`Mapping`, *optional*): arguments of lm-eval's `hf` model, such as `dtype`.
+        data_dir (`str`, *optional*): folder of files that replace the official data sets.
+        include_path (*optional*): further folders of task files.
+        **settings: further arguments of `simple_evaluate`.
+
+    Returns:
+        `dict`: lm-eval's results.
+
+    Raises:
+        ValueError: for unknown tasks and settings, or a tokenizer without a token to pad with.
+        FileNotFoundError: for a missing model, tokenizer or data file.
+        ImportError: without lm-eval.
+    """
+    check_lm_eval()
+    arguments = {"pretrained": model, **(model_args or {})}
+    check_batch_size(batch_size)
+    check_model(model, arguments.get("tokenizer"))
+    from lm_eval import simple_evaluate
+
+    from . import lm_eval as _  # noqa: F401  registers the name "egmla"
+    from .local_tasks import EGMLATaskManager
+
+    manager = EGMLATaskManager(data_dir, include_path, settings.get("metadata"))
+    names = manager.match(tasks)
+    manager.prepare(names, num_fewshot)
+    results = simple_evaluate(
+        model="egmla",
+        model_args=arguments,
+        tasks=names,
+        limit=limit,
+        num_fewshot=num_fewshot,
+        batch_size=batch_size,
+        task_manager=manager,
+        **{"log_samples": False, **settings},
+    )
+    return results or {}
+
+
+def check_batch_size(batch_size: int | str) -> None:
+    """Raises `ValueError` unless it is a positive number, `"auto"` or `"auto:N"`."""
+    text = str(batch_size)
+    if not (text == "auto" or (text.removeprefix("auto:").isdecimal() and int(text.removeprefix("auto:")) > 0)):
+        raise ValueError(f"batch_size={batch_size}: must be a positive number of rows, auto, or auto:N.")
+
+
+def write_json(path: str | os.PathLike, content: Any) -> None:
+    """Writes JSON as lm-eval does, all or nothing: an interruption leaves the file that was there."""
+    check_lm_eval()
+    from lm_eval.utils import handle_non_serializable
+
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(content, indent=2, ensure_ascii=False, default=handle_non_serializable) + "\n"
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def scores(results: Mapping[str, Any], names: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """Figures of lm-eval results in a flat form.
+
+    Args:
+        results (`Mapping`): lm-eval's results.
+        names (`Sequence[str]`, *optional*): tasks to report, all by default.
+
+    Returns:
+        `list[dict]`: `task`, `metric`, `filter`, `value`, `stderr` (None where lm-eval gives none), `questions`.
+    """
+    figures = {**results["results"], **results.get("groups", {})}
+    counts = results.get("n-samples", {})
+    rows: list[dict[str, Any]] = []
+    for task in names if names is not None else figures:
+        for key, value in figures.get(task, {}).items():
+            metric, comma, kind = key.partition(",")
+            if not comma or metric.endswith("_stderr") or isinstance(value, str):
+                continue
+            stderr = figures[task].get(f"{metric}_stderr,{kind}")
+            leaves = [leaf for leaf in _leaves(results, task) if leaf in counts]
+            rows.append(
+                {
+                    "task": task,
+                    "metric": metric,
+                    "filter": kind,
+                    "value": value,
+                    "stderr": stderr if isinstance(stderr, (int, float)) else None,
+                    "questions": sum(counts[leaf]["effective"] for leaf in leaves),
+                }
+            )
+    return rows
+
+
+def _leaves(results: Mapping[str, Any], task: str) -> list[str]:
+    """The tasks with questions of their own that a task or group stands for."""
+    members = results.get("group_subtasks", {}).get(task)
+    return [leaf for member in members for leaf in _leaves(results, member)] if members else [task]
