@@ -14,7 +14,6 @@ import platform
 import sys
 
 import torch
-import torch._inductor.config
 from transformers import (
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
@@ -61,10 +60,8 @@ def build_contestants(preset: str) -> dict[str, PreTrainedModel]:
 
 
 def compile_for_decoding(model: PreTrainedModel) -> PreTrainedModel:
-    """The model compiled as one graph when first called, weights laid out for the processor (`freezing`)."""
+    """The model compiled as one graph when first called."""
     torch._dynamo.reset()
-    # Not by `options`: tracing, which comes before they count, must already treat weights as constants.
-    torch._inductor.config.freezing = True
     return torch.compile(model, fullgraph=True)
 
 
@@ -113,7 +110,6 @@ def main() -> int:
         for name, model in models.items():
             if name != COMPILED:
                 model.to(getattr(torch, dtype))
-        # Frozen weights are those of the moment of compilation.
         models[COMPILED] = compile_for_decoding(models["EG-MLA"])
         for batch in options.batch:
             timings = time_decode(
