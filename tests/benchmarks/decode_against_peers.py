@@ -14,6 +14,7 @@ import platform
 import sys
 
 import torch
+import torch._inductor.config
 from transformers import (
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
@@ -60,8 +61,10 @@ def build_contestants(preset: str) -> dict[str, PreTrainedModel]:
 
 
 def compile_for_decoding(model: PreTrainedModel) -> PreTrainedModel:
-    """The model compiled as one graph when first called."""
+    """The model compiled as one graph when first called, weights laid out for the processor (`freezing`)."""
     torch._dynamo.reset()
+    # Not by `options`: tracing, which comes before they count, must already treat weights as constants.
+    torch._inductor.config.freezing = True
     return torch.compile(model, fullgraph=True)
 
 
