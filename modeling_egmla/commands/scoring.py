@@ -1,0 +1,40 @@
+"""Options that `egmla eval` and `egmla compare` share, and what both make of them."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+Tasks = Annotated[str, typer.Option(help="Tasks or groups, separated by commas; egmla_paper and egmla_quick too.")]
+Limit = Annotated[float | None, typer.Option(help="Questions of each task; below 1 a share of them.")]
+NumFewshot = Annotated[
+    int | None, typer.Option("--num-fewshot", "--num_fewshot", min=0, help="Solved examples before each question.")
+]
+BatchSize = Annotated[
+    str, typer.Option("--batch-size", "--batch_size", help="Rows at once, or auto: what fits into memory.")
+]
+ModelArgs = Annotated[
+    str | None,
+    typer.Option("--model-args", "--model_args", metavar="KEY=VALUE,...", help="For lm-eval's hf model: dtype=..."),
+]
+DataDir = Annotated[Path | None, typer.Option(help="Folder of JSON-lines files that replace the official data sets.")]
+IncludePath = Annotated[list[Path] | None, typer.Option(help="Folder of further task files; repeatable.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Any argument of lm-eval's simple_evaluate; repeatable."),
+]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; all by default.")]
+
+
+def read_batch_size(text: str) -> int | str:
+    """A batch size as lm-eval takes it: a number where it is one."""
+    return int(text) if text.isdecimal() else text
+
+
+def set_threads(threads: int | None) -> None:
+    """Sets the CPU threads of PyTorch, when a number was given."""
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
