@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shlex
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -9,15 +10,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
-import safetensors
 import torch
-import transformers
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.dynamic_module_utils import custom_object_save
 
 import egmla
 from egmla import EGMLAConfig
+from egmla.provenance import software_versions, source_commit
 
 from .closed_form import LatentAttention, Recipe, exact_attention, low_rank_attention
 from .families import AttentionShape, AttentionWeights, Family, find_family
@@ -179,7 +178,9 @@ def convert_checkpoint(
             "label": _public_label(opened.label),
             "model_type": opened.config.model_type,
             "cache_elements_per_token": plan.source_elements,
+            **opened.origin,
         },
+        "command": _command(opened.label, exact, kv_lora_rank, qk_rope_head_dim, cache, calibration_report, dtype),
         "plan": {**asdict(plan), "cache_kept": plan.kept},
         "recipe": None if exact else asdict(recipe),
         "calibration": calibration_report,
@@ -215,13 +216,8 @@ def convert_checkpoint(
             "layers": layers,
             "seconds": round(time.time() - started, 1),
             "dtype": str(config.dtype).removeprefix("torch."),
-            "versions": {
-                "egmla": egmla.__version__,
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-                "safetensors": safetensors.__version__,
-                "huggingface_hub": huggingface_hub.__version__,
-            },
+            "versions": software_versions(),
+            "commit": source_commit(),
         }
         (folder / REPORT_NAME).write_text(json.dumps(report, indent=2) + "\n")
     return report
@@ -422,6 +418,7 @@ def _calibration_sequences(
         sequences = torch.cat((torch.full((count, 1), first[0]), sequences), dim=1)
     return sequences, {
         "file": path.name,
+        "tokens_asked": tokens,
         "sha256": hashlib.sha256(text.encode()).hexdigest(),
         "sequences": count,
         "sequence_length": length,
@@ -431,6 +428,19 @@ def _calibration_sequences(
 def _public_label(label: str) -> str:
     """The name of a source without the folders it lay in: reports are published."""
     return Path(label).name if Path(label).exists() else label
+
+
+def _command(label, exact, kv_lora_rank, qk_rope_head_dim, cache, calibration, dtype) -> str:
+    """The command that does this conversion again, with names in place of paths."""
+    words = ["egmla", "convert", _public_label(label), "TARGET", *(["--exact"] if exact else [])]
+    if isinstance(kv_lora_rank, list):
+        kv_lora_rank = ",".join(map(str, kv_lora_rank))
+    options = {"--kv-lora-rank": kv_lora_rank, "--qk-rope-head-dim": qk_rope_head_dim, "--cache": cache}
+    if calibration is not None:
+        options |= {"--calibration": calibration["file"], "--calibration-tokens": calibration["tokens_asked"]}
+    options["--dtype"] = dtype
+    words += [word for name, value in options.items() if value is not None for word in (name, str(value))]
+    return shlex.join(words)
 
 
 def _parse_dtype(dtype: str | None) -> torch.dtype | None:

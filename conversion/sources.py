@@ -1,5 +1,6 @@
 """Reading a checkpoint to convert: a local folder, a hub id or a GGUF file, tensor by tensor."""
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -29,6 +30,7 @@ class Source:
         generation_config: its generation settings, or `None`.
         files (`dict[str, Path]`): the safetensors file each tensor is in.
         tensors (`dict[str, torch.Tensor]`): tensors already in memory (GGUF).
+        origin (`dict`): `license`, `languages` and `base_model` (hub id), as far as the source states them.
     """
 
     label: str
@@ -37,6 +39,7 @@ class Source:
     generation_config: GenerationConfig | None = None
     files: dict[str, Path] = field(default_factory=dict)
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    origin: dict[str, Any] = field(default_factory=dict)
 
     @property
     def names(self) -> set[str]:
@@ -83,8 +86,9 @@ def open_source(source: str | Path) -> Source:
     path = Path(source)
     if path.suffix == ".gguf":
         return _open_gguf(path)
+    repository = None
     if not path.is_dir():
-        path = _download(str(source))
+        path, repository = _download(str(source)), str(source)
     if not (path / "config.json").is_file():
         raise FileNotFoundError(
             f"{path} has no config.json; give the folder of a Transformers checkpoint, or a .gguf file."
@@ -95,6 +99,7 @@ def open_source(source: str | Path) -> Source:
         tokenizer=_tokenizer(path),
         generation_config=_generation_config(path),
         files=_weight_files(path),
+        origin=_origin(path / "README.md", repository),
     )
     if getattr(opened.config, "quantization_config", None) is not None:
         raise ValueError(
@@ -114,7 +119,7 @@ def _download(repository: str) -> Path:
             f"{repository} is no folder; give a local checkpoint folder, a hub id or a .gguf file."
         )
     try:
-        patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+        patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md"]
         # Some repositories hold the weights a second time, in formats that are not read here.
         return Path(snapshot_download(repository, allow_patterns=patterns, ignore_patterns=["consolidated*", "*/*"]))
     except HFValidationError as error:
@@ -180,7 +185,46 @@ def _open_gguf(path: Path) -> Source:
         tokenizer=_tokenizer(path.parent, gguf_file=path.name),
         generation_config=model.generation_config,
         tensors=model.state_dict(),
+        origin=_gguf_origin(path),
     )
+
+
+def _origin(card: Path, repository: str | None) -> dict[str, Any]:
+    """What a model card says of licence and languages; the base model is the repository, or what the card names."""
+    import yaml
+    from huggingface_hub import ModelCard
+
+    data: dict[str, Any] = {}
+    if card.is_file():
+        with contextlib.suppress(yaml.YAMLError, ValueError):
+            data = ModelCard(card.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.to_dict()
+    languages = data.get("language")
+    found = {
+        "license": data.get("license"),
+        "license_name": data.get("license_name"),
+        "license_link": data.get("license_link"),
+        "languages": [languages] if isinstance(languages, str) else languages,
+        "base_model": repository or data.get("base_model"),
+    }
+    return {name: value for name, value in found.items() if value}
+
+
+def _gguf_origin(path: Path) -> dict[str, Any]:
+    from gguf import GGUFReader
+
+    fields = GGUFReader(path).fields
+    found = {
+        name: fields[key].contents()
+        for name, key in (
+            ("license", "general.license"),
+            ("languages", "general.languages"),
+            ("base_model", "general.base_model.0.repo_url"),
+        )
+        if key in fields
+    }
+    if "base_model" in found:
+        found["base_model"] = found["base_model"].partition("huggingface.co/")[2] or found["base_model"]
+    return found
 
 
 def _tokenizer(path: Path, **kwargs):

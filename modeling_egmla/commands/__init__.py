@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 
+from .card import card
 from .common import CommandGroup, show_version
 from .compare import compare
 from .convert import convert
@@ -35,7 +36,7 @@ def options(
     """EG-MLA: language models with a small, gated KV cache for Hugging Face Transformers."""
 
 
-for command in (demo, convert, generate, compare, inspect, presets, push):
+for command in (demo, convert, generate, compare, inspect, presets, card, push):
     app.command()(command)
 app.command("eval")(evaluate)
 

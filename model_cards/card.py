@@ -1,0 +1,365 @@
+"""The model card of a checkpoint: every figure comes from a JSON file in the folder, and what is missing says so.
+
+config.json               shapes and cache of this model
+conversion_report.json    source, plan, calibration, command, versions
+evaluation/*.json         scores (`scores.py`)
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from egmla import EGMLAConfig
+from egmla.evaluation.harness import scores as flat_scores
+from egmla.evaluation.score_comparison import with_error
+
+from .figure import FIGURE_NAME, draw_architecture
+from .scores import COMPARISON, PLOT, RESULTS, SCORES_FOLDER, SOURCE_RESULTS, adopt_scores
+
+
+CARD_NAME = "README.md"
+CONVERSION_REPORT = "conversion_report.json"
+TEMPLATE = Path(__file__).with_name("template.md")
+MARK = "<!-- Made by `egmla card`"
+ITEM_SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
+LONG_CONTEXT = 32_768
+# Below these a figure is an error of prediction, not a share of right answers.
+PERPLEXITIES = ("word_perplexity", "byte_perplexity", "bits_per_byte", "perplexity")
+TAGS = ("egmla", "eg-mla", "mla", "kv-cache", "custom_code")
+
+
+def write_card(
+    folder: str | Path,
+    *,
+    scores: str | Path | None = None,
+    repo_id: str | None = None,
+    license: str | None = None,
+    base_model: str | None = None,
+    overwrite: bool = False,
+) -> list[Path]:
+    """Writes `README.md` and the architecture figure of a checkpoint, from its reports.
+
+    Args:
+        folder (`str` or `Path`): a checkpoint with `conversion_report.json`.
+        scores (*optional*): scores to take along first, see `adopt_scores`.
+        repo_id (`str`, *optional*): its name on the Hub, for the examples.
+        license, base_model (`str`, *optional*): where the source does not state them; an earlier card's by default.
+        overwrite (`bool`): replace a card that was written by hand.
+
+    Returns:
+        `list[Path]`: the files written.
+
+    Raises:
+        FileNotFoundError: without a model or its reports.
+        FileExistsError: when there is a card that this function did not make.
+        ValueError: for reports that cannot be read or do not belong to the model, or metadata the Hub refuses.
+        ImportError: without matplotlib.
+    """
+    from egmla.evaluation.plots import check_matplotlib
+    from egmla.publishing.checks import card_problems
+
+    folder = Path(folder)
+    check_matplotlib()
+    _read_reports(folder)  # what is missing shows before anything is written
+    card = folder / CARD_NAME
+    earlier = card.read_text(encoding="utf-8") if card.is_file() else ""
+    if earlier and MARK not in earlier and not overwrite:
+        raise FileExistsError(
+            f"{card} was not made by this command; move it away, or replace it with overwrite=True (--overwrite)."
+        )
+    written = [] if scores is None else adopt_scores(folder, scores)
+    stated = {"license": license, "base_model": base_model, "repo_id": repo_id}
+    content = render_card(folder, **(_stated_before(earlier) | {key: value for key, value in stated.items() if value}))
+    if problems := card_problems(content):
+        raise ValueError(f"The card of {folder} would be refused: {' '.join(problems)}")
+    draw_architecture(_config(folder), folder / FIGURE_NAME)
+    handle, name = tempfile.mkstemp(dir=folder, prefix=f".{CARD_NAME}.")
+    with os.fdopen(handle, "w", encoding="utf-8") as file:
+        file.write(content)
+    os.chmod(name, 0o644)
+    os.replace(name, card)
+    return [*written, folder / FIGURE_NAME, card]
+
+
+def render_card(
+    folder: str | Path, license: str | None = None, base_model: str | None = None, repo_id: str | None = None
+) -> str:
+    """The text of a checkpoint's card; arguments as of `write_card`, which writes it."""
+    from huggingface_hub import ModelCard
+
+    folder = Path(folder)
+    config = _config(folder)
+    conversion, results, source_results, comparison = _read_reports(folder)
+    origin = conversion["source"]
+    license, base_model = license or origin.get("license"), base_model or origin.get("base_model")
+    title = folder.resolve().name
+    card = ModelCard.from_template(
+        _card_data(title, conversion, results, license, base_model),
+        template_path=str(TEMPLATE),
+        title=title,
+        summary=_summary(config, conversion, base_model),
+        dtype=conversion["dtype"],
+        cache=_cache_rows(config, conversion),
+        cache_note=_cache_note(comparison),
+        perplexity=_score_table(results, source_results, comparison, perplexity=True),
+        scores=_score_table(results, source_results, comparison, perplexity=False),
+        score_note=_score_note(results),
+        plot=(folder / SCORES_FOLDER / PLOT).is_file(),
+        repo_id=repo_id or f"your-name/{title}",
+        transformers=conversion["versions"]["transformers"],
+        made=_made(conversion),
+        limits=_limits(conversion, results),
+        licence=_licence(license, base_model or origin["label"]),
+    )
+    return str(card)
+
+
+def _stated_before(card: str) -> dict[str, str]:
+    """Licence, base model and name on the Hub of an earlier card of ours."""
+    from huggingface_hub import ModelCard
+
+    if MARK not in card:
+        return {}
+    data = ModelCard(card, ignore_metadata_errors=True).data
+    name = card.partition('AutoTokenizer.from_pretrained("')[2].partition('"')[0]
+    found = {"license": data.get("license"), "base_model": data.get("base_model"), "repo_id": name}
+    return {key: value for key, value in found.items() if isinstance(value, str) and value}
+
+
+def _config(folder: Path) -> EGMLAConfig:
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} has no config.json, so it holds no model; check the path.")
+    content = _read_json(folder / "config.json")
+    if content.get("model_type") != "egmla":
+        raise ValueError(f"{folder} holds a {content.get('model_type')} model: cards are made for EG-MLA models only.")
+    return EGMLAConfig.from_pretrained(folder)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no valid JSON ({error}); write it again.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object.")
+    return content
+
+
+def _read_reports(folder: Path) -> tuple[dict, dict | None, dict | None, dict | None]:
+    config = _config(folder)
+    report = folder / CONVERSION_REPORT
+    if not report.is_file():
+        raise FileNotFoundError(
+            f"{folder} has no {CONVERSION_REPORT}, and a card states nothing that no report says; convert the model "
+            "with `egmla convert`, which writes it."
+        )
+    conversion = _read_json(report)
+    wanted = {"source", "plan", "recipe", "calibration", "command", "commit", "dtype", "versions"}
+    if missing := sorted(wanted - set(conversion)):
+        raise ValueError(
+            f"{report} lacks {', '.join(missing)}: it was written by another version; convert the model again."
+        )
+    if conversion["plan"]["target_elements"] != config.cache_elements_per_token:
+        raise ValueError(
+            f"{report} is of a model with {conversion['plan']['target_elements']} cache elements per token, and "
+            f"config.json has {config.cache_elements_per_token}; they do not belong together."
+        )
+    others = [folder / SCORES_FOLDER / name for name in (RESULTS, SOURCE_RESULTS, COMPARISON)]
+    results, source_results, comparison = (_read_json(path) if path.is_file() else None for path in others)
+    return conversion, results, source_results, comparison
+
+
+def _card_data(title, conversion, results, license, base_model):
+    from huggingface_hub import EvalResult, ModelCardData
+
+    origin = conversion["source"]
+    evaluation = []
+    for row in _top_scores(results) if results else ():
+        task = results["configs"].get(row["task"], {})
+        evaluation.append(
+            EvalResult(
+                task_type="text-generation",
+                dataset_type=task.get("dataset_path", row["task"]),
+                dataset_name=row["task"],
+                dataset_config=task.get("dataset_name"),
+                dataset_split=task.get("test_split") or task.get("validation_split"),
+                dataset_args={"num_few_shot": results["n-shot"].get(row["task"], 0), "questions": row["questions"]},
+                metric_type=row["metric"],
+                metric_name=row["metric"],
+                metric_value=row["value"],
+                metric_args={"filter": row["filter"], "standard_error": row["stderr"]},
+            )
+        )
+    return ModelCardData(
+        license=license,
+        license_name=origin.get("license_name"),
+        license_link=origin.get("license_link"),
+        language=origin.get("languages"),
+        base_model=base_model,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=list(TAGS),
+        model_name=title if evaluation else None,
+        eval_results=evaluation or None,
+    )
+
+
+def _top_scores(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Scores of tasks and groups, without the members of a group that has a figure of its own."""
+    rows = flat_scores(results)
+    with_figures = {row["task"] for row in rows}
+    hidden: set[str] = set()
+    for group, members in results.get("group_subtasks", {}).items():
+        if group in with_figures:
+            hidden |= set(members)
+    return [row for row in rows if row["task"] not in hidden]
+
+
+def _summary(config: EGMLAConfig, conversion: dict, base_model: str | None) -> str:
+    plan, origin = conversion["plan"], conversion["source"]
+    name = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else f"`{origin['label']}`"
+    text = (
+        f"{name}, converted to EG-MLA (embedding-gated multi-head latent attention): each layer caches one latent and "
+        "one rotary key per token for all heads, and decoding reads them as they are."
+    )
+    if plan["exact"]:
+        return f"{text} This is the exact conversion: the source's function, and a cache of the source's size."
+    return (
+        f"{text} The cache holds {config.cache_elements_per_token:,} elements per token, "
+        f"{plan['cache_kept']:.1%} of the source's {plan['source_elements']:,}."
+    )
+
+
+def _cache_rows(config: EGMLAConfig, conversion: dict) -> list[dict[str, str]]:
+    size = ITEM_SIZES[conversion["dtype"]]
+    counts = {
+        "this model": config.cache_elements_per_token,
+        "source": conversion["source"]["cache_elements_per_token"],
+    }
+    return [
+        {
+            "name": name,
+            "elements": f"{count:,}",
+            "bytes": f"{count * size:,}",
+            "long": f"{count * size * LONG_CONTEXT / 2**20:,.1f} MiB",
+        }
+        for name, count in counts.items()
+    ]
+
+
+def _cache_note(comparison: dict | None) -> str:
+    text = f"Counted from `config.json` and `{CONVERSION_REPORT}`, all layers."
+    if comparison is None:
+        return text
+    source, model = comparison["models"]
+    return (
+        f"{text} In the caches of forward passes when the scores were taken: {model['cache_elements_per_token']:,} "
+        f"and {source['cache_elements_per_token']:,} elements per token."
+    )
+
+
+def _score_table(results, source_results, comparison, perplexity: bool) -> str:
+    """A table of the tasks whose figures are perplexities, or of the others; empty when there is none."""
+    if results is None:
+        return ""
+    rows = [row for row in _top_scores(results) if (row["metric"] in PERPLEXITIES) == perplexity]
+    if not rows:
+        return ""
+    source = {_key(row): row for row in flat_scores(source_results)} if source_results else {}
+    paired = {_key(row): row for row in comparison["scores"] if row["model"] == "model"} if comparison else {}
+    heads = ["task", "metric", "questions", "examples", "this model"]
+    heads += ["source", "difference, paired"] if source else []
+    lines = [f"| {' | '.join(heads)} |", f"| --- | --- |{' ---: |' * (len(heads) - 2)}"]
+    for row in rows:
+        shots = results["n-shot"].get(row["task"], 0)
+        cells = [row["task"], row["metric"], f"{row['questions']:,}", str(shots), _figure(row["value"], row["stderr"])]
+        if source:
+            other, pair = source.get(_key(row)), paired.get(_key(row))
+            cells.append(_figure(other["value"], other["stderr"]) if other else "not measured")
+            known = pair is not None and pair["difference"] is not None
+            cells.append(_figure(pair["difference"], pair["difference_stderr"], "+") if known else "not measured")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _key(row: Mapping[str, Any]) -> tuple[str, str, str]:
+    return row["task"], row["metric"], row["filter"]
+
+
+def _figure(value: float, stderr: float | None, sign: str = "") -> str:
+    text = with_error(value, stderr)
+    return sign + text if sign and value >= 0 else text
+
+
+def _score_note(results: dict | None) -> str:
+    if results is None:
+        return ""
+    config = results["config"]
+    limit = config.get("limit")
+    text = (
+        f"By [lm-eval](https://github.com/EleutherAI/lm-evaluation-harness) {results.get('lm_eval_version', '')} in "
+        f"{str(config.get('model_dtype', '')).removeprefix('torch.')}, ± standard error, official prompts."
+    )
+    if limit:
+        text += (
+            f" Only the first {limit:g} questions of each task." if limit >= 1 else f" A share of {limit:g} of each."
+        )
+    local = sorted(
+        {
+            name
+            for task in results["configs"].values()
+            for name in (task.get("metadata") or {}).get("local_files", {}).values()
+        }
+    )
+    tasks = ",".join(dict.fromkeys(row["task"] for row in _top_scores(results)))
+    command = f"egmla eval {config['model_args']['pretrained']} --tasks {tasks}"
+    command += f" --limit {limit:g}" if limit else ""
+    command += f" --batch-size {config.get('batch_size', 1)}"
+    command += " --data-dir FOLDER" if local else ""
+    text += f" Again:\n\n```bash\n{command}\n```"
+    if local:
+        text += f"\n\nThe questions came from local files ({', '.join(f'`{name}`' for name in local)})."
+    return text
+
+
+def _made(conversion: dict) -> str:
+    origin, calibration, recipe = conversion["source"], conversion["calibration"], conversion["recipe"]
+    lines = [f"```bash\n{conversion['command']}\n```\n"]
+    lines.append(f"- source: `{origin['label']}` ({origin['model_type']})")
+    if calibration:
+        lines.append(
+            f"- calibration: {calibration['sequences']} sequences of {calibration['sequence_length']:,} tokens from "
+            f"`{calibration['file']}`, SHA-256 of the text read `{calibration['sha256']}`"
+        )
+    else:
+        lines.append("- calibration: none, an exact conversion needs none")
+    if recipe:
+        lines.append("- recipe: " + ", ".join(f"{name} {value}" for name, value in recipe.items()))
+    lines.append("- versions: " + ", ".join(f"{name} {value}" for name, value in conversion["versions"].items()))
+    commit = conversion["commit"]
+    lines.append(f"- commit of egmla: {f'`{commit}`' if commit else 'not known, an installed package made it'}")
+    return "\n".join(lines)
+
+
+def _limits(conversion: dict, results: dict | None) -> list[str]:
+    limits = []
+    if conversion["plan"]["exact"]:
+        limits.append("The cache is as large as the source's: a starting point for training, not a saving.")
+    else:
+        limits.append("Nothing was trained after the conversion, so quality below the source's is to be expected.")
+    limits.append("The gate is at identity: it changes nothing until the model is trained.")
+    if conversion["source"]["label"].endswith(".gguf"):
+        limits.append("The source was read from a quantised GGUF file: these are the weights of the rounded model.")
+    if results is None:
+        limits.append("No task was measured.")
+    limits.append("What the source does wrong, this model does too.")
+    return limits
+
+
+def _licence(license: str | None, source: str) -> str:
+    if license is None:
+        return f"The source, {source}, states none that this card could carry over: look it up before use."
+    return f"That of the source, {source}: {license}. The code in this repository is Apache-2.0."
