@@ -16,7 +16,7 @@ from transformers.dynamic_module_utils import custom_object_save
 
 import egmla
 from egmla import EGMLAConfig
-from egmla.provenance import software_versions, source_commit
+from egmla.provenance import software_versions, source_commit, weights_sha256
 
 from .closed_form import LatentAttention, Recipe, exact_attention, low_rank_attention
 from .families import AttentionShape, AttentionWeights, Family, find_family
@@ -218,6 +218,7 @@ def convert_checkpoint(
             "dtype": str(config.dtype).removeprefix("torch."),
             "versions": software_versions(),
             "commit": source_commit(),
+            "weights_sha256": weights_sha256(folder),
         }
         (folder / REPORT_NAME).write_text(json.dumps(report, indent=2) + "\n")
     return report

@@ -190,7 +190,7 @@ def _open_gguf(path: Path) -> Source:
 
 
 def _origin(card: Path, repository: str | None) -> dict[str, Any]:
-    """What a model card says of licence and languages; the base model is the repository, or what the card names."""
+    """What is known of a source that its conversion passes on; a card's own `base_model` is that of the source."""
     import yaml
     from huggingface_hub import ModelCard
 
@@ -198,33 +198,29 @@ def _origin(card: Path, repository: str | None) -> dict[str, Any]:
     if card.is_file():
         with contextlib.suppress(yaml.YAMLError, ValueError):
             data = ModelCard(card.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.to_dict()
+    found = {name: data.get(name) for name in ("license", "license_name", "license_link")}
+    found = {name: value for name, value in found.items() if isinstance(value, str) and value}
     languages = data.get("language")
-    found = {
-        "license": data.get("license"),
-        "license_name": data.get("license_name"),
-        "license_link": data.get("license_link"),
-        "languages": [languages] if isinstance(languages, str) else languages,
-        "base_model": repository or data.get("base_model"),
-    }
-    return {name: value for name, value in found.items() if value}
+    languages = [languages] if isinstance(languages, str) else languages
+    if isinstance(languages, list) and languages and all(isinstance(language, str) for language in languages):
+        found["languages"] = languages
+    if repository := repository or _cached_repository(card.parent):
+        found["base_model"] = repository
+    return found
+
+
+def _cached_repository(folder: Path) -> str | None:
+    """The hub id of a folder in the hub's own cache, `models--owner--name/snapshots/...`."""
+    names = [part for part in folder.resolve().parts if part.startswith("models--")]
+    return names[-1].removeprefix("models--").replace("--", "/", 1) if names else None
 
 
 def _gguf_origin(path: Path) -> dict[str, Any]:
     from gguf import GGUFReader
 
     fields = GGUFReader(path).fields
-    found = {
-        name: fields[key].contents()
-        for name, key in (
-            ("license", "general.license"),
-            ("languages", "general.languages"),
-            ("base_model", "general.base_model.0.repo_url"),
-        )
-        if key in fields
-    }
-    if "base_model" in found:
-        found["base_model"] = found["base_model"].partition("huggingface.co/")[2] or found["base_model"]
-    return found
+    names = {"license": "general.license", "languages": "general.languages"}
+    return {name: fields[key].contents() for name, key in names.items() if key in fields}
 
 
 def _tokenizer(path: Path, **kwargs):

@@ -7,6 +7,7 @@ evaluation/*.json         scores (`scores.py`)
 
 import json
 import os
+import shlex
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,16 +15,19 @@ from typing import Any
 
 from egmla import EGMLAConfig
 from egmla.evaluation.harness import scores as flat_scores
-from egmla.evaluation.score_comparison import with_error
+from egmla.evaluation.harness import task_leaves, write_json
+from egmla.evaluation.score_comparison import metric_name, plot_scores, with_error
+from egmla.provenance import weights_sha256
 
 from .figure import FIGURE_NAME, draw_architecture
-from .scores import COMPARISON, PLOT, RESULTS, SCORES_FOLDER, SOURCE_RESULTS, adopt_scores
+from .scores import COMPARISON, PLOT, RESULTS, SCORES_FOLDER, SOURCE_RESULTS, comparison_to_plot, read_scores
 
 
 CARD_NAME = "README.md"
 CONVERSION_REPORT = "conversion_report.json"
 TEMPLATE = Path(__file__).with_name("template.md")
 MARK = "<!-- Made by `egmla card`"
+PLACEHOLDER = "your-name/"
 ITEM_SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 LONG_CONTEXT = 32_768
 # Below these a figure is an error of prediction, not a share of right answers.
@@ -37,6 +41,7 @@ def write_card(
     scores: str | Path | None = None,
     repo_id: str | None = None,
     license: str | None = None,
+    license_name: str | None = None,
     base_model: str | None = None,
     overwrite: bool = False,
 ) -> list[Path]:
@@ -44,9 +49,10 @@ def write_card(
 
     Args:
         folder (`str` or `Path`): a checkpoint with `conversion_report.json`.
-        scores (*optional*): scores to take along first, see `adopt_scores`.
+        scores (*optional*): scores to take along, see `read_scores`; those of an earlier card are replaced.
         repo_id (`str`, *optional*): its name on the Hub, for the examples.
-        license, base_model (`str`, *optional*): where the source does not state them; an earlier card's by default.
+        license, license_name, base_model (`str`, *optional*): where the source does not state them; an earlier card's
+            by default.
         overwrite (`bool`): replace a card that was written by hand.
 
     Returns:
@@ -59,45 +65,78 @@ def write_card(
         ImportError: without matplotlib.
     """
     from egmla.evaluation.plots import check_matplotlib
-    from egmla.publishing.checks import card_problems
+    from egmla.publishing.checks import card_problems, check_repo_id
 
     folder = Path(folder)
     check_matplotlib()
-    _read_reports(folder)  # what is missing shows before anything is written
+    if repo_id is not None:
+        check_repo_id(repo_id)
+    _read_conversion(folder)  # what is missing shows first
     card = folder / CARD_NAME
     earlier = card.read_text(encoding="utf-8") if card.is_file() else ""
     if earlier and MARK not in earlier and not overwrite:
         raise FileExistsError(
             f"{card} was not made by this command; move it away, or replace it with overwrite=True (--overwrite)."
         )
-    written = [] if scores is None else adopt_scores(folder, scores)
-    stated = {"license": license, "base_model": base_model, "repo_id": repo_id}
-    content = render_card(folder, **(_stated_before(earlier) | {key: value for key, value in stated.items() if value}))
-    if problems := card_problems(content):
+    content = None if scores is None else read_scores(folder, Path(scores))
+    stated = {"license": license, "license_name": license_name, "base_model": base_model, "repo_id": repo_id}
+    stated = _stated_before(earlier) | {key: value for key, value in stated.items() if value}
+    text = render_card(folder, scores=content, **stated)
+    if problems := card_problems(text):
         raise ValueError(f"The card of {folder} would be refused: {' '.join(problems)}")
+    # All is known to be right: now the files.
+    written = [] if content is None else _write_scores(folder / SCORES_FOLDER, content)
     draw_architecture(_config(folder), folder / FIGURE_NAME)
     handle, name = tempfile.mkstemp(dir=folder, prefix=f".{CARD_NAME}.")
     with os.fdopen(handle, "w", encoding="utf-8") as file:
-        file.write(content)
+        file.write(text)
     os.chmod(name, 0o644)
     os.replace(name, card)
     return [*written, folder / FIGURE_NAME, card]
 
 
+def _write_scores(target: Path, content: Mapping[str, Any]) -> list[Path]:
+    target.mkdir(exist_ok=True)
+    # What an earlier card took along would be read as belonging to this one.
+    for name in (RESULTS, SOURCE_RESULTS, COMPARISON, PLOT):
+        (target / name).unlink(missing_ok=True)
+    for name, part in content.items():
+        write_json(target / name, part)
+        (target / name).chmod(0o644)
+    written = [target / name for name in content]
+    if COMPARISON in content:
+        plot_scores(comparison_to_plot(content[COMPARISON]), target / PLOT)
+        written.append(target / PLOT)
+    return written
+
+
 def render_card(
-    folder: str | Path, license: str | None = None, base_model: str | None = None, repo_id: str | None = None
+    folder: str | Path,
+    license: str | None = None,
+    license_name: str | None = None,
+    base_model: str | None = None,
+    repo_id: str | None = None,
+    scores: Mapping[str, Any] | None = None,
 ) -> str:
-    """The text of a checkpoint's card; arguments as of `write_card`, which writes it."""
+    """The text of a checkpoint's card; arguments as of `write_card`, which writes it.
+
+    `scores` are those of `read_scores`, by default what an earlier card took along.
+    """
     from huggingface_hub import ModelCard
 
     folder = Path(folder)
-    config = _config(folder)
-    conversion, results, source_results, comparison = _read_reports(folder)
+    config, conversion = _config(folder), _read_conversion(folder)
+    if scores is None:
+        paths = [folder / SCORES_FOLDER / name for name in (RESULTS, SOURCE_RESULTS, COMPARISON)]
+        scores = {path.name: _read_json(path) for path in paths if path.is_file()}
+    results, source_results, comparison = (scores.get(name) for name in (RESULTS, SOURCE_RESULTS, COMPARISON))
     origin = conversion["source"]
-    license, base_model = license or origin.get("license"), base_model or origin.get("base_model")
+    if license is None:
+        license, license_name = origin.get("license"), license_name or origin.get("license_name")
+    base_model = base_model or origin.get("base_model")
     title = folder.resolve().name
     card = ModelCard.from_template(
-        _card_data(title, conversion, results, license, base_model),
+        _card_data(conversion, license, license_name, base_model, _model_index(title, results)),
         template_path=str(TEMPLATE),
         title=title,
         summary=_summary(config, conversion, base_model),
@@ -106,13 +145,13 @@ def render_card(
         cache_note=_cache_note(comparison),
         perplexity=_score_table(results, source_results, comparison, perplexity=True),
         scores=_score_table(results, source_results, comparison, perplexity=False),
-        score_note=_score_note(results),
-        plot=(folder / SCORES_FOLDER / PLOT).is_file(),
-        repo_id=repo_id or f"your-name/{title}",
+        score_note=_score_note(results, comparison),
+        plot=comparison is not None,
+        repo_id=repo_id or f"{PLACEHOLDER}{title}",
         transformers=conversion["versions"]["transformers"],
         made=_made(conversion),
-        limits=_limits(conversion, results),
-        licence=_licence(license, base_model or origin["label"]),
+        limits=_limits(conversion, results, _changed(folder, conversion)),
+        licence=_licence(license, license_name, base_model or origin["label"]),
     )
     return str(card)
 
@@ -125,8 +164,15 @@ def _stated_before(card: str) -> dict[str, str]:
         return {}
     data = ModelCard(card, ignore_metadata_errors=True).data
     name = card.partition('AutoTokenizer.from_pretrained("')[2].partition('"')[0]
-    found = {"license": data.get("license"), "base_model": data.get("base_model"), "repo_id": name}
+    found = {key: data.get(key) for key in ("license", "license_name", "base_model")}
+    found["repo_id"] = None if name.startswith(PLACEHOLDER) else name
     return {key: value for key, value in found.items() if isinstance(value, str) and value}
+
+
+def _changed(folder: Path, conversion: Mapping[str, Any]) -> bool:
+    """Whether the weights are known to be others than the conversion wrote."""
+    written, found = conversion.get("weights_sha256"), weights_sha256(folder)
+    return written is not None and found is not None and written != found
 
 
 def _config(folder: Path) -> EGMLAConfig:
@@ -148,7 +194,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _read_reports(folder: Path) -> tuple[dict, dict | None, dict | None, dict | None]:
+def _read_conversion(folder: Path) -> dict[str, Any]:
     config = _config(folder)
     report = folder / CONVERSION_REPORT
     if not report.is_file():
@@ -167,44 +213,78 @@ def _read_reports(folder: Path) -> tuple[dict, dict | None, dict | None, dict | 
             f"{report} is of a model with {conversion['plan']['target_elements']} cache elements per token, and "
             f"config.json has {config.cache_elements_per_token}; they do not belong together."
         )
-    others = [folder / SCORES_FOLDER / name for name in (RESULTS, SOURCE_RESULTS, COMPARISON)]
-    results, source_results, comparison = (_read_json(path) if path.is_file() else None for path in others)
-    return conversion, results, source_results, comparison
+    return conversion
 
 
-def _card_data(title, conversion, results, license, base_model):
-    from huggingface_hub import EvalResult, ModelCardData
+def _card_data(conversion, license, license_name, base_model, model_index):
+    from huggingface_hub import ModelCardData
 
     origin = conversion["source"]
-    evaluation = []
-    for row in _top_scores(results) if results else ():
-        task = results["configs"].get(row["task"], {})
-        evaluation.append(
-            EvalResult(
-                task_type="text-generation",
-                dataset_type=task.get("dataset_path", row["task"]),
-                dataset_name=row["task"],
-                dataset_config=task.get("dataset_name"),
-                dataset_split=task.get("test_split") or task.get("validation_split"),
-                dataset_args={"num_few_shot": results["n-shot"].get(row["task"], 0), "questions": row["questions"]},
-                metric_type=row["metric"],
-                metric_name=row["metric"],
-                metric_value=row["value"],
-                metric_args={"filter": row["filter"], "standard_error": row["stderr"]},
-            )
-        )
-    return ModelCardData(
+    same_license = license == origin.get("license")
+    data = ModelCardData(
         license=license,
-        license_name=origin.get("license_name"),
-        license_link=origin.get("license_link"),
+        license_name=license_name,
+        license_link=origin.get("license_link") if same_license else None,
         language=origin.get("languages"),
         base_model=base_model,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=list(TAGS),
-        model_name=title if evaluation else None,
-        eval_results=evaluation or None,
     )
+    if model_index:
+        data["model-index"] = model_index
+    return data
+
+
+def _model_index(title: str, results: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """The Hub's evaluation metadata, an entry per task.
+
+    Not `EvalResult`s: huggingface_hub merges those of one data set, and two tasks may ask it in two ways.
+    """
+    entries: dict[str, dict[str, Any]] = {}
+    for row in _top_scores(results) if results else ():
+        task = row["task"]
+        entry = entries.setdefault(
+            task, {"task": {"type": "text-generation"}, "dataset": _dataset(results, task), "metrics": []}
+        )
+        entry["metrics"].append(
+            {
+                "name": metric_name(row["metric"], row["filter"]),
+                "type": row["metric"],
+                "value": row["value"],
+                "args": {"filter": row["filter"], "standard_error": row["stderr"]},
+            }
+        )
+    return [{"name": title, "results": list(entries.values())}] if entries else []
+
+
+def _dataset(results: Mapping[str, Any], task: str) -> dict[str, Any]:
+    leaves = [results["configs"].get(leaf, {}) for leaf in task_leaves(results, task)]
+    # Files of one's own are read by a loader's name, which is no data set.
+    paths = {leaf.get("dataset_path") for leaf in leaves} - {None, "json", "csv", "parquet", "text"}
+    dataset: dict[str, Any] = {"name": task, "type": paths.pop() if len(paths) == 1 else task}
+    if len(leaves) == 1:
+        more = {"config": leaves[0].get("dataset_name"), "split": _split(leaves[0])}
+        dataset |= {key: value for key, value in more.items() if value}
+    asked, known = _questions(results, task)
+    dataset["args"] = {"num_few_shot": _shots(results, task), "questions": asked, "of": known}
+    return dataset
+
+
+def _split(task: Mapping[str, Any]) -> str | None:
+    return task.get("test_split") or task.get("validation_split")
+
+
+def _shots(results: Mapping[str, Any], task: str) -> int:
+    shots = results.get("n-shot", {})
+    return shots.get(task, max((shots.get(leaf, 0) for leaf in task_leaves(results, task)), default=0))
+
+
+def _questions(results: Mapping[str, Any], task: str) -> tuple[int, int]:
+    """Questions asked, and how many the task has."""
+    counts = results.get("n-samples", {})
+    leaves = [counts[leaf] for leaf in task_leaves(results, task) if leaf in counts]
+    return sum(leaf["effective"] for leaf in leaves), sum(leaf["original"] for leaf in leaves)
 
 
 def _top_scores(results: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -269,19 +349,21 @@ def _score_table(results, source_results, comparison, perplexity: bool) -> str:
     if not rows:
         return ""
     source = {_key(row): row for row in flat_scores(source_results)} if source_results else {}
-    paired = {_key(row): row for row in comparison["scores"] if row["model"] == "model"} if comparison else {}
+    paired = {_key(row): row for row in comparison["scores"] if row["model"] == "this model"} if comparison else {}
     heads = ["task", "metric", "questions", "examples", "this model"]
     heads += ["source", "difference, paired"] if source else []
     lines = [f"| {' | '.join(heads)} |", f"| --- | --- |{' ---: |' * (len(heads) - 2)}"]
     for row in rows:
-        shots = results["n-shot"].get(row["task"], 0)
-        cells = [row["task"], row["metric"], f"{row['questions']:,}", str(shots), _figure(row["value"], row["stderr"])]
+        asked, known = _questions(results, row["task"])
+        count = f"{asked:,}" if asked == known else f"{asked:,} of {known:,}"
+        cells = [row["task"], metric_name(row["metric"], row["filter"]), count, str(_shots(results, row["task"]))]
+        cells.append(_figure(row["value"], row["stderr"]))
         if source:
             other, pair = source.get(_key(row)), paired.get(_key(row))
             cells.append(_figure(other["value"], other["stderr"]) if other else "not measured")
             known = pair is not None and pair["difference"] is not None
             cells.append(_figure(pair["difference"], pair["difference_stderr"], "+") if known else "not measured")
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |")
     return "\n".join(lines)
 
 
@@ -294,35 +376,45 @@ def _figure(value: float, stderr: float | None, sign: str = "") -> str:
     return sign + text if sign and value >= 0 else text
 
 
-def _score_note(results: dict | None) -> str:
+def _score_note(results: dict | None, comparison: dict | None) -> str:
+    """How scores were taken, and the command that takes them again where all it needs is known."""
     if results is None:
         return ""
     config = results["config"]
-    limit = config.get("limit")
+    settings = comparison["settings"] if comparison else results.get("settings")
+    harness = "[lm-eval](https://github.com/EleutherAI/lm-evaluation-harness)"
     text = (
-        f"By [lm-eval](https://github.com/EleutherAI/lm-evaluation-harness) {results.get('lm_eval_version', '')} in "
-        f"{str(config.get('model_dtype', '')).removeprefix('torch.')}, ± standard error, official prompts."
+        f"By {harness} {results.get('lm_eval_version', '')}, "
+        f"Transformers {results.get('transformers_version', '')}, "
+        f"weights in {str(config.get('model_dtype', '')).removeprefix('torch.')}; ± standard error."
     )
-    if limit:
-        text += (
-            f" Only the first {limit:g} questions of each task." if limit >= 1 else f" A share of {limit:g} of each."
-        )
-    local = sorted(
-        {
-            name
-            for task in results["configs"].values()
-            for name in (task.get("metadata") or {}).get("local_files", {}).values()
-        }
-    )
+    if any(asked < known for asked, known in (_questions(results, row["task"]) for row in _top_scores(results))):
+        text += " Where fewer questions were asked than a task has, they are its first ones."
+    files = {name for task in results["configs"].values() for name in task.get("local_files", {}).values()}
+    if files:
+        text += f" The questions came from local files ({', '.join(f'`{name}`' for name in sorted(files))})."
+    if settings is None:
+        arguments = {key: value for key, value in config["model_args"].items() if key != "pretrained"}
+        shown = ", ".join(f"{key}={value}" for key, value in arguments.items()) or "none"
+        chat = " A chat template was used." if results.get("chat_template_sha") else ""
+        return f"{text}{chat} Batch size {config.get('batch_size')}, model arguments: {shown}."
+    if settings["other"]:
+        text += f" Also set, and not shown here: {', '.join(settings['other'])}."
+    return f"{text} Again:\n\n```bash\n{_score_command(results, settings, bool(files))}\n```"
+
+
+def _score_command(results: Mapping[str, Any], settings: Mapping[str, Any], local: bool) -> str:
     tasks = ",".join(dict.fromkeys(row["task"] for row in _top_scores(results)))
-    command = f"egmla eval {config['model_args']['pretrained']} --tasks {tasks}"
-    command += f" --limit {limit:g}" if limit else ""
-    command += f" --batch-size {config.get('batch_size', 1)}"
-    command += " --data-dir FOLDER" if local else ""
-    text += f" Again:\n\n```bash\n{command}\n```"
-    if local:
-        text += f"\n\nThe questions came from local files ({', '.join(f'`{name}`' for name in local)})."
-    return text
+    words = ["egmla", "eval", results["config"]["model_args"]["pretrained"], "--tasks", tasks]
+    for option in ("limit", "num_fewshot", "batch_size"):
+        if settings.get(option) is not None:
+            words += [f"--{option.replace('_', '-')}", f"{settings[option]}"]
+    if settings["model_args"]:
+        words += ["--model-args", ",".join(f"{key}={value}" for key, value in settings["model_args"].items())]
+    for option in ("apply_chat_template", "fewshot_as_multiturn", "bootstrap_iters"):
+        if settings.get(option) is not None:
+            words += ["--set", f"{option}={settings[option]}"]
+    return shlex.join([*words, *(["--data-dir", "FOLDER"] if local else [])])
 
 
 def _made(conversion: dict) -> str:
@@ -344,13 +436,16 @@ def _made(conversion: dict) -> str:
     return "\n".join(lines)
 
 
-def _limits(conversion: dict, results: dict | None) -> list[str]:
+def _limits(conversion: dict, results: dict | None, changed: bool) -> list[str]:
     limits = []
     if conversion["plan"]["exact"]:
         limits.append("The cache is as large as the source's: a starting point for training, not a saving.")
-    else:
+    elif not changed:
         limits.append("Nothing was trained after the conversion, so quality below the source's is to be expected.")
-    limits.append("The gate is at identity: it changes nothing until the model is trained.")
+    if changed:
+        limits.append("The weights have changed since the conversion, and no report here says how.")
+    else:
+        limits.append("The gate is at identity: it changes nothing until the model is trained.")
     if conversion["source"]["label"].endswith(".gguf"):
         limits.append("The source was read from a quantised GGUF file: these are the weights of the rounded model.")
     if results is None:
@@ -359,7 +454,8 @@ def _limits(conversion: dict, results: dict | None) -> list[str]:
     return limits
 
 
-def _licence(license: str | None, source: str) -> str:
+def _licence(license: str | None, name: str | None, source: str) -> str:
     if license is None:
         return f"The source, {source}, states none that this card could carry over: look it up before use."
-    return f"That of the source, {source}: {license}. The code in this repository is Apache-2.0."
+    stated = f"{license} ({name})" if name else license
+    return f"That of the source, {source}: {stated}. The code in this repository is Apache-2.0."

@@ -1,13 +1,12 @@
 """Scores beside a checkpoint: lm-eval's JSON, without what is private or nobody repeats a figure with."""
 
 import json
-import re
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from egmla.evaluation.harness import write_json
+from egmla import EGMLAConfig
+from egmla.evaluation.score_comparison import Comparison, ModelScores, Score
 
 
 SCORES_FOLDER = "evaluation"
@@ -21,94 +20,108 @@ KEPT = (
     "n-shot",
     "higher_is_better",
     "n-samples",
-    "git_hash",
     "date",
     "transformers_version",
     "lm_eval_version",
     "max_length",
+    "fewshot_as_multiturn",
+    "chat_template_sha",
+    "system_instruction_sha",
 )
 KEPT_OF_CONFIG = (
     "model",
-    "model_args",
     "model_num_parameters",
     "model_dtype",
     "batch_size",
     "limit",
     "bootstrap_iters",
-    "gen_kwargs",
     "random_seed",
     "numpy_seed",
     "torch_seed",
     "fewshot_seed",
 )
-KEPT_OF_TASKS = ("dataset_path", "dataset_name", "validation_split", "test_split", "num_fewshot", "metadata")
+KEPT_OF_TASKS = ("dataset_path", "dataset_name", "validation_split", "test_split", "num_fewshot")
+# Arguments of lm-eval's `hf` model that change figures and are nobody's secret. Others are named, not shown.
+MODEL_ARGS = (
+    "dtype",
+    "max_length",
+    "add_bos_token",
+    "prefix_token_id",
+    "softmax_dtype",
+    "mixed_precision_dtype",
+    "revision",
+    "use_fast_tokenizer",
+    "trust_remote_code",
+    "attn_implementation",
+)
+SETTINGS = ("limit", "num_fewshot", "batch_size", "apply_chat_template", "fewshot_as_multiturn", "bootstrap_iters")
+VERSIONS = ("egmla", "lm_eval", "torch", "transformers")
 
 
-def adopt_scores(folder: str | Path, scores: str | Path) -> list[Path]:
-    """Copies scores of a checkpoint into its folder `evaluation`, in lm-eval's format, fit to be published.
+def read_scores(folder: Path, path: Path) -> dict[str, dict[str, Any]]:
+    """Scores of a checkpoint as they are published: file name to JSON content.
 
     Args:
-        folder (`str` or `Path`): the checkpoint.
-        scores (`str` or `Path`): results of lm-eval (`egmla eval --output`, `lm_eval --output_path`), or the output of
-            `egmla compare`, from which this checkpoint and the source are taken; a file or its folder.
-
-    Returns:
-        `list[Path]`: the files written.
+        folder (`Path`): the checkpoint.
+        path (`Path`): results of lm-eval (`egmla eval --output`, `lm_eval --output_path`), or the output of `egmla
+            compare`, from which this checkpoint and the source are taken; a file or its folder.
 
     Raises:
         FileNotFoundError: when there is no such file.
         ValueError: when it holds no scores, or those of another model.
     """
-    folder, file = Path(folder), _scores_file(Path(scores))
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is no valid JSON ({error}).") from error
-    if not isinstance(content, dict) or not {"results", "models"} & set(content):
+    for file in _candidates(folder, path):
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{file} is no valid JSON ({error}).") from error
+        if not isinstance(content, dict) or not ({"results", "config"} <= set(content) or content.get("models")):
+            raise ValueError(
+                f"{file} holds no scores: give a JSON file of `egmla eval --output` or lm_eval, or the output folder "
+                "of `egmla compare`."
+            )
+        if "models" in content:
+            return _from_comparison(folder, content, file)
+        if path.is_dir() and not _same(folder, _arguments(content).get("pretrained", "")):
+            continue  # lm_eval keeps the results of several models below one folder
+        _check_model(folder, _arguments(content).get("pretrained", ""), content, file)
+        return {RESULTS: public_results(content, folder.resolve().name)}
+    raise ValueError(f"No results below {path} are of {folder}.")
+
+
+def _candidates(folder: Path, path: Path) -> list[Path]:
+    """The files to look at, newest results first."""
+    if path.resolve().is_relative_to((folder / SCORES_FOLDER).resolve()):
+        raise ValueError(f"{path} is what an earlier card took along already; leave --scores out to use it again.")
+    if not path.is_dir():
+        if not path.is_file():
+            raise FileNotFoundError(f"There is no file {path}; give the JSON of `egmla eval --output`, or a folder.")
+        return [path]
+    if (path / "comparison.json").is_file():
+        return [path / "comparison.json"]
+    found = sorted(path.rglob("results_*.json"), key=lambda file: file.name, reverse=True)
+    if not found:
+        raise FileNotFoundError(f"{path} holds no scores: neither comparison.json nor lm-eval's results_*.json.")
+    return found
+
+
+def _from_comparison(folder: Path, content: Mapping[str, Any], file: Path) -> dict[str, dict[str, Any]]:
+    source, *others = content["models"]
+    own = [model for model in others if Path(model["path"]).resolve() == folder.resolve()]
+    own = own or [model for model in others if _same(folder, model["path"])]
+    if len(own) != 1:
+        names = ", ".join(str(model["path"]) for model in others)
+        what = "has no scores of" if not own else "has several models that could be"
+        raise ValueError(f"{file} {what} {folder}; it compares {names} with {source['path']}.")
+    (model,) = own
+    _check_model(folder, model["path"], model["results"], file)
+    elements = EGMLAConfig.from_pretrained(folder).cache_elements_per_token
+    if model["cache_elements_per_token"] != elements:
         raise ValueError(
-            f"{file} holds no scores: give a JSON file of `egmla eval --output` or lm_eval, or the output folder of "
-            "`egmla compare`."
+            f"{file} is of a model that cached {model['cache_elements_per_token']} elements per token, and {folder} "
+            f"caches {elements}: compare them again."
         )
-    if "models" not in content:
-        _check_same(folder, _pretrained(content), file)
-        written = {RESULTS: public_results(content, folder.resolve().name)}
-    else:
-        written = _from_comparison(folder, content, file)
-    target = folder / SCORES_FOLDER
-    target.mkdir(exist_ok=True)
-    # What an earlier adoption left would be read as belonging to this one.
-    for name in (RESULTS, SOURCE_RESULTS, COMPARISON, PLOT):
-        (target / name).unlink(missing_ok=True)
-    for name, json_content in written.items():
-        write_json(target / name, json_content)
-    files = [target / name for name in written]
-    plot = file.with_name(PLOT)
-    if "models" in content and plot.is_file():
-        files.append(Path(shutil.copyfile(plot, target / PLOT)))
-    return files
-
-
-def _scores_file(path: Path) -> Path:
-    if path.is_dir():
-        # lm_eval makes a folder per model and a file per run.
-        found = [path / "comparison.json"] if (path / "comparison.json").is_file() else []
-        found = found or sorted(path.rglob("results_*.json"), key=lambda file: file.name)
-        if not found:
-            raise FileNotFoundError(f"{path} holds no scores: neither comparison.json nor lm-eval's results_*.json.")
-        return found[-1]
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no file {path}; give the JSON of `egmla eval --output`, or a folder.")
-    return path
-
-
-def _from_comparison(folder: Path, content: Mapping[str, Any], file: Path) -> dict[str, Any]:
-    models = content["models"]
-    own = [model for model in models[1:] if _same(folder, model["path"])]
-    if not own:
-        names = ", ".join(str(model["path"]) for model in models[1:])
-        raise ValueError(f"{file} has no scores of {folder}; it compares {names} with {models[0]['path']}.")
-    source, model = models[0], own[0]
-    names = {source["name"]: "source", model["name"]: "model"}
+    names = {source["name"]: "source", model["name"]: "this model"}
     return {
         RESULTS: public_results(model["results"], folder.resolve().name),
         SOURCE_RESULTS: public_results(source["results"], _public_name(source["path"])),
@@ -124,52 +137,83 @@ def _from_comparison(folder: Path, content: Mapping[str, Any], file: Path) -> di
             "scores": [
                 {**score, "model": names[score["model"]]} for score in content["scores"] if score["model"] in names
             ],
-            "settings": {**content["settings"], "model_args": _public(content["settings"].get("model_args", {}))},
+            "settings": public_settings(content["settings"]),
         },
     }
 
 
-def _pretrained(results: Mapping[str, Any]) -> str:
-    arguments = results.get("config", {}).get("model_args") or {}
+def comparison_to_plot(content: Mapping[str, Any]) -> Comparison:
+    """The published comparison as `plot_scores` takes it."""
+    models = [ModelScores(path="", results={}, **model) for model in content["models"]]
+    return Comparison(models, [Score(**score) for score in content["scores"]], {})
+
+
+def _arguments(results: Mapping[str, Any]) -> dict[str, Any]:
+    arguments = results["config"].get("model_args") or {}
     if isinstance(arguments, str):
         arguments = dict(pair.split("=", 1) for pair in arguments.split(",") if "=" in pair)
-    return str(arguments.get("pretrained", ""))
+    return dict(arguments)
 
 
-def _check_same(folder: Path, model: str, file: Path) -> None:
+def _check_model(folder: Path, model: str, results: Mapping[str, Any], file: Path) -> None:
     if not _same(folder, model):
         raise ValueError(f"{file} holds the scores of {model or 'a model without a name'}, not of {folder}.")
+    scored, own = results["config"].get("model_num_parameters"), _count_parameters(folder)
+    if scored is not None and own is not None and scored != own:
+        raise ValueError(f"{file} holds the scores of a model with {scored:,} parameters, and {folder} has {own:,}.")
 
 
 def _same(folder: Path, model: str) -> bool:
-    # By name as well: scores may have been taken on another machine.
-    return bool(model) and (Path(model).resolve() == folder.resolve() or Path(model).name == folder.resolve().name)
+    """Whether scores of `model` are this checkpoint's: by path, and by name where they came from another machine."""
+    if not model or Path(model).exists():
+        return bool(model) and Path(model).resolve() == folder.resolve()
+    return Path(model).name == folder.resolve().name
+
+
+def _count_parameters(folder: Path) -> int | None:
+    """Parameters in the weight files, as lm-eval counts them; None without weights."""
+    from math import prod
+
+    from safetensors import safe_open
+
+    files = sorted(folder.glob("*.safetensors"))
+    total = 0
+    for path in files:
+        with safe_open(str(path), framework="pt") as file:
+            total += sum(prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    return total if files else None
 
 
 def _public_name(model: str) -> str:
     """A hub id as it is, of a local path its last part."""
-    return model if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model) and not Path(model).exists() else Path(model).name
+    is_id = model.count("/") <= 1 and not model.startswith((".", "/", "~")) and "\\" not in model
+    return model if is_id and not Path(model).exists() else Path(model.replace("\\", "/")).resolve().name
 
 
-def _public(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _public(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_public(item) for item in value]
-    if isinstance(value, str) and (Path(value).is_absolute() or value.startswith((".", "~"))):
-        return Path(value).name
-    return value
+def public_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a run's settings is published; `other` names those that were set and are not shown."""
+    arguments = settings.get("model_args") or {}
+    known = {*SETTINGS, *VERSIONS, "model_args"}
+    other = {key for key, value in settings.items() if key not in known and value is not None}
+    other |= {f"model_args.{key}" for key in arguments if key not in (*MODEL_ARGS, "pretrained")}
+    return {
+        **{key: settings[key] for key in (*SETTINGS, *VERSIONS) if settings.get(key) is not None},
+        "model_args": {key: arguments[key] for key in MODEL_ARGS if key in arguments},
+        "other": sorted(other),
+    }
 
 
 def public_results(results: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """lm-eval's results under the model's public name, with file names in place of paths."""
-    config = {key: results["config"][key] for key in KEPT_OF_CONFIG if key in results.get("config", {})}
-    arguments = config.get("model_args") or {}
-    if isinstance(arguments, str):
-        arguments = dict(pair.split("=", 1) for pair in arguments.split(",") if "=" in pair)
-    config["model_args"] = {**_public(arguments), "pretrained": name}
-    tasks = {
-        task: {key: _public(entry[key]) for key in KEPT_OF_TASKS if entry.get(key) is not None}
-        for task, entry in results.get("configs", {}).items()
-    }
-    return {key: results[key] for key in KEPT if key in results} | {"configs": tasks, "config": config}
+    """lm-eval's results under the model's public name, with names of data files in place of paths."""
+    config = {key: results["config"][key] for key in KEPT_OF_CONFIG if key in results["config"]}
+    arguments = _arguments(results)
+    config["model_args"] = {"pretrained": name} | {key: arguments[key] for key in MODEL_ARGS if key in arguments}
+    tasks = {}
+    for task, entry in results.get("configs", {}).items():
+        tasks[task] = {key: entry[key] for key in KEPT_OF_TASKS if entry.get(key) is not None}
+        if local := (entry.get("metadata") or {}).get("local_files"):
+            tasks[task]["local_files"] = {split: Path(file).name for split, file in local.items()}
+    public = {key: results[key] for key in KEPT if results.get(key) is not None}
+    if "settings" in results:
+        public["settings"] = public_settings(results["settings"])
+    return public | {"configs": tasks, "config": config}

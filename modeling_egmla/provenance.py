@@ -1,10 +1,12 @@
 """What made a result: versions of the software, and the commit where the package runs from its repository."""
 
+import hashlib
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 
+HASH_BLOCK = 2**20
 PACKAGES = ("egmla", "torch", "transformers", "safetensors", "huggingface_hub")
 
 
@@ -34,3 +36,15 @@ def source_commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         pass
     return None
+
+
+def weights_sha256(folder: Path) -> str | None:
+    """SHA-256 of a checkpoint's safetensors files, names included; None when it has none."""
+    files = sorted(folder.glob("*.safetensors"))
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(path.name.encode())
+        with path.open("rb") as file:
+            while block := file.read(HASH_BLOCK):
+                digest.update(block)
+    return digest.hexdigest() if files else None

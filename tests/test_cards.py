@@ -11,18 +11,19 @@ import torch
 import yaml
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
+from safetensors.torch import load_file, save_file
 from test_commands import SHAPE, run, save_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from egmla import EGMLAConfig
 from egmla.conversion import convert_checkpoint
-from egmla.model_cards import adopt_scores, render_card, write_card
+from egmla.model_cards import render_card, write_card
 from egmla.publishing import check_folder
 from egmla.publishing.checks import card_problems
 
 
 CARDS = sorted(path.parent for path in (Path(__file__).parents[1] / "model_cards").glob("*/README.md"))
-SOURCE_CARD = "---\nlicense: apache-2.0\nlanguage: en\nbase_model: someone/tiny-llama\n---\n\n# Tiny\n"
+SOURCE_CARD = "---\nlicense: apache-2.0\nlanguage: en\nbase_model: its/grandparent\n---\n\n# Tiny\n"
 
 
 def lm_eval_results(path: str, shift: float = 0.0) -> dict:
@@ -59,6 +60,7 @@ def lm_eval_results(path: str, shift: float = 0.0) -> dict:
             "limit": 200,
         },
         "pretty_env_info": "the machine's",
+        "git_hash": "somebody's",
         "lm_eval_version": "0.4.13",
     }
 
@@ -80,7 +82,13 @@ def comparison(source: str, model: str) -> dict:
     ]
     for score, difference in zip(scores, (None, -0.0775), strict=True):
         score |= {"questions": 200, "difference": difference, "difference_stderr": difference and 0.0213}
-    settings = {"limit": 200, "model_args": {"tokenizer": "/home/somebody/tokenizer"}}
+    settings = {
+        "limit": 200,
+        "num_fewshot": 5,
+        "batch_size": 8,
+        "model_args": {"tokenizer": "/home/somebody/tokenizer", "dtype": "float32"},
+        "use_cache": "/home/somebody/cache",
+    }
     return {"models": models, "scores": scores, "settings": settings}
 
 
@@ -126,7 +134,9 @@ def test_card_without_scores_says_so(model):
     assert report["plan"]["source_elements"] == 64
     assert "50.0% of the source's 64" in card
     data = ModelCard(card).data
-    assert (data.license, data.language, data.base_model) == ("apache-2.0", ["en"], "someone/tiny-llama")
+    # What the source's card calls its base is not what was converted.
+    assert (data.license, data.language, data.base_model) == ("apache-2.0", ["en"], None)
+    assert "its/grandparent" not in card and "`llama`, converted" in card
     assert "trust_remote_code=True" in card.partition("AutoTokenizer.from_pretrained")[2].partition("AutoModel")[2]
     assert (model / "architecture.png").read_bytes().startswith(b"\x89PNG")
     found = check_folder(model)
@@ -149,12 +159,13 @@ def test_scores_of_one_model(model, tmp_path):
     assert [path.name for path in written] == ["results.json", "architecture.png", "README.md"]
     card = written[-1].read_text()
     assert table_rows(card, "Scores") == [
-        ["piqa", "acc", "200", "5", "0.613 ± 0.034"],
+        ["piqa", "acc", "200 of 1,838", "5", "0.613 ± 0.034"],
         ["mmlu", "acc", "18", "0", "0.248 ± 0.010"],
     ]
     assert table_rows(card, "Perplexity") == [["wikitext", "word_perplexity", "60", "0", "31.42"]]
-    assert "egmla eval small --tasks piqa,mmlu,wikitext --limit 200 --batch-size 8 --data-dir FOLDER" in card
-    assert "`piqa_valid.jsonl`" in card
+    # lm-eval does not record how it was called, so no command is given.
+    assert "egmla eval" not in card and "Batch size 8, model arguments: none." in card
+    assert "they are its first ones" in card and "`piqa_valid.jsonl`" in card
     public = (model / "evaluation" / "results.json").read_text()
     assert "somebody" not in public and str(tmp_path) not in public and "the machine's" not in public
     check_folder(model)
@@ -164,18 +175,18 @@ def test_scores_beside_the_source(model, tmp_path):
     folder = tmp_path / "comparison"
     folder.mkdir()
     write(folder / "comparison.json", comparison("/elsewhere/llama", str(model)))
-    (folder / "scores.png").write_bytes(b"\x89PNG")
     card = write_card(model, scores=folder)[-1].read_text()
-    assert table_rows(card, "Scores")[0] == [
-        "piqa",
-        "acc",
-        "200",
-        "5",
-        *["0.535 ± 0.034", "0.613 ± 0.034", "-0.077 ± 0.021"],
-    ]
+    figures = ["0.535 ± 0.034", "0.613 ± 0.034", "-0.077 ± 0.021"]
+    assert table_rows(card, "Scores")[0] == ["piqa", "acc", "200 of 1,838", "5", *figures]
     assert table_rows(card, "Scores")[1][-1] == "not measured"
     assert "(evaluation/scores.png)" in card
     assert "32 and 64 elements per token" in card
+    assert (model / "evaluation" / "scores.png").read_bytes().startswith(b"\x89PNG")
+    assert (
+        "egmla eval small --tasks piqa,mmlu,wikitext --limit 200 --num-fewshot 5 --batch-size 8 --model-args "
+        "dtype=float32 --data-dir FOLDER"
+    ) in card
+    assert "not shown here: model_args.tokenizer, use_cache." in card
     for name in ("results", "source_results", "comparison"):
         assert "somebody" not in (model / "evaluation" / f"{name}.json").read_text()
     # Scores of the model alone replace those, also what they said of the source.
@@ -192,7 +203,10 @@ def test_results_of_lm_evals_own_folder(model, tmp_path):
     new["config"]["model_args"] = f"pretrained={model},dtype=float32"
     write(folder / "results_2026-11-22T10-00-00.json", old)
     write(folder / "results_2026-11-23T09-00-00.json", new)
-    (path,) = adopt_scores(model, tmp_path / "out")
+    other = tmp_path / "out" / "other"
+    other.mkdir()
+    write(other / "results_2026-11-23T10-00-00.json", lm_eval_results("/elsewhere/other"))
+    path = write_card(model, scores=tmp_path / "out")[0]
     content = json.loads(path.read_text())
     assert content["results"] == new["results"]
     assert content["config"]["model_args"] == {"pretrained": "small", "dtype": "float32"}
@@ -204,6 +218,54 @@ def test_an_earlier_card_is_replaced_and_what_was_stated_kept(model):
     data = ModelCard(card).data
     assert (data.license, data.base_model) == ("mit", "another/source")
     assert card.count('from_pretrained("me/tiny"') == 4
+
+
+def test_a_made_up_repository_is_not_kept(model):
+    write_card(model)
+    renamed = model.rename(model.with_name("renamed"))
+    assert 'from_pretrained("your-name/renamed"' in write_card(renamed)[-1].read_text()
+
+
+def test_weights_changed_since_the_conversion(model):
+    weights = load_file(model / "model.safetensors")
+    weights["model.norm.weight"] += 1
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    card = write_card(model)[-1].read_text()
+    assert "The weights have changed since the conversion" in card
+    assert "Nothing was trained" not in card and "at identity" not in card
+
+
+def test_how_scores_were_taken_is_said_of_perplexities_too(model, tmp_path):
+    results = lm_eval_results(str(model))
+    results["results"] = {"wikitext": results["results"]["wikitext"]}
+    results["groups"] = {}
+    results["n-samples"]["wikitext"]["effective"] = 3
+    results["settings"] = {"limit": 3, "num_fewshot": None, "batch_size": 1, "model_args": {}, "lm_eval": "0.4.13"}
+    results["settings"]["apply_chat_template"] = True
+    card = write_card(model, scores=write(tmp_path / "results.json", results))[-1].read_text()
+    assert "## Scores\n\nNot measured." in card
+    assert table_rows(card, "Perplexity") == [["wikitext", "word_perplexity", "3 of 60", "0", "31.42"]]
+    assert "--tasks wikitext --limit 3 --batch-size 1 --set apply_chat_template=True" in card
+
+
+def test_tasks_on_one_data_set_stay_apart_and_filters_are_named(model, tmp_path):
+    results = lm_eval_results(str(model))
+    results["results"] = {
+        "one": {"exact_match,strict": 0.1, "exact_match,flexible": 0.2, "list,none": [1], "bad,none": math.nan},
+        "two": {"exact_match,strict": 0.3},
+    }
+    results["groups"] = {}
+    results["configs"] = {task: {"dataset_path": "owner/data", "test_split": "test"} for task in ("one", "two")}
+    results["n-samples"] = {task: {"original": 9, "effective": 9} for task in ("one", "two")}
+    card = write_card(model, scores=write(tmp_path / "results.json", results))[-1].read_text()
+    assert [row[:2] + row[4:] for row in table_rows(card, "Scores")] == [
+        ["one", "exact_match (strict)", "0.100"],
+        ["one", "exact_match (flexible)", "0.200"],
+        ["two", "exact_match (strict)", "0.300"],
+    ]
+    (index,) = yaml.safe_load(card.split("---")[1])["model-index"]
+    assert [entry["dataset"]["name"] for entry in index["results"]] == ["one", "two"]
+    assert [[metric["value"] for metric in entry["metrics"]] for entry in index["results"]] == [[0.1, 0.2], [0.3]]
 
 
 def test_exact_conversion(converted, tmp_path):
@@ -246,6 +308,12 @@ def test_other_models_are_refused(converted):
     [
         (lm_eval_results("/elsewhere/another"), "holds the scores of /elsewhere/another"),
         (comparison("/elsewhere/llama", "/elsewhere/another"), "has no scores of"),
+        (comparison("small", "/elsewhere/another"), "has no scores of"),
+        (
+            {**lm_eval_results("small"), "config": {"model_args": "pretrained=small", "model_num_parameters": 7}},
+            "7 param",
+        ),
+        ({"models": []}, "holds no scores"),
         ({"something": "else"}, "holds no scores"),
     ],
 )
@@ -253,6 +321,23 @@ def test_scores_of_another_model_are_refused(model, tmp_path, content, message):
     with pytest.raises(ValueError, match=message):
         write_card(model, scores=write(tmp_path / "scores.json", content))
     assert not (model / "evaluation").exists() and not (model / "README.md").exists()
+
+
+def test_scores_of_a_namesake_are_refused(model, tmp_path):
+    namesake = tmp_path / "elsewhere" / "small"
+    namesake.mkdir(parents=True)
+    content = comparison("/elsewhere/llama", str(namesake))
+    with pytest.raises(ValueError, match="has no scores of"):
+        write_card(model, scores=write(tmp_path / "scores.json", content))
+    # Two of the name, one of them this one: the path decides.
+    content["models"].append({**content["models"][1], "path": str(model), "name": "this"})
+    content["scores"].append({**content["scores"][1], "model": "this", "value": 0.25})
+    content["models"][-1]["results"]["results"]["piqa"]["acc,none"] = 0.25
+    card = write_card(model, scores=write(tmp_path / "scores.json", content))[-1].read_text()
+    assert table_rows(card, "Scores")[0][4].startswith("0.250")
+    content["models"][-1]["cache_elements_per_token"] = 33
+    with pytest.raises(ValueError, match="cached 33 elements per token"):
+        write_card(model, scores=write(tmp_path / "scores.json", content))
 
 
 def test_missing_scores_are_named(model, tmp_path):
@@ -268,12 +353,24 @@ def test_missing_scores_are_named(model, tmp_path):
         ({"license": "Apache 2.0"}, "license in README.md is 'Apache 2.0'"),
         ({"license": "other"}, "needs a license_name"),
         ({"base_model": "a/b/c"}, "no repository id"),
+        ({"repo_id": "not valid!"}, "no repository id"),
     ],
 )
-def test_metadata_the_hub_refuses(model, stated, message):
+def test_metadata_the_hub_refuses(model, tmp_path, stated, message):
+    scores = write(tmp_path / "results.json", lm_eval_results(str(model)))
     with pytest.raises(ValueError, match=message):
-        write_card(model, **stated)
-    assert not (model / "README.md").exists()
+        write_card(model, scores=scores, **stated)
+    assert not (model / "README.md").exists() and not (model / "evaluation").exists()
+
+
+def test_figures_that_are_no_numbers_are_refused():
+    card = "---\nmodel-index:\n- name: m\n  results:\n  - task: {type: t}\n    dataset: {name: d, type: d}\n"
+    card += "    metrics:\n    - {type: acc, name: acc, value: .nan}\n---\n\n# M\n"
+    assert "is nan" in card_problems(card)[0]
+
+
+def test_there_are_cards_of_three_cache_sizes():
+    assert len({json.loads((folder / "config.json").read_text())["kv_lora_rank"] for folder in CARDS}) >= 3
 
 
 @pytest.mark.parametrize("folder", CARDS, ids=lambda folder: folder.name)
@@ -283,21 +380,28 @@ def test_published_cards(folder):
     assert card_problems(card) == []
     repo_id = re.search(r'from_pretrained\("([^"]+)"', card)[1]
     data = ModelCard(card).data
-    assert card == render_card(folder, license=data.license, base_model=data.base_model, repo_id=repo_id)
+    assert card == render_card(folder, base_model=data.base_model, repo_id=repo_id)
 
     results = json.loads((folder / "evaluation" / "results.json").read_text())["results"]
     source = json.loads((folder / "evaluation" / "source_results.json").read_text())["results"]
-    metadata = yaml.safe_load(card.split("---")[1])
-    name, evaluation = model_index_to_eval_results(metadata["model-index"])
-    assert name == folder.name and len(evaluation) >= 4
-    for entry in evaluation:
-        figures = results[entry.dataset_name]
-        assert entry.metric_value == figures[f"{entry.metric_type},{entry.metric_args['filter']}"]
+    (index,) = yaml.safe_load(card.split("---")[1])["model-index"]
+    name, parsed = model_index_to_eval_results([index])
+    metrics = [(entry, metric) for entry in index["results"] for metric in entry["metrics"]]
+    assert name == folder.name and len(parsed) == len(metrics) >= 4
+    counts = json.loads((folder / "evaluation" / "results.json").read_text())["n-samples"]
+    for entry, metric in metrics:
+        task, kind = entry["dataset"]["name"], metric["args"]["filter"]
+        assert metric["value"] == results[task][f"{metric['type']},{kind}"]
+        stderr = results[task].get(f"{metric['type']}_stderr,{kind}")
+        assert metric["args"]["standard_error"] == (stderr if isinstance(stderr, float) else None)
+        if task in counts:
+            asked = entry["dataset"]["args"]
+            assert (asked["questions"], asked["of"]) == (counts[task]["effective"], counts[task]["original"])
 
     pairs = json.loads((folder / "evaluation" / "comparison.json").read_text())["scores"]
-    pairs = {(row["task"], row["metric"]): row for row in pairs if row["model"] == "model"}
+    pairs = {(row["task"], row["metric"]): row for row in pairs if row["model"] == "this model"}
     rows = table_rows(card, "Scores") + table_rows(card, "Perplexity")
-    assert len(rows) == len(evaluation)
+    assert len(rows) == len(metrics)
     for task, metric, _, _, own, of_source, difference in rows:
         for cell, figures in ((own, results[task]), (of_source, source[task])):
             value, stderr = figures[f"{metric},none"], figures.get(f"{metric}_stderr,none")

@@ -1,8 +1,11 @@
 """`egmla push` and `model.push_to_hub` against a local server that speaks the Hub's API to the real client."""
 
+import gzip
 import hashlib
 import json
 import os
+import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -242,7 +245,7 @@ def test_weights_of_an_earlier_push_do_not_stay(hub, client, finished, tmp_path)
     single = tmp_path / "single"
     tiny_model("table-gate").save_pretrained(single)
     result = client.push(single, REPO, "--dry-run")
-    assert result["stdout"].count("stale") == len(names(finished, "*.safetensors*"))
+    assert result["stdout"].count("remove, of an earlier push") == len(names(finished, "*.safetensors*"))
     assert client.push(single)["code"] == 0
     weights = {name for name in hub.files(REPO) if ".safetensors" in name}
     assert weights == {"model.safetensors"}
@@ -390,6 +393,48 @@ def spoil_path(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config | {"_name_or_path": "/home/" + "someone/model"}, indent=2))
 
 
+def spoil_header(folder: Path) -> None:
+    save_file({"x": torch.zeros(1)}, folder / "extra.safetensors", metadata={"note": "hf_" + "abcdefghij" * 4})
+
+
+def spoil_latin(folder: Path) -> None:
+    (folder / "notes.txt").write_bytes("Für mich: /home/someone/models".encode("latin-1"))
+
+
+def spoil_utf16(folder: Path) -> None:
+    (folder / "notes.txt").write_bytes(("hf_" + "abcdefghij" * 4).encode("utf-16"))
+
+
+def spoil_link(folder: Path) -> None:
+    outside = folder.parent / "outside.txt"
+    outside.write_text("mine")
+    (folder / "notes.txt").symlink_to(outside)
+
+
+def spoil_old_pickle(folder: Path) -> None:
+    (folder / "state.dat").write_bytes(pickle.dumps({"a": [1, 2]}, protocol=0))
+
+
+def spoil_compressed(folder: Path) -> None:
+    (folder / "state.gz").write_bytes(gzip.compress(b"anything"))
+
+
+def spoil_any_root(folder: Path) -> None:
+    (folder / "report.json").write_text('{"data": "/nowhere/usual/me"}')
+
+
+def spoil_share(folder: Path) -> None:
+    (folder / "report.json").write_text(json.dumps({"data": r"\\server\me\text.txt"}))
+
+
+def spoil_home(folder: Path) -> None:
+    (folder / "report.json").write_text('{"data": "~/private"}')
+
+
+def spoil_windows_drive(folder: Path) -> None:
+    (folder / "notes.md").write_text(r"It lies in D:\models\me on my machine.")
+
+
 def spoil_own_path(folder: Path) -> None:
     (folder / "report.yaml").write_text(f"target: {folder}\n")
 
@@ -437,6 +482,16 @@ REFUSALS = {
     spoil_secret: r"notes\.md, line 2, holds a Hugging Face token",
     spoil_key_file: r"hold secrets: remove \.env",
     spoil_path: r"config\.json, line \d+, holds a path of this machine \(/home/someone",
+    spoil_header: r"extra\.safetensors, line 1, holds a Hugging Face token",
+    spoil_latin: r"notes\.txt, line 1, holds a path of this machine \(/home/someone",
+    spoil_utf16: r"notes\.txt, line 1, holds a Hugging Face token",
+    spoil_link: r"Links to files outside of the folder: replace notes\.txt",
+    spoil_old_pickle: r"pickles can run code.*state\.dat",
+    spoil_compressed: r"pickles can run code.*state\.gz",
+    spoil_any_root: r"report\.json, line 1, holds a path of this machine \(/nowhere/usual/me",
+    spoil_share: r"report\.json, line 1, holds a path of this machine",
+    spoil_home: r"report\.json, line 1, holds a path of this machine \(~/private",
+    spoil_windows_drive: r"notes\.md, line 1, holds a path of this machine \(D:",
     spoil_own_path: r"report\.yaml, line 1, holds a path of this machine",
     spoil_auto_map: r"auto_map in config\.json lacks AutoModel: load the folder",
     spoil_code: r"cache_egmla\.py is not there",
@@ -500,6 +555,25 @@ def test_harmless_text(folder):
     (folder / "vocab.json").write_text(json.dumps({"/usr/local/": 1, "/home/" + "someone": 2}))
     report = check_folder(folder)
     assert not report.warnings and "notes.md" in report.files
+
+
+def test_escaped_line_ends_are_no_paths(folder):
+    (folder / "extra.json").write_text(
+        json.dumps({"template": "Q:\nwhy\nA:\nso", "more": "\\\\n\\\\n", "end": "</s>"})
+    )
+    (folder / "chat.jinja").write_text("{{ 'Q:\\nwhy\\n' }}")
+    check_folder(folder)
+
+
+def test_what_is_allowed(folder):
+    spoil_path(folder)
+    (folder / "notes.md").write_text("docker run -v /data/models:/data\n")
+    with pytest.raises(ValueError, match=r"notes\.md"):
+        check_folder(folder, allow=["/home/someone"])
+    with pytest.raises(ValueError, match=r"config\.json") as refused:
+        check_folder(folder)
+    found = re.search(r"this machine \((/home/[^)]*)\)", str(refused.value))[1]
+    check_folder(folder, allow=[found, "/data/models"])
 
 
 def test_what_is_left_out_and_warned_of(folder):

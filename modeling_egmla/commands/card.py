@@ -14,6 +14,7 @@ def card(
     ] = None,
     repo_id: Annotated[str | None, typer.Option(metavar="NAME", help="Its name on the Hub, for the examples.")] = None,
     license: Annotated[str | None, typer.Option(help="Licence, where the source states none.")] = None,
+    license_name: Annotated[str | None, typer.Option(metavar="NAME", help="Its name, where it is `other`.")] = None,
     base_model: Annotated[str | None, typer.Option(metavar="ID", help="The source's hub id, where unknown.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a card written by hand.")] = False,
 ) -> None:
@@ -24,7 +25,13 @@ def card(
 
     quiet_transformers()
     written = write_card(
-        folder, scores=scores, repo_id=repo_id, license=license, base_model=base_model, overwrite=overwrite
+        folder,
+        scores=scores,
+        repo_id=repo_id,
+        license=license,
+        license_name=license_name,
+        base_model=base_model,
+        overwrite=overwrite,
     )
     for path in written:
         console().print(f"Wrote {path}", soft_wrap=True, markup=False)

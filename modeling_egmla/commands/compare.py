@@ -74,7 +74,7 @@ def compare(
 def _table(result):
     from rich.table import Table
 
-    from egmla.evaluation.score_comparison import with_error
+    from egmla.evaluation.score_comparison import metric_name, with_error
 
     source = result.models[0]
     table = Table(caption="± standard error; in brackets the difference from the source over the same questions")
@@ -86,7 +86,7 @@ def _table(result):
     table.add_section()
     cells: dict[str, dict[str, str]] = {}
     for score in result.scores:
-        name = f"{score.task} {score.metric}" + ("" if score.filter == "none" else f" ({score.filter})")
+        name = f"{score.task} {metric_name(score.metric, score.filter)}"
         text = with_error(score.value, score.stderr)
         if score.model != source.name and score.difference is not None:
             sign = "+" if score.difference >= 0 else ""

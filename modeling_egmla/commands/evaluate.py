@@ -33,13 +33,15 @@ def evaluate(
     settings: Settings = None,
     threads: Threads = None,
 ) -> None:
-    """Score a model with lm-eval: the official prompts, a table with standard errors, results as JSON."""
+    """Score a model with lm-eval: a table with standard errors, results as JSON."""
+    from egmla.evaluation.harness import check_output, parse_model_args, parse_settings, scores, write_json
     from egmla.evaluation.harness import evaluate as score
-    from egmla.evaluation.harness import parse_model_args, parse_settings, scores, write_json
 
     from .common import console, quiet_lm_eval, quiet_transformers, read_limit, split_names
 
     more = parse_settings(settings or ())
+    if output is not None:
+        check_output(output)
     quiet_transformers()
     set_threads(threads)
     with quiet_lm_eval():
@@ -53,15 +55,16 @@ def evaluate(
             include_path=include_path,
             **{"limit": read_limit(limit), **more},
         )
-    if output is not None:
-        write_json(output, results)
     console().print(_table(model, scores(results)))
     if output is not None:
+        write_json(output, results)
         console().print(f"Written to {output}", style="dim", soft_wrap=True)
 
 
 def _table(model: str, rows: list[dict]):
     from rich.table import Table
+
+    from egmla.evaluation.score_comparison import metric_name
 
     table = Table(title=model)
     table.add_column("task", no_wrap=True)
@@ -69,7 +72,7 @@ def _table(model: str, rows: list[dict]):
     for heading in ("value", "standard error", "questions"):
         table.add_column(heading, justify="right")
     for row in rows:
-        name = row["metric"] if row["filter"] == "none" else f"{row['metric']} ({row['filter']})"
+        name = metric_name(row["metric"], row["filter"])
         error = "none" if row["stderr"] is None else f"{row['stderr']:.4f}"
         table.add_row(row["task"], name, f"{row['value']:.4f}", error, f"{row['questions']:,}")
     return table

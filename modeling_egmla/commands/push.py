@@ -14,6 +14,10 @@ def push(
     revision: Annotated[
         str | None, typer.Option(metavar="BRANCH", help="Branch to push to, created when it is not there.")
     ] = None,
+    allow: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TEXT", help="Looks like a secret or a local path and is none; repeatable."),
+    ] = None,
     message: Annotated[str | None, typer.Option(metavar="TEXT", help="Message of the commit.")] = None,
 ) -> None:
     """Check a checkpoint and publish it on the Hugging Face Hub."""
@@ -32,6 +36,7 @@ def push(
         revision=revision,
         message=message,
         dry_run=dry_run,
+        allow=allow or (),
         say=lambda text: stderr.print(f"{text} ...", style="dim", markup=False),
     )
     for warning in report.warnings:
@@ -56,7 +61,9 @@ def _print_plan(report) -> None:
     table = Table("file", "", title=f"Plan for {report.repo_id} (nothing was sent)")
     table.add_column("size", justify="right")
     for file in report.files:
-        table.add_row(file.path, "remove, stale weights" if file.state == "stale" else file.state, in_bytes(file.size))
+        table.add_row(
+            file.path, "remove, of an earlier push" if file.state == "stale" else file.state, in_bytes(file.size)
+        )
     for path in report.left_out:
         table.add_row(path, "left out", "")
     out = console()

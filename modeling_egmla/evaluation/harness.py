@@ -5,9 +5,12 @@ import difflib
 import importlib.util
 import inspect
 import json
+import math
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +26,7 @@ TOKENIZER_FILES = (
     "spiece.model",
 )
 # What has a parameter of its own here, or cannot be written as text.
-RESERVED = ("model", "model_args", "tasks", "task_manager", "evaluation_tracker")
+RESERVED = ("model", "model_args", "tasks", "task_manager", "evaluation_tracker", "limit", "num_fewshot", "batch_size")
 
 
 def check_lm_eval() -> None:
@@ -103,6 +106,12 @@ def parse_model_args(text: str | None) -> dict[str, Any]:
     return simple_parse_args_string(text)
 
 
+def check_model_args(arguments: Mapping[str, Any] | None) -> None:
+    """Raises `ValueError` when model arguments name another model than the one that is scored."""
+    if "pretrained" in (arguments or {}):
+        raise ValueError("pretrained among the model arguments: the model is named by itself, leave it out there.")
+
+
 def evaluate(
     model: str,
     tasks: Sequence[str],
@@ -137,6 +146,7 @@ def evaluate(
         ImportError: without lm-eval.
     """
     check_lm_eval()
+    check_model_args(model_args)
     arguments = {"pretrained": model, **(model_args or {})}
     check_batch_size(batch_size)
     check_model(model, arguments.get("tokenizer"))
@@ -158,7 +168,24 @@ def evaluate(
         task_manager=manager,
         **{"log_samples": False, **settings},
     )
-    return results or {}
+    if not results:  # all but the first process of a distributed run
+        return {}
+    # lm-eval does not record all that its figures depend on.
+    results["settings"] = run_settings(limit, num_fewshot, batch_size, model_args, include_path, settings)
+    return results
+
+
+def run_settings(limit, num_fewshot, batch_size, model_args, include_path, settings) -> dict[str, Any]:
+    """What figures depend on besides model, tasks and data, with versions, for the record."""
+    return {
+        "limit": limit,
+        "num_fewshot": num_fewshot,
+        "batch_size": batch_size,
+        "model_args": dict(model_args or {}),
+        "include_path": None if include_path is None else True,
+        **{name: version(name) for name in ("egmla", "lm_eval", "torch", "transformers")},
+        **settings,
+    }
 
 
 def check_batch_size(batch_size: int | str) -> None:
@@ -166,6 +193,17 @@ def check_batch_size(batch_size: int | str) -> None:
     text = str(batch_size)
     if not (text == "auto" or (text.removeprefix("auto:").isdecimal() and int(text.removeprefix("auto:")) > 0)):
         raise ValueError(f"batch_size={batch_size}: must be a positive number of rows, auto, or auto:N.")
+
+
+def check_output(path: Path) -> None:
+    """Raises `OSError` when a file cannot be written there; asked before hours of scoring."""
+    if path.is_dir():
+        raise IsADirectoryError(
+            f"{path} is a folder; give the name of a file to write, such as {path / 'scores.json'}."
+        )
+    existing = next(parent for parent in path.absolute().parents if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise PermissionError(f"{path} cannot be written: {existing} is no folder with write permission.")
 
 
 def write_json(path: str | os.PathLike, content: Any) -> None:
@@ -202,24 +240,26 @@ def scores(results: Mapping[str, Any], names: Sequence[str] | None = None) -> li
     for task in names if names is not None else figures:
         for key, value in figures.get(task, {}).items():
             metric, comma, kind = key.partition(",")
-            if not comma or metric.endswith("_stderr") or isinstance(value, str):
+            if not comma or metric.endswith("_stderr"):
+                continue
+            if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
                 continue
             stderr = figures[task].get(f"{metric}_stderr,{kind}")
-            leaves = [leaf for leaf in _leaves(results, task) if leaf in counts]
+            leaves = [leaf for leaf in task_leaves(results, task) if leaf in counts]
             rows.append(
                 {
                     "task": task,
                     "metric": metric,
                     "filter": kind,
                     "value": value,
-                    "stderr": stderr if isinstance(stderr, (int, float)) else None,
+                    "stderr": stderr if isinstance(stderr, Real) and math.isfinite(stderr) else None,
                     "questions": sum(counts[leaf]["effective"] for leaf in leaves),
                 }
             )
     return rows
 
 
-def _leaves(results: Mapping[str, Any], task: str) -> list[str]:
+def task_leaves(results: Mapping[str, Any], task: str) -> list[str]:
     """The tasks with questions of their own that a task or group stands for."""
     members = results.get("group_subtasks", {}).get(task)
-    return [leaf for member in members for leaf in _leaves(results, member)] if members else [task]
+    return [leaf for member in members for leaf in task_leaves(results, member)] if members else [task]

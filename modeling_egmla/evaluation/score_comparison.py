@@ -11,7 +11,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .harness import check_batch_size, check_lm_eval, check_model, scores, write_json
+from .harness import (
+    check_batch_size,
+    check_lm_eval,
+    check_model,
+    check_model_args,
+    run_settings,
+    scores,
+    task_leaves,
+    write_json,
+)
 
 
 # How lm-eval makes a figure of the mean of its questions' values, for aggregations where that is all there is to it.
@@ -119,7 +128,11 @@ def compare_scores(
     check_lm_eval()
     check_batch_size(batch_size)
     names = _labels(models)
+    check_model_args(model_args)
     arguments = dict(model_args or {})
+    output = Path(output)
+    if output.exists() and not output.is_dir():
+        raise FileExistsError(f"{output} is a file, and a comparison writes a folder; give another output.")
     for model in models:
         check_model(model, arguments.get("tokenizer"))
     from .local_tasks import GROUPS, EGMLATaskManager
@@ -128,20 +141,13 @@ def compare_scores(
     wanted = list(dict.fromkeys(name for task in manager.match(tasks) for name in GROUPS.get(task, (task,))))
     manager.prepare(wanted, num_fewshot)
 
-    common = {
-        "limit": limit,
-        "num_fewshot": num_fewshot,
-        "batch_size": batch_size,
-        "model_args": arguments,
-        **_versions(),
-        **settings,
-    }
+    common = run_settings(limit, num_fewshot, batch_size, arguments, include_path, settings)
     folders = [include_path] if isinstance(include_path, (str, os.PathLike)) else list(include_path or ())
     inputs = {"data": _fingerprint(data_dir), "tasks": [_fingerprint(folder) for folder in folders]}
-    output = Path(output)
     total, found = len(models) * len(wanted), 0
     compared: list[ModelScores] = []
     questions: dict[str, dict[str, Any]] = {}
+    reported: dict[str, None] = {}
     for name, model in zip(names, models, strict=True):
         key = _key({**common, **inputs, "model": _fingerprint(model)})
         parts = {task: _load_part(_part_file(output, name, task), key) for task in wanted}
@@ -165,6 +171,9 @@ def compare_scores(
             if say is not None:
                 say(f"[{found}/{total}] {name}, {task}: {_summary(part['results'], task)} ({how})")
         done = [part for part in parts.values() if part is not None]
+        for task, part in parts.items():
+            if part is not None:
+                reported |= dict.fromkeys(_with_figures(part["results"], task))
         compared.append(
             ModelScores(
                 name,
@@ -177,7 +186,7 @@ def compare_scores(
         questions[name] = {leaf: values for part in done for leaf, values in part["questions"].items()}
         write_json(output / f"{_file_name(name)}.json", compared[-1].results)
 
-    result = Comparison(compared, _all_scores(compared, wanted, questions), common)
+    result = Comparison(compared, _all_scores(compared, list(reported), questions), common)
     write_json(output / "comparison.json", result.to_dict())
     return result
 
@@ -201,17 +210,19 @@ def _part_file(output: Path, model: str, task: str) -> Path:
     return output / "parts" / _file_name(model) / f"{_file_name(task)}.json"
 
 
-def _versions() -> dict[str, str]:
-    from importlib.metadata import version
-
-    return {name: version(name) for name in ("lm_eval", "torch", "transformers")}
-
-
 def _fingerprint(path: str | os.PathLike | None) -> Any:
-    """Names, sizes and times of a folder's files: enough to notice a change without reading weights."""
+    """Names, sizes and times of a folder's files: enough to notice a change without reading weights.
+
+    Cards, reports and figures change no score.
+    """
     if path is None or not Path(path).is_dir():
         return None if path is None else str(path)
-    files = sorted(file for file in Path(path).iterdir() if file.is_file())
+    ignored = {".md", ".png"}
+    files = sorted(
+        file
+        for file in Path(path).iterdir()
+        if file.is_file() and file.suffix not in ignored and not file.name.endswith("_report.json")
+    )
     return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
 
@@ -274,8 +285,15 @@ def _run(loaded, model, arguments, task, manager, limit, num_fewshot, batch_size
     }
 
 
+def _with_figures(results: Mapping[str, Any], task: str) -> list[str]:
+    """The task itself, or the tasks behind a tag, file or group that has no figure of its own."""
+    if scores(results, [task]):
+        return [task]
+    return [name for name in results["results"] if scores(results, [name])]
+
+
 def _summary(results: Mapping[str, Any], task: str) -> str:
-    rows = scores(results, [task])
+    rows = scores(results, _with_figures(results, task))
     return ", ".join(f"{row['metric']} {with_error(row['value'], row['stderr'])}" for row in rows) or "no figure"
 
 
@@ -303,18 +321,13 @@ def _all_scores(
             if model is not models[0] and reference is not None:
                 score.difference = score.value - reference["value"]
                 key = f"{score.metric},{score.filter}"
-                leaves = _questions_of(model.results, score.task)
+                leaves = task_leaves(model.results, score.task)
                 score.difference_stderr = paired_stderr(
                     [questions[model.name].get(leaf, {}).get(key) for leaf in leaves],
                     [questions[models[0].name].get(leaf, {}).get(key) for leaf in leaves],
                 )
             rows.append(score)
     return rows
-
-
-def _questions_of(results: Mapping[str, Any], task: str) -> list[str]:
-    members = results.get("group_subtasks", {}).get(task)
-    return [leaf for member in members for leaf in _questions_of(results, member)] if members else [task]
 
 
 def paired_stderr(
@@ -360,6 +373,11 @@ def _weighted(value: Any) -> tuple[float, float]:
     return float(value), 1.0
 
 
+def metric_name(metric: str, filter: str) -> str:
+    """A metric for people, with its filter where one was used: exact_match (strict-match)."""
+    return metric if filter == "none" else f"{metric} ({filter})"
+
+
 def with_error(value: float, stderr: float | None) -> str:
     """A figure for people: 0.655 ± 0.034."""
     digits = 3 if abs(value) < 10 else 2
@@ -380,7 +398,9 @@ def plot_scores(comparison: Comparison, path: str | os.PathLike) -> None:
 
     panels: dict[str, list[Score]] = {}
     for score in comparison.scores:
-        panels.setdefault(f"{score.task}, {score.metric}", []).append(score)
+        panels.setdefault(f"{score.task}, {metric_name(score.metric, score.filter)}", []).append(score)
+    if not panels:
+        raise ValueError("None of the tasks has a figure, so there is nothing to draw.")
     cache = {model.name: model.cache_bytes_per_token / 1024 for model in comparison.models}
     columns = min(3, len(panels))
     rows = math.ceil(len(panels) / columns)

@@ -1,7 +1,10 @@
 """What a folder must be before it is sent: a whole EG-MLA checkpoint, safetensors only, nothing private in it."""
 
 import ast
+import contextlib
 import json
+import math
+import pickletools
 import re
 import zipfile
 from collections.abc import Iterable
@@ -13,6 +16,7 @@ from egmla.configuration_egmla import AUTO_MAP
 
 
 # Formats of weights other than safetensors; most of them are pickles, which run code when they are read.
+KNOWN_SUFFIXES = {".json", ".jsonl", ".md", ".txt", ".py", ".jinja", ".yaml", ".yml", ".csv", ".png", ".safetensors"}
 REFUSED_WEIGHTS = {
     ".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz",
     ".h5", ".hdf5", ".keras", ".msgpack", ".gguf", ".onnx", ".pb", ".tflite",
@@ -35,15 +39,25 @@ SECRETS = {
 # An absolute path does not continue a word, an address or another path; `file://` may come before it.
 _START = r"(?:(?<=file://)|(?<![\w./~:%-]))"
 _ROOTS = (
-    "home|Users|root|tmp|var|mnt|media|opt|srv|scratch|private|Volumes|workspace|work|data|content|gpfs|lustre|nfs"
+    "home|Users|root|tmp|var|mnt|media|opt|srv|scratch|private|Volumes|workspace|work|data\\d*|content|gpfs|lustre|nfs|"
+    "fsx|raid\\d*|storage|cluster|export|kaggle"
 )
 LOCAL_PATHS = (
     rf"{_START}/(?:{_ROOTS})/[\w.@-]+",
     r"(?<![A-Za-z])[A-Za-z]:(?:\\{1,2}|/)(?:Users|Documents and Settings|Windows|Temp|home)\b",
 )
+# In prose; in code and JSON the same may be a letter, a colon and an escaped line end.
+PROSE_PATHS = (r"(?<![A-Za-z])[A-Za-z]:\\[\w.-]+\\[\w.-]+",)
+# In configurations and reports a text that is a path from the root, from home or of a share is one of this machine.
+JSON_PATHS = (
+    r"(?<=\")(?:file://)?/(?:[\w.@+-]+/)+[\w.@+-]*(?=\")",
+    r"(?<=\")~/[\w./@+-]+(?=\")",
+    r"(?<=\")[A-Za-z]:(?:\\\\|/)\w[^\"]*",
+    r"(?<=\")\\{4}[A-Za-z][\w.-]*\\\\[^\"]+",
+)
 # Vocabularies hold pieces of any text, paths among them.
 VOCABULARIES = {"tokenizer.json", "vocab.json", "vocab.txt", "merges.txt"}
-MAX_TEXT_BYTES = 256 * 1024**2
+MAX_SCANNED_BYTES = 256 * 1024**2
 IGNORED_FOLDERS = {".git", ".cache", "__pycache__", ".ipynb_checkpoints"}
 SENT_HIDDEN = {".gitattributes", ".eval_results"}
 # `namespace/name` as the Hub takes it; huggingface_hub checks the rest.
@@ -90,12 +104,13 @@ def check_repo_id(repo_id: str) -> None:
         raise ValueError(f"{repo_id!r} is no repository id: {error} Write it as my-name/my-model.") from error
 
 
-def check_folder(folder: Path, secrets: Iterable[str] = ()) -> FolderReport:
+def check_folder(folder: Path, secrets: Iterable[str] = (), allow: Iterable[str] = ()) -> FolderReport:
     """Everything about a checkpoint folder that can be seen without loading the model.
 
     Args:
         folder (`Path`): the checkpoint.
         secrets (`Iterable[str]`): strings that must not occur, such as the token in use.
+        allow (`Iterable[str]`): texts that look like a secret or a local path and are none.
 
     Raises:
         FileNotFoundError: when it is no checkpoint folder, or something it names is not there.
@@ -112,7 +127,8 @@ def check_folder(folder: Path, secrets: Iterable[str] = ()) -> FolderReport:
         *_wrong_formats(folder, files),
         *_code_problems(folder, config),
         *_weight_problems(folder, files),
-        *_text_problems(folder, files, [secret for secret in secrets if len(secret) >= 8]),
+        *_link_problems(folder, files),
+        *_text_problems(folder, files, [secret for secret in secrets if len(secret) >= 8], set(allow)),
         *_card_problems(folder, report.warnings),
     ]
     if problems:
@@ -167,6 +183,12 @@ def _is_pickle(path: Path) -> bool:
         head = file.read(2)
     if head[:1] == b"\x80" and head[1:] in (b"\x02", b"\x03", b"\x04", b"\x05") and path.suffix != ".safetensors":
         return True
+    if head == b"\x1f\x8b":
+        return True  # compressed: nobody sees what is in it
+    if path.suffix not in KNOWN_SUFFIXES and path.stat().st_size < MAX_SCANNED_BYTES and head[:1] in b"(cd]}l":
+        # The oldest pickles are text without a mark; reading their operations runs nothing.
+        with contextlib.suppress(Exception):
+            return [operation.name for operation, _, _ in pickletools.genops(path.read_bytes())][-1] == "STOP"
     if head == b"PK" and zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             return any(name.endswith(".pkl") for name in archive.namelist())
@@ -230,41 +252,65 @@ def _weight_problems(folder: Path, files: list[str]) -> list[str]:
     return problems
 
 
-def _text_problems(folder: Path, files: list[str], secrets: list[str]) -> list[str]:
+def _link_problems(folder: Path, files: list[str]) -> list[str]:
+    root = folder.resolve()
+    outside = [
+        name
+        for name in files
+        # The hub's own cache links its files to the blobs beside them.
+        if not (target := (folder / name).resolve()).is_relative_to(root) and target.parent.name != "blobs"
+    ]
+    return [f"Links to files outside of the folder: replace {_some(outside)} by the files."] if outside else []
+
+
+def _text_problems(folder: Path, files: list[str], secrets: list[str], allow: set[str]) -> list[str]:
     # The folder's own absolute path may lie outside the usual roots.
     places = [str(path) for path in (Path.home(), Path.cwd(), folder.resolve()) if len(path.parts) > 2]
     paths = [re.compile(pattern) for pattern in LOCAL_PATHS]
     paths += [re.compile(rf"{_START}{re.escape(place)}(?![\w-])") for place in places]
+    more = {
+        ending: [re.compile(pattern) for pattern in patterns]
+        for endings, patterns in (((".json", ".jsonl"), JSON_PATHS), ((".md", ".txt"), PROSE_PATHS))
+        for ending in endings
+    }
     kinds = {kind: re.compile(pattern) for kind, pattern in SECRETS.items()}
     if secrets:
         kinds["the token in use"] = re.compile("|".join(map(re.escape, secrets)))
     problems = []
     for name in files:
-        text = _read_text(folder / name)
-        if text is None:
-            continue
+        text, binary = _read_text(folder / name)
         for kind, pattern in kinds.items():
-            if found := pattern.search(text):
+            if found := _first(pattern, text, allow):
                 problems.append(f"{name}, line {_line(text, found)}, holds {kind}: remove it, and revoke it if real.")
         if Path(name).name in VOCABULARIES:
             continue
-        for pattern in paths:
-            if found := pattern.search(text):
+        wanted = paths[:1] if binary else paths + more.get(Path(name).suffix, [])
+        for pattern in wanted:
+            if found := _first(pattern, text, allow):
                 problems.append(
                     f"{name}, line {_line(text, found)}, holds a path of this machine ({found[0]}): replace it by a "
-                    "name that others understand."
+                    "name that others understand, or allow it where it is none (--allow TEXT)."
                 )
                 break
     return problems
 
 
-def _read_text(path: Path) -> str | None:
-    if path.suffix == ".safetensors" or path.stat().st_size > MAX_TEXT_BYTES:
-        return None
+def _first(pattern: re.Pattern, text: str, allow: set[str]) -> re.Match | None:
+    return next((found for found in pattern.finditer(text) if found[0] not in allow), None)
+
+
+def _read_text(path: Path) -> tuple[str, bool]:
+    """What a file says, of weights their header, and whether it is no text."""
+    with path.open("rb") as file:
+        if path.suffix == ".safetensors":
+            data = file.read(min(int.from_bytes(file.read(8), "little"), MAX_SCANNED_BYTES))
+        else:
+            data = file.read(MAX_SCANNED_BYTES)
     try:
-        return path.read_text(encoding="utf-8")
+        return data.decode("utf-8"), False
     except UnicodeDecodeError:
-        return None
+        text = data.decode("latin-1")
+        return text + text.replace("\0", ""), True  # the latter reads UTF-16
 
 
 def _line(text: str, found: re.Match) -> int:
@@ -301,6 +347,12 @@ def card_problems(text: str) -> list[str]:
         for value in _as_list(data.get(name)):
             if not (isinstance(value, str) and re.fullmatch(pattern, value)):
                 problems.append(f"{name} in README.md is {value!r}: it must be {form}.")
+    for result in _as_list(data.get("model-index")):
+        for entry in result.get("results", ()):
+            for metric in entry.get("metrics", ()):
+                value = metric.get("value")
+                if isinstance(value, float) and not math.isfinite(value):
+                    problems.append(f"A figure of {metric.get('name')} in README.md is {value}; leave it out.")
     if data.get("license") == "other" and not data.get("license_name"):
         problems.append("license in README.md is other, which needs a license_name beside it.")
     for value in _as_list(data.get("base_model")):

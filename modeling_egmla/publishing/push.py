@@ -2,7 +2,8 @@
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,12 @@ from .loading import check_loads_without_package
 
 
 DEFAULT_MESSAGE = "Upload EG-MLA model"
-# Shards of an earlier push that this one does not have would be loaded in place of the new ones.
+# Shards of an earlier push that this one does not have would be loaded in place of the new ones, and its scores and
+# reports would be taken for this one's.
 WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json")
+REPORTS = {"conversion_report.json", "training_report.json"} | {
+    f"evaluation/{name}" for name in ("results.json", "source_results.json", "comparison.json", "scores.png")
+}
 HASH_BLOCK = 2**20
 
 
@@ -76,6 +81,7 @@ def push_folder(
     message: str | None = None,
     dry_run: bool = False,
     token: str | None = None,
+    allow: Iterable[str] = (),
     say: Callable[[str], None] = lambda text: None,
 ) -> PushReport:
     """Checks a checkpoint folder, then sends it to the Hub as one commit.
@@ -90,6 +96,7 @@ def push_folder(
         revision (`str`, *optional*): branch, created when it is not there; the main one by default.
         message (`str`, *optional*): of the commit.
         dry_run (`bool`): check and compare, send nothing.
+        allow (`Iterable[str]`): texts that look like a secret or a local path and are none.
         token (`str`, *optional*): the one of `hf auth login` or HF_TOKEN by default.
         say (`Callable`): told what is being done.
 
@@ -108,7 +115,7 @@ def push_folder(
             "(huggingface.co/settings/tokens)."
         )
     say("Checking the folder")
-    checked = check_folder(folder, [token] if token else [])
+    checked = check_folder(folder, [token] if token else [], allow)
     api = HfApi(token=token)
     remote = None
     if token is not None:
@@ -121,9 +128,10 @@ def push_folder(
     report = PushReport(
         repo_id, remote.exists if remote else None, left_out=checked.left_out, warnings=list(checked.warnings)
     )
+    report.warnings += _other_names(folder, repo_id)
     if remote is None:
         report.warnings.append("There is no token, so the Hub was not asked what it already has.")
-    stale = _stale_weights(checked, remote)
+    stale = _stale_files(checked, remote)
     report.files = [
         PushedFile(path, size, _state(folder / path, path, size, remote) if dry_run else "sent")
         for path, size in checked.files.items()
@@ -185,12 +193,24 @@ def _read_remote(api: Any, repo_id: str, revision: str | None, private: bool | N
     return remote
 
 
-def _stale_weights(checked: FolderReport, remote: _Remote | None) -> list[PushedFile]:
+def _other_names(folder: Path, repo_id: str) -> list[str]:
+    """A warning when the card's examples load another repository than this."""
+    card = folder / "README.md"
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    others = {name for name in re.findall(r"from_pretrained\(\"([\w.-]+/[\w.-]+)\"", text) if name != repo_id}
+    if not others:
+        return []
+    remedy = f"`egmla card {folder} --repo-id {repo_id}` writes it anew"
+    return [f"README.md loads {', '.join(sorted(others))} in its examples, not {repo_id}: {remedy}."]
+
+
+def _stale_files(checked: FolderReport, remote: _Remote | None) -> list[PushedFile]:
     files = remote.files.items() if remote else ()
     return [
         PushedFile(path, size, "stale")
         for path, (size, _) in files
-        if path.endswith(WEIGHT_SUFFIXES) and "/" not in path and path not in checked.files
+        if (path.endswith(WEIGHT_SUFFIXES) and "/" not in path) or path in REPORTS
+        if path not in checked.files
     ]
 
 
