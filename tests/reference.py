@@ -147,6 +147,14 @@ def _linear(weights, name, x):
     return y + weights[f"{name}.bias"] if f"{name}.bias" in weights else y
 
 
+def _group_norm(config, weights, name, x):
+    """RMS norm of groups of `qk_norm_dim` elements, where the configuration has such norms."""
+    if config.qk_norm_dim is None:
+        return x
+    groups = [rms_norm(group, weights[f"{name}.weight"], config.rms_norm_eps) for group in x.split(config.qk_norm_dim)]
+    return torch.cat(groups)
+
+
 def _mlp(weights, x):
     inner = silu(_linear(weights, "mlp.gate_proj", x)) * _linear(weights, "mlp.up_proj", x)
     return _linear(weights, "mlp.down_proj", inner)
@@ -165,6 +173,7 @@ def _attention(config, layer, weights, inputs, ids, embedding, positions, result
     if slots is not None:
         slots = slots[layer] if isinstance(slots[0], list) else slots
         frequencies = [frequencies[slot] for slot in slots]
+    rotates = layer not in (config.nope_layers or [])
     tau = softmax_scale(config)
 
     latents, rope_keys, queries = [], [], []
@@ -185,7 +194,10 @@ def _attention(config, layer, weights, inputs, ids, embedding, positions, result
             )
             latent = latent * g
         latents.append(latent)
-        rope_keys.append(turn(rope_key, position, frequencies, scale, config.rope_interleave))
+        rope_key = _group_norm(config, weights, "self_attn.k_norm", rope_key)
+        if rotates:
+            rope_key = turn(rope_key, position, frequencies, scale, config.rope_interleave)
+        rope_keys.append(rope_key)
         if config.q_lora_rank is None:
             query = _linear(weights, "self_attn.q_proj", x)
         else:
@@ -201,7 +213,9 @@ def _attention(config, layer, weights, inputs, ids, embedding, positions, result
         joined = []
         for h in range(heads):
             nope = queries[t][h, :N]
-            rope = turn(queries[t][h, N:], position, frequencies, scale, config.rope_interleave)
+            rope = _group_norm(config, weights, "self_attn.q_norm", queries[t][h, N:])
+            if rotates:
+                rope = turn(rope, position, frequencies, scale, config.rope_interleave)
             scores = [tau * float(nope @ (up[h, :N] @ latents[s]) + rope @ rope_keys[s]) for s in range(t + 1)]
             exponentials = [math.exp(score - max(scores)) for score in scores]
             shares = [exponential / sum(exponentials) for exponential in exponentials]
