@@ -1,15 +1,20 @@
 """Source families: exact mode is the real Transformers class, full-width closed form too, and refusals say why."""
 
+import copy
 import json
 
 import pytest
 import torch
-from test_conversion import EXACT_TOLERANCE, LLAMA3_ROPE, SMALL, YARN_ROPE, make_tokenizer
+from safetensors.torch import load_file
+from test_conversion import EXACT_TOLERANCE, LLAMA3_ROPE, SMALL, YARN_ROPE, make_tokenizer, random_layer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
 from egmla import EGMLACache, EGMLAConfig
-from egmla.conversion import FAMILIES, convert_checkpoint
-from egmla.conversion.families import MISSING, find_family
+from egmla.conversion import FAMILIES, Recipe, convert_checkpoint
+from egmla.conversion.closed_form import low_rank_attention
+from egmla.conversion.families import MISSING, AttentionShape, find_family
+from egmla.conversion.sources import open_source
+from egmla.conversion.statistics import collect_statistics
 
 
 LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 1000.0, "factor": 3.0}
@@ -49,7 +54,7 @@ GROUPED = {
         "smollm3",
         {"no_rope_layers": [0, 1], "rope_parameters": YARN_ROPE, "attention_bias": True, "mlp_bias": True, **UNTIED},
     ),
-    "smollm3 without rotation": ("smollm3", {"no_rope_layers": [0, 0], **MHA}),
+    "smollm3 without rotation": ("smollm3", {"no_rope_layers": [0, 0], "rope_parameters": YARN_ROPE, **MHA}),
 }
 NORMED = {
     "qwen3": ("qwen3", {"head_dim": 14}),
@@ -119,7 +124,8 @@ def make_source(tmp_path_factory):
             model.save_pretrained(folder)
             make_tokenizer().save_pretrained(folder)
             made[name] = model, folder
-        return made[name]
+        model, folder = made[name]
+        return copy.deepcopy(model), folder  # dynamic frequencies depend on what a model has seen before
 
     return make
 
@@ -169,9 +175,9 @@ def test_full_width_closed_form_is_the_source(make_source, calibration, tmp_path
     shape = family.shape(config)
     full, rope = 2 * shape.kv_width, shape.rope_width
     widths = {"kv_lora_rank": full - rope, "qk_rope_head_dim": rope}
-    convert_checkpoint(folder, tmp_path / "full", **widths, calibration=calibration)
+    convert_checkpoint(folder, tmp_path / "full", **widths, calibration=calibration, calibration_tokens=4096)
     smaller = {"kv_lora_rank": full // 4, "qk_rope_head_dim": 2}
-    convert_checkpoint(folder, tmp_path / "small", **smaller, calibration=calibration)
+    convert_checkpoint(folder, tmp_path / "small", **smaller, calibration=calibration, calibration_tokens=4096)
     ids = tokenized(folder, calibration)
     with torch.no_grad():
         expected = source(ids).logits
@@ -192,12 +198,48 @@ def test_part_of_the_rotation_loses_less_than_none(make_source, calibration, tmp
     lost = []
     for rope in (shape.rope_width // 4 * 2, 0):
         widths = {"kv_lora_rank": 2 * shape.kv_width - rope, "qk_rope_head_dim": rope}
-        convert_checkpoint(folder, tmp_path / str(rope), **widths, calibration=calibration)
+        convert_checkpoint(folder, tmp_path / str(rope), **widths, calibration=calibration, calibration_tokens=4096)
         converted = AutoModelForCausalLM.from_pretrained(tmp_path / str(rope)).eval()
         with torch.no_grad():
             lost.append(float((converted(ids).logits - source(ids).logits).square().mean()))
     print(name, lost)
     assert EXACT_TOLERANCE**2 < lost[0] < lost[1]
+
+
+def test_layers_without_rotation_need_no_rotary_key(make_source, calibration, tmp_path):
+    """Nothing turns, so nothing is lost without a rotary part: the latent alone is the source."""
+    source, folder = make_source("smollm3 without rotation")
+    widths = {"kv_lora_rank": 2 * FAMILIES["smollm3"].shape(source.config).kv_width, "qk_rope_head_dim": 0}
+    convert_checkpoint(folder, tmp_path / "t", **widths, calibration=calibration, calibration_tokens=4096)
+    ids = tokenized(folder, calibration)
+    converted = AutoModelForCausalLM.from_pretrained(tmp_path / "t").eval()
+    assert (converted(ids).logits - source(ids).logits).abs().max() < EXACT_TOLERANCE
+
+
+def test_slots_of_a_layer_without_rotation_go_to_what_carries_most():
+    """Where nothing turns no rotation is lost, so slots go by energy, whatever was measured of rotation."""
+    shape = AttentionShape(heads=6, kv_heads=3, head_dim=8, hidden_size=48)
+    weights, statistics, _ = random_layer(shape)
+    still = low_rank_attention(weights, shape, statistics, 20, 6, Recipe(), attention_factor=1.3, rotates=False)
+    by_energy = low_rank_attention(weights, shape, statistics, 20, 6, Recipe(mean_rotation="none"))
+    torch.testing.assert_close(still.kv_a, by_energy.kv_a)
+    torch.testing.assert_close(still.q, by_energy.q)
+
+
+@pytest.mark.parametrize("name", GROUPED)
+@torch.no_grad()
+def test_calibration_runs_the_source(make_source, name):
+    """Inputs of the last attention, measured layer by layer, are those in the real class."""
+    source, folder = make_source(name)
+    ids = torch.randint(2, 128, (3, 40))
+    inputs = []
+    source.model.layers[-1].input_layernorm.register_forward_hook(lambda *args: inputs.append(args[2].double()))
+    source(ids)
+    family = FAMILIES[source.config.model_type]
+    *_, last = collect_statistics(open_source(folder), family, ids, weighting="uniform")
+    tokens = inputs[0].flatten(0, 1)
+    torch.testing.assert_close(last.mean, tokens.mean(dim=0), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(last.raw_moment, tokens.T @ tokens / len(tokens), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["phi3 partial, odd heads", "smollm3", "qwen3", "deepseek_v3", "minicpm3 tied"])
@@ -241,11 +283,11 @@ def test_longrope_beyond_its_switch(make_source, tmp_path):
 def test_bf16_source_stays_bf16(make_source, tmp_path):
     """Scaled and sliced tensors keep the stored dtype."""
     source, folder = make_source("minicpm3 tied")
-    copy = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-    copy.save_pretrained(tmp_path / "source")
+    half = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    half.save_pretrained(tmp_path / "source")
     convert_checkpoint(tmp_path / "source", tmp_path / "t", exact=True)
     converted = AutoModelForCausalLM.from_pretrained(tmp_path / "t").eval()
-    assert {parameter.dtype for parameter in converted.parameters()} == {torch.bfloat16}
+    assert {tensor.dtype for tensor in load_file(tmp_path / "t/model.safetensors").values()} == {torch.bfloat16}
     ids = torch.randint(2, 128, (1, 20))
     assert (converted(ids).logits - source(ids).logits).abs().max() < 0.05 * source(ids).logits.abs().max()
 
