@@ -53,7 +53,11 @@ class EGMLAConfig(PreTrainedConfig):
             Numbers of the layers whose rotary queries and keys do not turn (SmolLM3's NoPE layers). `None` turns all.
         qk_norm_dim (`int`, *optional*):
             RMS-normalise rotary queries and keys, before they turn, in groups of this many dimensions (`q_norm`,
-            `k_norm`), as Qwen3 does with its heads. `None` for no such norms.
+            `k_norm`), as Qwen3 does with its heads. Low-rank queries have `q_a_layernorm` instead of `q_norm`. `None`
+            for no such norms.
+        post_norm (`bool`, *optional*, defaults to `False`):
+            Normalise what attention and MLP give (`post_attention_layernorm`, `post_feedforward_layernorm`), as OLMo 2
+            does, instead of what they take.
         softmax_scale (`float`, *optional*):
             Factor on the attention scores. `None` is `(N + P) ** -0.5`, times YaRN's `mscale` squared where
             `rope_parameters` has `mscale_all_dim`, as in DeepSeek.
@@ -127,6 +131,7 @@ class EGMLAConfig(PreTrainedConfig):
     attention_bias: bool = False
     query_bias: bool = False
     mlp_bias: bool = False
+    post_norm: bool = False
     attention_dropout: float | int = 0.0
     hidden_act: str = "silu"
     max_position_embeddings: int = 4096
@@ -145,8 +150,10 @@ class EGMLAConfig(PreTrainedConfig):
             name: style for name, style in type(self).base_model_tp_plan.items() if not name.endswith(f".{absent}")
         }
         if self.qk_norm_dim is not None:
-            norms = ("layers.*.self_attn.q_norm", "layers.*.self_attn.k_norm")
-            self.base_model_tp_plan |= dict.fromkeys(norms, "replicated_with_grad_allreduce")
+            norms = ["k_norm"] if self.q_lora_rank is not None else ["q_norm", "k_norm"]
+            self.base_model_tp_plan |= {
+                f"layers.*.self_attn.{norm}": "replicated_with_grad_allreduce" for norm in norms
+            }
         # Derived from fields: DeepSeek's configs carry them, and must not set them apart.
         for derived in ("head_dim", "qk_head_dim"):
             kwargs.pop(derived, None)

@@ -237,7 +237,8 @@ class EGMLAAttention(nn.Module):
         if config.kv_latent_norm:
             self.kv_a_layernorm = EGMLARMSNorm(R, eps=config.latent_norm_eps)
         if config.qk_norm_dim is not None:
-            self.q_norm = EGMLARMSNorm(config.qk_norm_dim, eps=config.rms_norm_eps)
+            if self.q_lora_rank is None:
+                self.q_norm = EGMLARMSNorm(config.qk_norm_dim, eps=config.rms_norm_eps)
             self.k_norm = EGMLARMSNorm(config.qk_norm_dim, eps=config.rms_norm_eps)
         self.kv_b_proj = nn.Linear(R, self.num_heads * (self.qk_nope_head_dim + self.v_head_dim), bias=False)
         self.o_proj = nn.Linear(self.num_heads * self.v_head_dim, D, bias=bias)
@@ -380,7 +381,8 @@ class EGMLAAttention(nn.Module):
         nope, rope = self.project_queries(hidden_states)
         latents, rope_keys = self.project_latents(hidden_states, gate_input)
         if self.qk_norm_dim is not None:
-            rope = self.q_norm(rope.unflatten(-1, (-1, self.qk_norm_dim))).flatten(-2)
+            if self.q_lora_rank is None:
+                rope = self.q_norm(rope.unflatten(-1, (-1, self.qk_norm_dim))).flatten(-2)
             rope_keys = self.k_norm(rope_keys.unflatten(-1, (-1, self.qk_norm_dim))).flatten(-2)
         if self.rotates:
             # Turned together, as one more head: half the operations.
@@ -414,11 +416,19 @@ class EGMLADecoderLayer(GradientCheckpointingLayer):
         super().__init__()
         self.self_attn = EGMLAAttention(config, layer_idx)
         self.mlp = EGMLAMLP(config)
-        self.input_layernorm = EGMLARMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_norm = config.post_norm
+        if not self.post_norm:
+            self.input_layernorm = EGMLARMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = EGMLARMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        if self.post_norm:
+            self.post_feedforward_layernorm = EGMLARMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     # `gate_input` is positional: re-entrant gradient checkpointing drops the gradients of keyword arguments.
     def forward(self, hidden_states: torch.Tensor, gate_input: torch.Tensor | None, **kwargs) -> torch.Tensor:
+        if self.post_norm:  # as `Olmo2DecoderLayer`
+            attended, _ = self.self_attn(hidden_states, gate_input, **kwargs)
+            hidden_states = hidden_states + self.post_attention_layernorm(attended)
+            return hidden_states + self.post_feedforward_layernorm(self.mlp(hidden_states))
         residual = hidden_states
         hidden_states, _ = self.self_attn(self.input_layernorm(hidden_states), gate_input, **kwargs)
         hidden_states = residual + hidden_states

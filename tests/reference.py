@@ -126,14 +126,18 @@ def _sequence(config, weights, ids, positions) -> Reference:
     embedding = weights["model.embed_tokens.weight"]
     states = [embedding[token] for token in ids]
     result = Reference(torch.empty(0), [torch.stack(states)])
+    # Norms before and behind attention, before and behind the MLP.
+    names = ("input_layernorm", None, "post_attention_layernorm", None)
+    if config.post_norm:
+        names = (None, "post_attention_layernorm", None, "post_feedforward_layernorm")
     for layer in range(config.num_hidden_layers):
         prefix = f"model.layers.{layer}."
         local = {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
-        normed = [rms_norm(x, local["input_layernorm.weight"], config.rms_norm_eps) for x in states]
-        attended = _attention(config, layer, local, normed, ids, embedding, positions, result)
-        states = [x + y for x, y in zip(states, attended, strict=True)]
-        normed = [rms_norm(x, local["post_attention_layernorm.weight"], config.rms_norm_eps) for x in states]
-        states = [x + _mlp(local, y) for x, y in zip(states, normed, strict=True)]
+        taken = _norms(config, local, names[0], states)
+        given = _attention(config, layer, local, taken, ids, embedding, positions, result)
+        states = [x + y for x, y in zip(states, _norms(config, local, names[1], given), strict=True)]
+        given = [_mlp(local, x) for x in _norms(config, local, names[2], states)]
+        states = [x + y for x, y in zip(states, _norms(config, local, names[3], given), strict=True)]
         result.hidden_states.append(torch.stack(states))
     final = [rms_norm(x, weights["model.norm.weight"], config.rms_norm_eps) for x in states]
     result.hidden_states[-1] = torch.stack(final)  # Transformers reports the last one normed
@@ -147,9 +151,14 @@ def _linear(weights, name, x):
     return y + weights[f"{name}.bias"] if f"{name}.bias" in weights else y
 
 
+def _norms(config, weights, name, states):
+    """The layer's norm of that name on every state; `None` leaves them."""
+    return states if name is None else [rms_norm(x, weights[f"{name}.weight"], config.rms_norm_eps) for x in states]
+
+
 def _group_norm(config, weights, name, x):
-    """RMS norm of groups of `qk_norm_dim` elements, where the configuration has such norms."""
-    if config.qk_norm_dim is None:
+    """RMS norm of groups of `qk_norm_dim` elements, where there is such a norm."""
+    if f"{name}.weight" not in weights:
         return x
     groups = [rms_norm(group, weights[f"{name}.weight"], config.rms_norm_eps) for group in x.split(config.qk_norm_dim)]
     return torch.cat(groups)
