@@ -6,7 +6,7 @@ import shlex
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -306,13 +306,27 @@ def _exact_layer(source: Source, family: Family, layer_idx: int) -> tuple[dict[s
         prefix = f"model.layers.{layer_idx}.self_attn."
         parts = family.attention(source.config, layer_idx)
         return {name.removeprefix(prefix): source.read(rows) for name, rows in parts.items()}, []
-    shape, normed = family.shape(source.config), family.normed_heads
-    attention = exact_attention(family.read_attention(source, layer_idx), shape, interleaved=normed)
+    shape, weights = family.shape(source.config), family.read_attention(source, layer_idx)
+    norms = {role: source.tensor(name) for role, name in family.norms(layer_idx).items()}
     biased = bool(family.bias_roles(source.config))
-    tensors = _attention_tensors(attention, biased, biased)
-    for name, source_name in family.norms(layer_idx).items():
-        # As the rows of each head: pairs beside one another.
-        tensors[name] = source.tensor(source_name).view(2, -1).T.reshape(-1)
+    if family.qk_norm != "all":
+        attention = exact_attention(weights, shape, interleaved=bool(norms))
+        tensors = _attention_tensors(attention, biased, biased)
+    else:
+        # The norm sees the queries of all heads, so it comes before they are put in place: a low-rank query of full
+        # rank, whose second map does only that.
+        place = torch.eye(shape.heads * shape.head_dim, dtype=torch.float64)
+        attention = exact_attention(
+            replace(weights, q=place, q_bias=torch.zeros_like(weights.q_bias)), shape, interleaved=True
+        )
+        tensors = _attention_tensors(attention, False, biased)
+        tensors |= {"q_b_proj.weight": tensors.pop("q_proj.weight"), "q_a_proj.weight": weights.q}
+        tensors["q_a_layernorm.weight"] = norms.pop("q")
+        if biased:
+            tensors["q_a_proj.bias"] = weights.q_bias
+    for role, norm in norms.items():
+        # In the order of the rows: pairs beside one another.
+        tensors[f"{role}_norm.weight"] = norm.view(-1, 2, shape.frequencies).transpose(1, 2).reshape(-1)
     return tensors, attention.slots
 
 
@@ -329,6 +343,12 @@ def _target_config(config: PreTrainedConfig, family: Family, plan: Plan, slots: 
         return family.target_config(config, kv_gate="latent")
     shape = family.shape(config)
     same_rank, same_slots = len(set(plan.ranks)) == 1, all(layer == slots[0] for layer in slots)
+    biased, norms = bool(family.bias_roles(config)), {}
+    if family.qk_norm == "head":
+        norms = {"qk_norm_dim": shape.head_dim}
+    elif family.qk_norm == "all":
+        eps = config.rms_norm_eps
+        norms = {"qk_norm_dim": shape.kv_width, "q_lora_rank": shape.heads * shape.head_dim, "latent_norm_eps": eps}
     nope_layers = [layer for layer in range(config.num_hidden_layers) if not family.rotates(config, layer)]
     return family.target_config(
         config,
@@ -339,13 +359,13 @@ def _target_config(config: PreTrainedConfig, family: Family, plan: Plan, slots: 
         kv_latent_norm=False,
         kv_gate="latent",
         softmax_scale=shape.head_dim**-0.5,
-        rope_interleave=family.normed_heads,
+        rope_interleave=family.qk_norm is not None,
         rope_table_dim=shape.rotary_head_dim,
         rope_slots=slots[0] if same_slots else slots,
         nope_layers=nope_layers or None,
-        qk_norm_dim=shape.head_dim if family.normed_heads else None,
-        attention_bias=not plan.exact or bool(family.bias_roles(config)),
-        query_bias=bool(family.bias_roles(config)),
+        attention_bias=not plan.exact or biased,
+        query_bias=biased and family.qk_norm != "all",
+        **norms,
     )
 
 

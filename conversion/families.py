@@ -8,6 +8,7 @@
 | phi3          | rows of qkv_proj; o_proj       | none          | rows of gate_up_proj; partial rotation; longrope |
 | smollm3       | as llama                       | optional, all | layers without rotation (`nope_layers`)          |
 | qwen3         | as llama, q_norm, k_norm       | optional, all | exact only: its keys are not linear in the input |
+| olmo2         | the same                       | optional, all | exact only; norms behind attention and MLP       |
 | deepseek_v3   | copied under their names       | optional      | dense layers only; exact only                    |
 | deepseek_v2   | copied                         | optional      | the same; pairs always interleaved               |
 | youtu         | copied                         | optional      | exact only                                       |
@@ -79,7 +80,19 @@ class Qwen3(Family):
         "normalises each key before it turns, so its keys are not linear in the layer's input and no smaller linear "
         "latent holds them (conversion/README.md)"
     )
-    normed_heads = True
+    qk_norm = "head"
+
+
+class Olmo2(Qwen3):
+    """All queries, and all keys, are one vector to normalise; the other norms stand behind attention and MLP."""
+
+    qk_norm = "all"
+
+    def layer_norms(self) -> tuple[str, ...]:
+        return "post_attention_layernorm", "post_feedforward_layernorm"
+
+    def target_config(self, config: PreTrainedConfig, **attention) -> EGMLAConfig:
+        return super().target_config(config, **attention, post_norm=True)
 
 
 class MLA(Family):
@@ -168,6 +181,7 @@ FAMILIES: dict[str, Family] = {
     "phi3": Phi3(),
     "smollm3": SmolLM3(),
     "qwen3": Qwen3(),
+    "olmo2": Olmo2(),
     "deepseek_v3": MLA(),
     "deepseek_v2": MLA(),
     "youtu": MLA(),
@@ -182,7 +196,7 @@ MISSING = {
     "qwen2_moe": ("qwen2", EXPERTS),
     "qwen3_moe": ("qwen3", EXPERTS),
     "phimoe": ("phi3", f"{EXPERTS} and LayerNorm"),
-    "olmoe": ("llama", f"{EXPERTS} and norms over all queries and all keys"),
+    "olmoe": ("olmo2", EXPERTS),
     "gpt_oss": ("llama", f"{EXPERTS}, attention sinks and sliding windows"),
     "deepseek_v32": ("deepseek_v3", f"{EXPERTS} and the indexer that picks tokens"),
     "qwen3_next": ("qwen3", "linear attention layers"),
@@ -191,8 +205,7 @@ MISSING = {
     "gemma2": ("llama", "soft-capped logits, norms behind attention and MLP, sliding windows"),
     "gemma3_text": ("qwen3", "norms behind attention and MLP, sliding windows"),
     "olmo": ("llama", "norms without weights, and clipped queries, keys and values"),
-    "olmo2": ("qwen3", "norms over all queries and all keys at once, and norms behind attention and MLP"),
-    "olmo3": ("qwen3", "norms over all queries and all keys at once, norms behind attention and MLP, sliding windows"),
+    "olmo3": ("olmo2", "sliding windows"),
     "glm4": ("phi3", "norms behind attention and MLP, and interleaved rotation of half a head"),
     "granite": ("llama", "multipliers on embeddings, scores, residual branches and logits"),
     "cohere": ("llama", "LayerNorm, attention beside the MLP, and scaled logits"),

@@ -99,13 +99,13 @@ class Family:
     Attributes:
         latent: the source is an MLA model, whose attention is copied and not computed anew.
         partial_rotary: heads may be turned in part.
-        normed_heads: queries and keys are RMS-normalised per head before they turn.
+        qk_norm: queries and keys are RMS-normalised before they turn: each `"head"`, or `"all"` heads as one vector.
         exact_only: why only exact mode works for this family; empty when a smaller cache works too.
     """
 
     latent = False
     partial_rotary = False
-    normed_heads = False
+    qk_norm: str | None = None
     exact_only = ""
 
     def check(self, config: PreTrainedConfig) -> None:
@@ -166,9 +166,8 @@ class Family:
         return names | {f"{role}_bias": Rows(f"{prefix}{role}_proj.bias") for role in self.bias_roles(config)}
 
     def norms(self, layer_idx: int) -> dict[str, str]:
-        """Names of the norms of queries and keys by their names in EG-MLA, empty where there are none."""
-        names = ("q_norm.weight", "k_norm.weight") if self.normed_heads else ()
-        return {name: f"model.layers.{layer_idx}.self_attn.{name}" for name in names}
+        """Names of the norms of queries and keys by role, `q` and `k`; empty where there are none."""
+        return {role: f"model.layers.{layer_idx}.self_attn.{role}_norm.weight" for role in "qk" if self.qk_norm}
 
     def mlp(self, config: PreTrainedConfig, prefix: str) -> dict[str, Rows]:
         """The tensors of a layer's MLP, by their names in EG-MLA."""
@@ -181,8 +180,12 @@ class Family:
             head = [] if config.tie_word_embeddings else ["lm_head.weight"]
             return unchanged("model.embed_tokens.weight", "model.norm.weight", *head)
         prefix = f"model.layers.{layer_idx}."
-        norms = unchanged(f"{prefix}input_layernorm.weight", f"{prefix}post_attention_layernorm.weight")
+        norms = unchanged(*(f"{prefix}{norm}.weight" for norm in self.layer_norms()))
         return norms | self.mlp(config, prefix)
+
+    def layer_norms(self) -> tuple[str, ...]:
+        """Names of the norms of a layer outside of its attention."""
+        return "input_layernorm", "post_attention_layernorm"
 
     def read_attention(self, source: Source, layer_idx: int) -> AttentionWeights:
         """Reads a layer's attention weights.

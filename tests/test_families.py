@@ -61,6 +61,11 @@ NORMED = {
     "qwen3 mha biases": ("qwen3", {"head_dim": 10, "attention_bias": True, "tie_word_embeddings": True, **MHA}),
     "qwen3 mqa yarn": ("qwen3", {"head_dim": 12, "rope_parameters": YARN_ROPE, **MQA}),
 }
+NORMED |= {
+    "olmo2": ("olmo2", {}),
+    "olmo2 mha biases tied": ("olmo2", {"attention_bias": True, "tie_word_embeddings": True, **MHA}),
+    "olmo2 mqa yarn": ("olmo2", {"rope_parameters": YARN_ROPE, "rms_norm_eps": 1e-3, **MQA}),
+}
 DENSE = {"first_k_dense_replace": 2}
 LATENT_SHAPE = {
     "num_key_value_heads": 6,
@@ -242,7 +247,7 @@ def test_calibration_runs_the_source(make_source, name):
     torch.testing.assert_close(last.raw_moment, tokens.T @ tokens / len(tokens), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["phi3 partial, odd heads", "smollm3", "qwen3", "deepseek_v3", "minicpm3 tied"])
+@pytest.mark.parametrize("name", ["phi3 partial, odd heads", "smollm3", "qwen3", "olmo2", "deepseek_v3"])
 def test_converted_config_and_weights_survive_saving(make_source, tmp_path, name):
     _, folder = make_source(name)
     convert_checkpoint(folder, tmp_path / "first", exact=True)
