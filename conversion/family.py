@@ -188,20 +188,11 @@ class Family:
         return "input_layernorm", "post_attention_layernorm"
 
     def read_attention(self, source: Source, layer_idx: int) -> AttentionWeights:
-        """Reads a layer's attention weights.
-
-        Raises:
-            ValueError: when a tensor's rows are not those that the configuration asks for.
-        """
-        parts, shape = self.attention(source.config, layer_idx), self.shape(source.config)
-        tensors = {role: source.read(rows).double() for role, rows in parts.items()}
+        """Reads a layer's attention weights, biases zero where the source has none."""
+        shape = self.shape(source.config)
+        tensors = {role: source.read(rows).double() for role, rows in self.attention(source.config, layer_idx).items()}
         widths = {"q": shape.heads * shape.head_dim, "k": shape.kv_width, "v": shape.kv_width, "o": shape.hidden_size}
         for role, width in widths.items():
-            if tensors[role].shape[0] != width:
-                raise ValueError(
-                    f"Tensor {parts[role].name} in {source.label} has {tensors[role].shape[0]} rows for {role} and "
-                    f"its config asks for {width}; the checkpoint and its config.json do not belong together."
-                )
             tensors.setdefault(f"{role}_bias", torch.zeros(width, dtype=torch.float64))
         return AttentionWeights(**tensors)
 

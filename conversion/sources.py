@@ -85,6 +85,13 @@ class Source:
             )
         return tensor
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of one tensor, without reading it."""
+        if name in self.tensors:
+            return tuple(self.tensors[name].shape)
+        with safe_open(str(self.files[name]), framework="pt") as file:
+            return tuple(file.get_slice(name).get_shape())
+
     def read(self, rows: Rows) -> torch.Tensor:
         """Reads rows of a tensor in its stored dtype; as `tensor`."""
         part = self.tensor(rows.name)[rows.start : rows.stop]
