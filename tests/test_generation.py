@@ -1,10 +1,12 @@
 """`generate()` in all its modes: the tokens of a loop without a cache, whichever cache and method is used."""
 
+import shutil
+
 import pytest
 import torch
 from cases import CORE_CASES, difference, token_ids
 from cases import tiny_model as make_model
-from transformers import DynamicCache, StaticCache
+from transformers import CompileConfig, DynamicCache, StaticCache
 
 from egmla import EGMLACache
 from egmla.cache_egmla import FixedLatentLayer, GrowingLatentLayer
@@ -111,6 +113,21 @@ def test_cache_implementation(case, implementation):
     layer_type = FixedLatentLayer if implementation == "static" else GrowingLatentLayer
     assert all(type(layer) is layer_type for layer in out.past_key_values.layers)
     assert torch.equal(out.sequences, generate(model, ids, **GREEDY).sequences)
+
+
+@pytest.mark.skipif(not shutil.which("c++") and not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+def test_compiled_generation_as_the_readme_has_it():
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    model, ids = tiny_model(num_hidden_layers=1), token_ids(2, 7)
+    config = CompileConfig(fullgraph=True, mode="default")
+    config._compile_all_devices = True
+    out = generate(model, ids, cache_implementation="static", compile_config=config, **GREEDY)
+    assert torch.equal(out.sequences, generate(model, ids, **GREEDY).sequences)
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("kind", ["growing", "fixed", "stock dynamic"])
