@@ -5,9 +5,8 @@ head width, `D` hidden size, `P` rotary width, `R` latent width; `j(h)` is head 
 
 1. **Rotary decoupling.** RoPE turns the pair `(l, l + d/2)` of every key head by the same angle: as a complex number
    times `e^{i theta_l t}`. Any invertible real mixing `M_l` of the heads' components at one frequency commutes with
-   that, if the
-   queries get `M_l^-T`. The mixing here makes components independent in the energy that the logits would lose without
-   rotation, so that the `P / 2` rotary slots go to the components that lose most.
+   that, if the queries get `M_l^-T`. The mixing here makes components independent in the energy that the logits would
+   lose without rotation, so that the `P / 2` rotary slots go to the components that lose most.
 2. **Mean rotation.** A component without a slot turns no more; its best constant stand-in is the mean rotation
    `rho = E[e^{i theta (t - s)}]` over the positions attended to, put into the query: free at run time.
 3. **Joint low rank.** What is left of the keys and all values become `R` numbers: the leading directions of their
@@ -219,14 +218,8 @@ def _rotary_components(shape, statistics, rotation, slots, recipe):
 
 def _decouple(weights, shape, mixings, slots):
     """Rotary queries `[H, P, D]`, rotary keys `[P, D]`, and keys `[g d, D]` without the components that got slots."""
-    H, g, d, r, F, D = (
-        shape.heads,
-        shape.kv_heads,
-        shape.head_dim,
-        shape.rotary_head_dim,
-        shape.frequencies,
-        shape.hidden_size,
-    )
+    H, g, d, D = shape.heads, shape.kv_heads, shape.head_dim, shape.hidden_size
+    r, F = shape.rotary_head_dim, shape.frequencies
     all_keys = _joined(weights.k, weights.k_bias).view(g, d, D + 1)
     keys = all_keys[:, :r].reshape(g, 2, F, D + 1)
     queries = _joined(weights.q, weights.q_bias).view(H, d, D + 1)[:, :r].reshape(H, 2, F, D + 1)

@@ -280,8 +280,7 @@ def _attention_tensors(attention: LatentAttention, query_bias: bool, attention_b
 
 
 def _gate_at_identity(rank: int, config: PreTrainedConfig, layer_idx: int) -> dict[str, torch.Tensor]:
-    """A layer's gate: LayerNorm with weight 0 and bias 1 = exactly 1. The map before it is random, so that training
-    can start."""
+    """A layer's gate: LayerNorm with weight 0 and bias 1 = exactly 1; the map before it is random, to be trained."""
     generator = torch.Generator().manual_seed(layer_idx)
     return {
         "kv_gate_proj.weight": torch.randn(rank, config.hidden_size, generator=generator) * config.initializer_range,
