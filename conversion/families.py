@@ -36,6 +36,8 @@ class Mistral(Family):
 
 
 class Qwen2(Family):
+    window_per_layer = True
+
     def bias_roles(self, config: PreTrainedConfig) -> str:
         return "qkv"
 
@@ -69,6 +71,8 @@ class Phi3(Family):
 
 
 class SmolLM3(Family):
+    window_per_layer = True
+
     def rotates(self, config: PreTrainedConfig, layer_idx: int) -> bool:
         return bool(config.no_rope_layers[layer_idx])
 
@@ -76,6 +80,7 @@ class SmolLM3(Family):
 class Qwen3(Family):
     """Queries and keys are RMS-normalised per head before they turn; the model does that with `qk_norm_dim`."""
 
+    window_per_layer = True
     exact_only = (
         "normalises each key before it turns, so its keys are not linear in the layer's input and no smaller linear "
         "latent holds them (conversion/README.md)"
@@ -86,6 +91,7 @@ class Qwen3(Family):
 class Olmo2(Qwen3):
     """All queries, and all keys, are one vector to normalise; the other norms stand behind attention and MLP."""
 
+    window_per_layer = False
     qk_norm = "all"
 
     def layer_norms(self) -> tuple[str, ...]:

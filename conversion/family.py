@@ -99,19 +99,21 @@ class Family:
     Attributes:
         latent: the source is an MLA model, whose attention is copied and not computed anew.
         partial_rotary: heads may be turned in part.
+        window_per_layer: the class applies a sliding window to the layers that `layer_types` names, not to all.
         qk_norm: queries and keys are RMS-normalised before they turn: each `"head"`, or `"all"` heads as one vector.
         exact_only: why only exact mode works for this family; empty when a smaller cache works too.
     """
 
     latent = False
     partial_rotary = False
+    window_per_layer = False
     qk_norm: str | None = None
     exact_only = ""
 
     def check(self, config: PreTrainedConfig) -> None:
         """Raises `ValueError` for a variant of the architecture that cannot be converted."""
-        window, layers = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
-        slides = layers is None or "sliding_attention" in layers
+        window = getattr(config, "sliding_window", None)
+        slides = not self.window_per_layer or "sliding_attention" in config.layer_types
         # A token sees itself and the `window - 1` before it: never less than all of the longest context from here on.
         if window and slides and window < config.max_position_embeddings:
             raise ValueError(
