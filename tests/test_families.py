@@ -324,10 +324,10 @@ def change_config(folder, target, **changes):
         ),
         # Its class has one window for all layers, whatever a configuration says of them.
         (
-            "mistral yarn mqa",
+            "phi3",
             {"sliding_window": 64, "layer_types": ["full_attention", "full_attention"]},
             {},
-            r"mistral checkpoint attends in a sliding window of 64 tokens",
+            r"phi3 checkpoint attends in a sliding window of 64 tokens",
         ),
         ("llama linear", {"rope_parameters": PARTIAL}, {}, r"partial_rotary_factor=0.7.*own llama does not"),
         (
