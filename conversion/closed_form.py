@@ -5,9 +5,8 @@ head width, `D` hidden size, `P` rotary width, `R` latent width; `j(h)` is head 
 
 1. **Rotary decoupling.** RoPE turns the pair `(l, l + d/2)` of every key head by the same angle: as a complex number
    times `e^{i theta_l t}`. Any invertible real mixing `M_l` of the heads' components at one frequency commutes with
-   that, if the
-   queries get `M_l^-T`. The mixing here makes components independent in the energy that the logits would lose without
-   rotation, so that the `P / 2` rotary slots go to the components that lose most.
+   that, if the queries get `M_l^-T`. The mixing here makes components independent in the energy that the logits would
+   lose without rotation, so that the `P / 2` rotary slots go to the components that lose most.
 2. **Mean rotation.** A component without a slot turns no more; its best constant stand-in is the mean rotation
    `rho = E[e^{i theta (t - s)}]` over the positions attended to, put into the query: free at run time.
 3. **Joint low rank.** What is left of the keys and all values become `R` numbers: the leading directions of their
@@ -19,7 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .families import AttentionShape, AttentionWeights
+from .family import AttentionShape, AttentionWeights
 from .statistics import LayerStatistics
 
 
@@ -56,7 +55,7 @@ class LatentAttention:
         kv_a: `[R + P, D]`; kv_a_bias `[R + P]`.
         kv_b: `[H (N + V), R]`.
         o: `[D, H V]`; o_bias `[D]`.
-        slots: frequency numbers, `P / 2`.
+        slots: frequency numbers, `P / 2`; without meaning where the layer does not turn.
         spectrum: eigenvalues of the latent's second moment, largest first (empty in exact mode).
     """
 
@@ -71,28 +70,42 @@ class LatentAttention:
     spectrum: torch.Tensor
 
 
-def exact_attention(weights: AttentionWeights, shape: AttentionShape) -> LatentAttention:
-    """The same function in EG-MLA's form: every key component keeps its rotation, the values are the latent.
+def exact_attention(weights: AttentionWeights, shape: AttentionShape, interleaved: bool = False) -> LatentAttention:
+    """The same function in EG-MLA's form: every key component that turns keeps its rotation, the rest is the latent.
 
-    `N = 0`, `P = R = g d`; each query head sits on the rotary block of its own key head and is zero elsewhere.
+    `P` is the width of all that turns, `R` that of the values and of key components that do not, `N` such components
+    of a head (0 where whole heads turn). Each query head sits on the rotary block of its own key head and is zero
+    elsewhere.
+
+    Args:
+        weights (`AttentionWeights`): the source layer.
+        shape (`AttentionShape`): its widths.
+        interleaved (`bool`): rotary rows head by head, pairs beside one another, instead of first members of all
+            pairs before all second ones.
     """
-    H, g, d, F = shape.heads, shape.kv_heads, shape.head_dim, shape.frequencies
-    # Rotary rows in half-split layout: all first members of pairs, key head by key head, then all second members.
-    order = torch.arange(g * d).view(g, 2, F).transpose(0, 1).reshape(-1)
+    H, g, d, r, F = shape.heads, shape.kv_heads, shape.head_dim, shape.rotary_head_dim, shape.frequencies
+    N = d - r
+    pairs = torch.arange(g * r).view(g, 2, F)
+    order = pairs.transpose(1, 2).reshape(-1) if interleaved else pairs.transpose(0, 1).reshape(-1)
     block = torch.eye(g, dtype=torch.float64).repeat_interleave(shape.group, dim=0)  # [H, g]
 
-    def place(rows: torch.Tensor) -> torch.Tensor:
-        """Rows of queries `[H d, ...]` on the blocks of their key heads `[H g d, ...]`."""
-        placed = block.view(H, g, 1, 1) * rows.view(H, 1, d, -1)
-        return placed.reshape(H, g * d, -1)[:, order].reshape(H * g * d, -1)
-
-    select = torch.eye(g * d, dtype=torch.float64).view(g, d, g * d).repeat_interleave(shape.group, dim=0)
+    queries = _joined(weights.q, weights.q_bias).view(H, d, -1)
+    rope_q = (block.view(H, g, 1, 1) * queries[:, None, :r]).reshape(H, g * r, -1)[:, order]
+    q = torch.cat((queries[:, r:], rope_q), dim=1).reshape(H * (N + g * r), -1)
+    keys = _joined(weights.k, weights.k_bias).view(g, d, -1)
+    values = _joined(weights.v, weights.v_bias)
+    kv_a = torch.cat((values, keys[:, r:].flatten(0, 1), keys[:, :r].flatten(0, 1)[order]))
+    # What a head takes from the latent [values, keys that do not turn]: those of its key/value head.
+    take_v = torch.eye(g * d, dtype=torch.float64).view(g, d, g * d)
+    take_k = torch.eye(g * N, dtype=torch.float64).view(g, N, g * N)
+    kv_b = torch.zeros(g, N + d, g * (d + N), dtype=torch.float64)
+    kv_b[:, :N, g * d :], kv_b[:, N:, : g * d] = take_k, take_v
     return LatentAttention(
-        q=place(weights.q),
-        q_bias=place(weights.q_bias)[:, 0],
-        kv_a=torch.cat((weights.v, weights.k[order])),
-        kv_a_bias=torch.cat((weights.v_bias, weights.k_bias[order])),
-        kv_b=select.reshape(H * d, g * d),
+        q=q[:, :-1],
+        q_bias=q[:, -1],
+        kv_a=kv_a[:, :-1],
+        kv_a_bias=kv_a[:, -1],
+        kv_b=kv_b.repeat_interleave(shape.group, dim=0).reshape(H * (N + d), -1),
         o=weights.o,
         o_bias=weights.o_bias,
         slots=list(range(F)) * g,
@@ -108,6 +121,7 @@ def low_rank_attention(
     qk_rope_head_dim: int,
     recipe: Recipe,
     attention_factor: float = 1.0,
+    rotates: bool = True,
 ) -> LatentAttention:
     """EG-MLA attention of latent width `R` and rotary width `P` closest to the source's on the calibration text.
 
@@ -116,15 +130,17 @@ def low_rank_attention(
         shape (`AttentionShape`): its widths.
         statistics (`LayerStatistics`): its second moments.
         kv_lora_rank (`int`): `R`, at most `2 g d - P`.
-        qk_rope_head_dim (`int`): `P`, at most `g d`.
+        qk_rope_head_dim (`int`): `P`, at most the width of all keys that turn.
         recipe (`Recipe`): choices.
-        attention_factor (`float`): what the rope type multiplies cosines and sines by; the rest gets it here.
+        attention_factor (`float`): what the rope type multiplies cosines and sines by; what loses its rotation gets
+            it here.
+        rotates (`bool`): whether this layer turns its queries and keys.
     """
     H, d, P, R = shape.heads, shape.head_dim, qk_rope_head_dim, kv_lora_rank
-    rotation = _mean_rotation(statistics, recipe)
-    mixings, slots = _rotary_components(shape, statistics, rotation, P // 2, recipe)
+    rotation = _mean_rotation(statistics, recipe) if rotates else torch.ones_like(statistics.rotation)
+    mixings, slots = _rotary_components(shape, statistics, rotation if rotates else None, P // 2, recipe)
     rope_q, rope_k, nope_k = _decouple(weights, shape, mixings, slots)
-    turned = rotation * attention_factor**2
+    turned = rotation * attention_factor**2 if rotates else rotation
     nope_q = _turn(weights.q.view(H, d, -1), turned)
     nope_q_bias = _turn(weights.q_bias.view(H, d, 1), turned)
 
@@ -158,6 +174,11 @@ class _Affine:
     bias: torch.Tensor
 
 
+def _joined(weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """A weight with its bias as one more column."""
+    return torch.cat((weight, bias[:, None]), dim=1)
+
+
 def _mean_rotation(statistics: LayerStatistics, recipe: Recipe) -> torch.Tensor:
     """Stand-in `[H, d / 2]` for a lost rotation."""
     if recipe.mean_rotation == "none":
@@ -173,11 +194,13 @@ def _rotary_components(shape, statistics, rotation, slots, recipe):
     Returns:
         `mixings` `[d / 2, g, g]`, rows are components; the chosen `(frequency, component)` pairs in frequency order.
     """
-    H, g, F = shape.heads, shape.kv_heads, shape.frequencies
-    moment = statistics.key_moment.view(g, 2, F, g, 2, F)
-    energy = statistics.query_moment.diagonal(dim1=1, dim2=2).view(H, 2, F).sum(dim=1)  # E|q_h,l|^2
-    # A component that is represented by rho times itself loses the share 1 - |rho|^2 of its energy.
-    lost = energy * (1 - rotation.abs() ** 2) if recipe.mean_rotation != "none" else energy
+    H, g, d, r, F = shape.heads, shape.kv_heads, shape.head_dim, shape.rotary_head_dim, shape.frequencies
+    moment = statistics.key_moment.view(g, d, g, d)[:, :r, :, :r].reshape(g, 2, F, g, 2, F)
+    energy = statistics.query_moment.diagonal(dim1=1, dim2=2)[:, :r].reshape(H, 2, F).sum(dim=1)  # E|q_h,l|^2
+    # A component that is represented by rho times itself loses the share 1 - |rho|^2 of its energy. Where nothing
+    # turns nothing is lost, and the slots go to the components that carry most.
+    known = rotation is not None and recipe.mean_rotation != "none"
+    lost = energy * (1 - rotation.abs() ** 2) if known else energy
     mixings, candidates = [], []
     for frequency in range(F):
         keys = sum(moment[:, half, frequency, :, half, frequency] for half in (0, 1))
@@ -195,9 +218,11 @@ def _rotary_components(shape, statistics, rotation, slots, recipe):
 
 def _decouple(weights, shape, mixings, slots):
     """Rotary queries `[H, P, D]`, rotary keys `[P, D]`, and keys `[g d, D]` without the components that got slots."""
-    H, g, F, D = shape.heads, shape.kv_heads, shape.frequencies, shape.hidden_size
-    keys = torch.cat((weights.k, weights.k_bias[:, None]), dim=1).view(g, 2, F, D + 1)
-    queries = torch.cat((weights.q, weights.q_bias[:, None]), dim=1).view(H, 2, F, D + 1)
+    H, g, d, D = shape.heads, shape.kv_heads, shape.head_dim, shape.hidden_size
+    r, F = shape.rotary_head_dim, shape.frequencies
+    all_keys = _joined(weights.k, weights.k_bias).view(g, d, D + 1)
+    keys = all_keys[:, :r].reshape(g, 2, F, D + 1)
+    queries = _joined(weights.q, weights.q_bias).view(H, d, D + 1)[:, :r].reshape(H, 2, F, D + 1)
     inverse = torch.linalg.inv(mixings)  # M^-1: key heads from components
     rope_k = torch.zeros(2, len(slots), D + 1, dtype=torch.float64)
     rope_q = torch.zeros(H, 2, len(slots), D + 1, dtype=torch.float64)
@@ -207,7 +232,8 @@ def _decouple(weights, shape, mixings, slots):
         rope_k[:, slot] = torch.einsum("j,jsx->sx", row, keys[:, :, frequency])
         rope_q[:, :, slot] = column.repeat_interleave(shape.group)[:, None, None] * queries[:, :, frequency]
         remain[frequency] -= torch.outer(column, row)
-    nope_k = torch.einsum("fij,jsfx->isfx", remain, keys).reshape(g * 2 * F, D + 1)
+    rest = torch.einsum("fij,jsfx->isfx", remain, keys).reshape(g, r, D + 1)
+    nope_k = torch.cat((rest, all_keys[:, r:]), dim=1).reshape(g * d, D + 1)
     split = lambda rows: _Affine(rows[..., :-1], rows[..., -1:])  # noqa: E731
     rope_k_rows = rope_k.view(-1, D + 1)
     return (
@@ -218,10 +244,14 @@ def _decouple(weights, shape, mixings, slots):
 
 
 def _turn(rows: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
-    """Rows of heads `[H, d, ...]`, each pair multiplied by its complex number in `rotation` `[H, d / 2]`."""
-    first, second = rows.chunk(2, dim=1)
+    """Rows of heads `[H, d, ...]`, each pair multiplied by its complex number in `rotation` `[H, F]`.
+
+    Rows behind the `F` pairs belong to no pair and stay.
+    """
+    F = rotation.shape[1]
+    first, second, rest = rows.split([F, F, rows.shape[1] - 2 * F], dim=1)
     real, imaginary = rotation.real[..., None], rotation.imag[..., None]
-    return torch.cat((first * real - second * imaginary, second * real + first * imaginary), dim=1)
+    return torch.cat((first * real - second * imaginary, second * real + first * imaginary, rest), dim=1)
 
 
 def _metrics(weights, shape, statistics, rotation, recipe):

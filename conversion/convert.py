@@ -6,7 +6,7 @@ import shlex
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,10 @@ from egmla import EGMLAConfig
 from egmla.provenance import software_versions, source_commit, weights_sha256
 
 from .closed_form import LatentAttention, Recipe, exact_attention, low_rank_attention
-from .families import AttentionShape, AttentionWeights, Family, find_family
-from .sources import Source, open_source
+from .families import find_family
+from .family import Family
+from .plan import Plan, full_widths, plan_conversion, plan_copy
+from .sources import Rows, Source, open_source
 from .statistics import collect_statistics
 from .writing import ShardWriter, check_target, staged_folder
 
@@ -32,92 +34,6 @@ MIN_SEQUENCES = 4
 MAX_CHARACTERS_PER_TOKEN = 16
 
 Progress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a conversion will do, known before it starts.
-
-    Attributes:
-        exact: keep the function exactly instead of shrinking the cache.
-        ranks: latent width of each layer.
-        rope_dim: rotary width `P`.
-        source_elements: elements the source caches per token, all layers.
-        target_elements: elements the converted model will cache.
-    """
-
-    exact: bool
-    ranks: list[int]
-    rope_dim: int
-    source_elements: int
-    target_elements: int
-
-    @property
-    def kept(self) -> float:
-        """Share of the cache that is kept."""
-        return self.target_elements / self.source_elements
-
-
-def plan_conversion(
-    config: PreTrainedConfig,
-    shape: AttentionShape,
-    exact: bool = False,
-    kv_lora_rank: int | list[int] | None = None,
-    qk_rope_head_dim: int | None = None,
-    cache: float | None = None,
-) -> Plan:
-    """Checks the widths asked for against the source and fills in those left open.
-
-    Raises:
-        ValueError: for widths the source does not allow, or contradictory ones.
-    """
-    layers, width = config.num_hidden_layers, shape.kv_width
-    full = 2 * width
-    if exact:
-        if kv_lora_rank is not None or qk_rope_head_dim is not None or cache is not None:
-            raise ValueError(
-                f"exact mode keeps everything (kv_lora_rank={width}, qk_rope_head_dim={width}); leave --kv-lora-rank, "
-                "--qk-rope-head-dim and --cache out, or leave --exact out."
-            )
-        return Plan(True, [width] * layers, width, full * layers, full * layers)
-    if cache is not None:
-        if kv_lora_rank is not None:
-            raise ValueError("Give either cache or kv_lora_rank: each decides the size of the cache.")
-        if not 0 < cache <= 1:
-            raise ValueError(f"cache={cache}: the share of the source's cache to keep must be above 0 and at most 1.")
-        elements = round(cache * full)
-        if qk_rope_head_dim is None:
-            qk_rope_head_dim = _default_rope_dim(shape, elements)
-        kv_lora_rank = elements - qk_rope_head_dim
-    if kv_lora_rank is None:
-        raise ValueError("Say how small the cache shall be: kv_lora_rank and qk_rope_head_dim, or cache, or exact.")
-    if qk_rope_head_dim is None:
-        rank = max(kv_lora_rank) if isinstance(kv_lora_rank, list) else kv_lora_rank
-        qk_rope_head_dim = min(shape.head_dim, width, 2 * (rank // 2))
-    if qk_rope_head_dim < 0 or qk_rope_head_dim % 2 or qk_rope_head_dim > width:
-        raise ValueError(
-            f"qk_rope_head_dim={qk_rope_head_dim}: must be even and from 0 to {width}, the width of all keys of this "
-            f"source ({shape.kv_heads} key heads of {shape.head_dim})."
-        )
-    ranks = kv_lora_rank if isinstance(kv_lora_rank, list) else [kv_lora_rank] * layers
-    if len(ranks) != layers:
-        raise ValueError(
-            f"kv_lora_rank has {len(ranks)} entries and the source {layers} layers; give one number or {layers}."
-        )
-    largest = full - qk_rope_head_dim
-    for rank in ranks:
-        if not 1 <= rank <= largest:
-            raise ValueError(
-                f"kv_lora_rank={rank}: must be from 1 to {largest}, what keys and values of this source hold beside "
-                f"qk_rope_head_dim={qk_rope_head_dim} ({shape.kv_heads} key/value heads of {shape.head_dim}: {full} "
-                "elements). For the source's own function use exact."
-            )
-    return Plan(False, list(ranks), qk_rope_head_dim, full * layers, sum(ranks) + layers * qk_rope_head_dim)
-
-
-def _default_rope_dim(shape: AttentionShape, elements: int) -> int:
-    """A third of the cache, at most one head's width: best of three at 50 % and 31 % (conversion/README.md)."""
-    return min(shape.head_dim, shape.kv_width, elements // 6 * 2)
 
 
 def convert_checkpoint(
@@ -135,7 +51,7 @@ def convert_checkpoint(
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Converts a Llama-family checkpoint into an EG-MLA checkpoint, its gate at identity.
+    """Converts a checkpoint of a supported family (`families.py`) into an EG-MLA checkpoint, its gate at identity.
 
     Args:
         source (`str` or `Path`): a local folder with safetensors, a hub id, or a GGUF file.
@@ -165,11 +81,19 @@ def convert_checkpoint(
     check_target(target)
     opened = open_source(source)
     family = find_family(opened.config)
-    shape = family.shape(opened.config)
-    if calibration is None and kv_lora_rank == qk_rope_head_dim == shape.kv_width:
-        exact, kv_lora_rank, qk_rope_head_dim = True, None, None  # all that the source has: nothing to calibrate
-    plan = plan_conversion(opened.config, shape, exact, kv_lora_rank, qk_rope_head_dim, cache)
-    _check_names(opened, family)
+    if family.exact_only and not exact:
+        raise ValueError(
+            f"A {opened.config.model_type} checkpoint can be converted exactly only, into a cache of its own size: it "
+            f"{family.exact_only}. Use exact (--exact)."
+        )
+    if family.latent:
+        plan = plan_copy(opened.config, kv_lora_rank, qk_rope_head_dim, cache)
+    else:
+        shape = family.shape(opened.config)
+        if calibration is None and (kv_lora_rank, qk_rope_head_dim) == full_widths(shape):
+            exact, kv_lora_rank, qk_rope_head_dim = True, None, None  # all that the source has: nothing to calibrate
+        plan = plan_conversion(opened.config, shape, exact, kv_lora_rank, qk_rope_head_dim, cache)
+    _check_tensors(opened, family)
     sequences, calibration_report = torch.empty(0, 0, dtype=torch.long), None
     if not exact:
         sequences, calibration_report = _calibration_sequences(opened, calibration, calibration_tokens)
@@ -195,21 +119,22 @@ def convert_checkpoint(
     with staged_folder(target) as folder, torch.no_grad():
         writer = ShardWriter(folder)
         slots = []
-        for name in family.copied_tensors(opened.config, None):
-            writer.add(name, _cast(opened.tensor(name), output_dtype))
-        for layer_idx, (attention, details) in enumerate(
-            _converted_layers(opened, family, shape, plan, recipe, sequences, progress)
+        for name, rows in family.copied(opened.config, None).items():
+            writer.add(name, _cast(opened.read(rows), output_dtype))
+        for layer_idx, (tensors, layer_slots, details) in enumerate(
+            _converted_layers(opened, family, plan, recipe, sequences, progress)
         ):
-            for name in family.copied_tensors(opened.config, layer_idx):
-                writer.add(name, _cast(opened.tensor(name), output_dtype))
-            stored = opened.tensor(family.attention_tensors(opened.config, layer_idx)["q"]).dtype
-            config = _target_config(opened.config, family, shape, plan, [attention.slots])
-            for name, tensor in _attention_tensors(attention, config, layer_idx).items():
-                writer.add(name, tensor.to(output_dtype or stored))
-            slots.append(attention.slots)
+            for name, rows in family.copied(opened.config, layer_idx).items():
+                writer.add(name, _cast(opened.read(rows), output_dtype))
+            stored = opened.tensor(f"model.layers.{layer_idx}.self_attn.o_proj.weight").dtype
+            rank = plan.ranks[layer_idx]
+            tensors |= _gate_at_identity(rank, opened.config, layer_idx)
+            for name, tensor in tensors.items():
+                writer.add(f"model.layers.{layer_idx}.self_attn.{name}", tensor.to(output_dtype or stored))
+            slots.append(layer_slots)
             layers.append(details)
         writer.finish()
-        config = _target_config(opened.config, family, shape, plan, slots)
+        config = _target_config(opened.config, family, plan, slots)
         config.dtype = output_dtype or stored
         _write_companions(folder, config, opened, writer)
         report |= {
@@ -227,65 +152,78 @@ def convert_checkpoint(
 def _converted_layers(
     source: Source,
     family: Family,
-    shape: AttentionShape,
     plan: Plan,
     recipe: Recipe,
     sequences: torch.Tensor,
     progress: Progress | None,
-) -> Iterator[tuple[LatentAttention, dict[str, Any]]]:
-    """Each layer's new attention, in order, with what the report says of it."""
-    count = source.config.num_hidden_layers
+) -> Iterator[tuple[dict[str, torch.Tensor], list[int], dict[str, Any]]]:
+    """Each layer's new attention tensors, its rotary slots and what the report says of it, in order."""
+    config, count, current = source.config, source.config.num_hidden_layers, 0
     if plan.exact:
         for layer_idx in range(count):
-            yield exact_attention(_attention_weights(source, family, shape, layer_idx), shape), {"layer": layer_idx}
+            tensors, slots = _exact_layer(source, family, layer_idx)
+            yield tensors, slots, {"layer": layer_idx}
             if progress is not None:
                 progress("convert", layer_idx + 1, count)
         return
-    current = 0
 
     def per_sequence(done: int, total: int) -> None:
         if progress is not None:
             progress("convert", current * total + done, count * total)
 
-    factor = _attention_factor(source.config)
+    shape, factor, query_bias = family.shape(config), _attention_factor(config), bool(family.bias_roles(config))
     statistics = collect_statistics(source, family, sequences, recipe.weighting, per_sequence)
     for layer_idx, layer_statistics in enumerate(statistics):
         current = layer_idx + 1
         rank = plan.ranks[layer_idx]
         attention = low_rank_attention(
-            _attention_weights(source, family, shape, layer_idx),
+            family.read_attention(source, layer_idx),
             shape,
             layer_statistics,
             rank,
             plan.rope_dim,
             recipe,
             factor,
+            family.rotates(config, layer_idx),
         )
         spectrum = attention.spectrum.clamp_min(0)
-        yield (
-            attention,
-            {
-                "layer": layer_idx,
-                "kv_lora_rank": rank,
-                "rope_slots": attention.slots,
-                "energy_kept": float(spectrum[:rank].sum() / spectrum.sum()),
-            },
+        details = {
+            "layer": layer_idx,
+            "kv_lora_rank": rank,
+            "rope_slots": attention.slots,
+            "energy_kept": float(spectrum[:rank].sum() / spectrum.sum()),
+        }
+        yield _attention_tensors(attention, query_bias, True), attention.slots, details
+
+
+def _exact_layer(source: Source, family: Family, layer_idx: int) -> tuple[dict[str, torch.Tensor], list[int]]:
+    """Attention tensors and rotary slots of a layer that keeps its function."""
+    if family.latent:
+        prefix = f"model.layers.{layer_idx}.self_attn."
+        parts = family.attention(source.config, layer_idx)
+        return {name.removeprefix(prefix): source.read(rows) for name, rows in parts.items()}, []
+    shape, weights = family.shape(source.config), family.read_attention(source, layer_idx)
+    norms = {role: source.tensor(name) for role, name in family.norms(layer_idx).items()}
+    biased = bool(family.bias_roles(source.config))
+    if family.qk_norm != "all":
+        attention = exact_attention(weights, shape, interleaved=bool(norms))
+        tensors = _attention_tensors(attention, biased, biased)
+    else:
+        # The norm sees the queries of all heads, so it comes before they are put in place: a low-rank query of full
+        # rank, whose second map does only that.
+        place = torch.eye(shape.heads * shape.head_dim, dtype=torch.float64)
+        attention = exact_attention(
+            replace(weights, q=place, q_bias=torch.zeros_like(weights.q_bias)), shape, interleaved=True
         )
-
-
-def _attention_weights(source: Source, family: Family, shape: AttentionShape, layer_idx: int) -> AttentionWeights:
-    names = family.attention_tensors(source.config, layer_idx)
-    tensors = {role: source.tensor(name).double() for role, name in names.items()}
-    widths = {"q": shape.heads * shape.head_dim, "k": shape.kv_width, "v": shape.kv_width, "o": shape.hidden_size}
-    for role, width in widths.items():
-        rows = tensors[role].shape[0]
-        if rows != width:
-            raise ValueError(
-                f"Tensor {names[role]} in {source.label} has {rows} rows and its config asks for {width}; the "
-                "checkpoint and its config.json do not belong together."
-            )
-        tensors.setdefault(f"{role}_bias", torch.zeros(width, dtype=torch.float64))
-    return AttentionWeights(**tensors)
+        tensors = _attention_tensors(attention, False, biased)
+        tensors |= {"q_b_proj.weight": tensors.pop("q_proj.weight"), "q_a_proj.weight": weights.q}
+        tensors["q_a_layernorm.weight"] = norms.pop("q")
+        if biased:
+            tensors["q_a_proj.bias"] = weights.q_bias
+    for role, norm in norms.items():
+        # In the order of the rows: pairs beside one another.
+        tensors[f"{role}_norm.weight"] = norm.view(-1, 2, shape.frequencies).transpose(1, 2).reshape(-1)
+    return tensors, attention.slots
 
 
 def _attention_factor(config: PreTrainedConfig) -> float:
@@ -296,50 +234,60 @@ def _attention_factor(config: PreTrainedConfig) -> float:
     return 1.0 if rope_type == "default" else float(ROPE_INIT_FUNCTIONS[rope_type](config, torch.device("cpu"))[1])
 
 
-def _target_config(
-    config: PreTrainedConfig, family: Family, shape: AttentionShape, plan: Plan, slots: list[list[int]]
-) -> EGMLAConfig:
+def _target_config(config: PreTrainedConfig, family: Family, plan: Plan, slots: list[list[int]]) -> EGMLAConfig:
+    if family.latent:
+        return family.target_config(config, kv_gate="latent")
+    shape = family.shape(config)
     same_rank, same_slots = len(set(plan.ranks)) == 1, all(layer == slots[0] for layer in slots)
-    has_bias = not plan.exact or (family.has_biases and bool(getattr(config, "attention_bias", False)))
+    biased, norms = bool(family.bias_roles(config)), {}
+    if family.qk_norm == "head":
+        norms = {"qk_norm_dim": shape.head_dim}
+    elif family.qk_norm == "all":
+        eps = config.rms_norm_eps
+        norms = {"qk_norm_dim": shape.kv_width, "q_lora_rank": shape.heads * shape.head_dim, "latent_norm_eps": eps}
+    nope_layers = [layer for layer in range(config.num_hidden_layers) if not family.rotates(config, layer)]
     return family.target_config(
         config,
         kv_lora_rank=plan.ranks[0] if same_rank else plan.ranks,
-        qk_nope_head_dim=0 if plan.exact else shape.head_dim,
+        qk_nope_head_dim=shape.head_dim - shape.rotary_head_dim if plan.exact else shape.head_dim,
         qk_rope_head_dim=plan.rope_dim,
         v_head_dim=shape.head_dim,
         kv_latent_norm=False,
         kv_gate="latent",
         softmax_scale=shape.head_dim**-0.5,
-        rope_interleave=False,
-        rope_table_dim=shape.head_dim,
+        rope_interleave=family.qk_norm is not None,
+        rope_table_dim=shape.rotary_head_dim,
         rope_slots=slots[0] if same_slots else slots,
-        attention_bias=has_bias,
-        query_bias=family.has_biases and bool(getattr(config, "attention_bias", False)),
+        nope_layers=nope_layers or None,
+        attention_bias=not plan.exact or biased,
+        query_bias=biased and family.qk_norm != "all",
+        **norms,
     )
 
 
-def _attention_tensors(attention: LatentAttention, config: EGMLAConfig, layer_idx: int) -> dict[str, torch.Tensor]:
-    """The layer's tensors by their names in the checkpoint, gate at identity included."""
+def _attention_tensors(attention: LatentAttention, query_bias: bool, attention_bias: bool) -> dict[str, torch.Tensor]:
+    """The layer's tensors by their names in the attention module."""
     tensors = {
         "q_proj.weight": attention.q,
         "kv_a_proj_with_mqa.weight": attention.kv_a,
         "kv_b_proj.weight": attention.kv_b,
         "o_proj.weight": attention.o,
     }
-    if config.query_bias:
+    if query_bias:
         tensors["q_proj.bias"] = attention.q_bias
-    if config.attention_bias:
+    if attention_bias:
         tensors |= {"kv_a_proj_with_mqa.bias": attention.kv_a_bias, "o_proj.bias": attention.o_bias}
-    rank = attention.kv_b.shape[1]
-    # Gate = LayerNorm with weight 0 and bias 1 = exactly 1. The map before it is random, so that training can start.
+    return tensors
+
+
+def _gate_at_identity(rank: int, config: PreTrainedConfig, layer_idx: int) -> dict[str, torch.Tensor]:
+    """A layer's gate: LayerNorm with weight 0 and bias 1 = exactly 1; the map before it is random, to be trained."""
     generator = torch.Generator().manual_seed(layer_idx)
-    gate = torch.randn(rank, config.hidden_size, generator=generator) * config.initializer_range
-    tensors |= {
-        "kv_gate_proj.weight": gate,
+    return {
+        "kv_gate_proj.weight": torch.randn(rank, config.hidden_size, generator=generator) * config.initializer_range,
         "kv_gate_norm.weight": torch.zeros(rank),
         "kv_gate_norm.bias": torch.ones(rank),
     }
-    return {f"model.layers.{layer_idx}.self_attn.{name}": tensor for name, tensor in tensors.items()}
 
 
 def _write_companions(folder: Path, config: EGMLAConfig, source: Source, writer: ShardWriter) -> None:
@@ -362,12 +310,14 @@ def _write_companions(folder: Path, config: EGMLAConfig, source: Source, writer:
         source.tokenizer.save_pretrained(folder)
 
 
-def _check_names(source: Source, family: Family) -> None:
-    """Every tensor the conversion needs is there, and none is left that it does not know."""
-    needed = set(family.copied_tensors(source.config, None))
+def _check_tensors(source: Source, family: Family) -> None:
+    """Every tensor the conversion needs is there and of its shape, and none is left that it does not know."""
+    parts: list[Rows] = list(family.copied(source.config, None).values())
     for layer_idx in range(source.config.num_hidden_layers):
-        needed |= set(family.copied_tensors(source.config, layer_idx))
-        needed |= set(family.attention_tensors(source.config, layer_idx).values())
+        parts += family.copied(source.config, layer_idx).values()
+        parts += family.attention(source.config, layer_idx).values()
+        parts += map(Rows, family.norms(layer_idx).values())
+    needed = {rows.name for rows in parts}
     missing = sorted(needed - source.names)
     if missing:
         raise ValueError(
@@ -382,6 +332,14 @@ def _check_names(source: Source, family: Family) -> None:
             f"{source.label} has {len(unknown)} tensors that a {source.config.model_type} model does not, first "
             f"{unknown[0]}; converting would drop them. Is config.json the right one?"
         )
+    with torch.device("meta"):
+        wanted = AutoModelForCausalLM.from_config(source.config).state_dict()
+    for name in sorted(needed):
+        if source.shape(name) != tuple(wanted[name].shape):
+            raise ValueError(
+                f"Tensor {name} in {source.label} has shape {source.shape(name)} and its config asks for "
+                f"{tuple(wanted[name].shape)}; the checkpoint and its config.json do not belong together."
+            )
 
 
 def _calibration_sequences(

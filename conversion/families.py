@@ -1,121 +1,224 @@
-"""Source architectures: what is copied as it is, and where attention keeps its weights.
+"""Source architectures: what maps to what, and what is special. conversion/README.md says which variants are refused.
 
-| family  | projections                    | biases        | special                                  |
-|---------|--------------------------------|---------------|------------------------------------------|
-| llama   | q_proj, k_proj, v_proj, o_proj | optional, all | every RoPE type; head_dim free           |
-| mistral | the same                       | none          | sliding window refused (not supported)   |
+| family        | attention tensors              | biases        | special                                          |
+|---------------|--------------------------------|---------------|--------------------------------------------------|
+| llama         | q_proj, k_proj, v_proj, o_proj | optional, all | every RoPE type; head_dim free                   |
+| mistral       | the same                       | none          | head_dim free; a window must not bite            |
+| qwen2         | the same                       | q, k, v       | a window must not bite                           |
+| phi3          | rows of qkv_proj; o_proj       | none          | rows of gate_up_proj; partial rotation; longrope |
+| smollm3       | as llama                       | optional, all | layers without rotation (`nope_layers`)          |
+| qwen3         | as llama, q_norm, k_norm       | optional, all | exact only: its keys are not linear in the input |
+| olmo2         | the same                       | optional, all | exact only; norms behind attention and MLP       |
+| deepseek_v3   | copied under their names       | optional      | dense layers only; exact only                    |
+| deepseek_v2   | copied                         | optional      | the same; pairs always interleaved               |
+| youtu         | copied                         | optional      | exact only                                       |
+| minicpm3      | copied                         | optional      | exact only; multipliers go into the weights      |
+| glm4_moe_lite | copied                         | optional      | dense layers only; exact only                    |
 
-A family is one entry of `FAMILIES`; everything outside of attention has the same names in the source and in EG-MLA.
+A family is an entry of `FAMILIES`: `Family` (which is llama) or a subclass that says what differs. Names outside of
+attention are the same in source and target unless `copied` or `mlp` say otherwise.
 """
 
 import difflib
-from dataclasses import dataclass
+import math
 
-import torch
 from transformers import PreTrainedConfig
 
 from egmla import EGMLAConfig
 
-
-# Configuration fields with the same name and meaning in the source and in EG-MLA.
-KEPT_FIELDS = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "hidden_act",
-    "rms_norm_eps",
-    "rope_parameters",
-    "max_position_embeddings",
-    "attention_dropout",
-    "initializer_range",
-    "tie_word_embeddings",
-    "pad_token_id",
-    "bos_token_id",
-    "eos_token_id",
-    "use_cache",
-)
+from .family import KEPT_FIELDS, AttentionShape, AttentionWeights, Family, unchanged
+from .sources import Rows
 
 
-@dataclass(frozen=True)
-class AttentionShape:
-    """Widths of a source's attention: `H` query heads, `g` key/value heads, `d` head width, `D` hidden size."""
-
-    heads: int
-    kv_heads: int
-    head_dim: int
-    hidden_size: int
-
-    @property
-    def kv_width(self) -> int:
-        """Width `g d` of all keys (or all values) of a token."""
-        return self.kv_heads * self.head_dim
-
-    @property
-    def group(self) -> int:
-        """Query heads per key/value head."""
-        return self.heads // self.kv_heads
-
-    @property
-    def frequencies(self) -> int:
-        """Rotary frequencies `d / 2`."""
-        return self.head_dim // 2
+class Mistral(Family):
+    def bias_roles(self, config: PreTrainedConfig) -> str:
+        return ""
 
 
-@dataclass(frozen=True)
-class AttentionWeights:
-    """A layer's attention in fp64: weights (out x in) and biases, zero where the source has none."""
+class Qwen2(Family):
+    window_per_layer = True
 
-    q: torch.Tensor  # [H d, D]
-    k: torch.Tensor  # [g d, D]
-    v: torch.Tensor  # [g d, D]
-    o: torch.Tensor  # [D, H d]
-    q_bias: torch.Tensor
-    k_bias: torch.Tensor
-    v_bias: torch.Tensor
-    o_bias: torch.Tensor
+    def bias_roles(self, config: PreTrainedConfig) -> str:
+        return "qkv"
 
 
-@dataclass(frozen=True)
-class Family:
-    """A supported architecture: names of its attention projections and whether they may carry biases."""
+class Phi3(Family):
+    """Queries, keys and values are the rows of one tensor, and so are the two inner maps of the MLP."""
 
-    name: str
-    has_biases: bool
+    partial_rotary = True
 
-    def attention_tensors(self, config: PreTrainedConfig, layer_idx: int) -> dict[str, str]:
-        """Names of a layer's attention tensors by role (`q`, `k_bias`, ...)."""
-        prefix = f"model.layers.{layer_idx}.self_attn."
-        names = {role: f"{prefix}{role}_proj.weight" for role in "qkvo"}
-        if self.has_biases and getattr(config, "attention_bias", False):
-            names |= {f"{role}_bias": f"{prefix}{role}_proj.bias" for role in "qkvo"}
-        return names
+    def rotary_dim(self, config: PreTrainedConfig, head_dim: int) -> int:
+        return int(head_dim * (config.rope_parameters.get("partial_rotary_factor") or 1.0))
 
-    def copied_tensors(self, config: PreTrainedConfig, layer_idx: int | None) -> list[str]:
-        """Names that stay as they are: of one layer, or with `None` of everything outside of the layers."""
-        if layer_idx is None:
-            head = [] if config.tie_word_embeddings else ["lm_head.weight"]
-            return ["model.embed_tokens.weight", "model.norm.weight", *head]
-        prefix = f"model.layers.{layer_idx}."
-        kinds = ["weight", "bias"] if getattr(config, "mlp_bias", False) else ["weight"]
-        mlp = [f"{prefix}mlp.{part}_proj.{kind}" for part in ("gate", "up", "down") for kind in kinds]
-        return [f"{prefix}input_layernorm.weight", f"{prefix}post_attention_layernorm.weight", *mlp]
+    def attention(self, config: PreTrainedConfig, layer_idx: int) -> dict[str, Rows]:
+        prefix, shape = f"model.layers.{layer_idx}.self_attn.", self.shape(config)
+        queries, keys = shape.heads * shape.head_dim, shape.heads * shape.head_dim + shape.kv_width
+        fused = f"{prefix}qkv_proj.weight"
+        return {
+            "q": Rows(fused, 0, queries),
+            "k": Rows(fused, queries, keys),
+            "v": Rows(fused, keys),
+            "o": Rows(f"{prefix}o_proj.weight"),
+        }
 
-    def shape(self, config: PreTrainedConfig) -> AttentionShape:
-        """The widths of the source's attention."""
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return AttentionShape(config.num_attention_heads, config.num_key_value_heads, head_dim, config.hidden_size)
+    def mlp(self, config: PreTrainedConfig, prefix: str) -> dict[str, Rows]:
+        fused, width = f"{prefix}mlp.gate_up_proj.weight", config.intermediate_size
+        return {
+            f"{prefix}mlp.gate_proj.weight": Rows(fused, 0, width),
+            f"{prefix}mlp.up_proj.weight": Rows(fused, width),
+            **unchanged(f"{prefix}mlp.down_proj.weight"),
+        }
+
+
+class SmolLM3(Family):
+    window_per_layer = True
+
+    def rotates(self, config: PreTrainedConfig, layer_idx: int) -> bool:
+        return bool(config.no_rope_layers[layer_idx])
+
+
+class Qwen3(Family):
+    """Queries and keys are RMS-normalised per head before they turn; the model does that with `qk_norm_dim`."""
+
+    window_per_layer = True
+    exact_only = (
+        "normalises each key before it turns, so its keys are not linear in the layer's input and no smaller linear "
+        "latent holds them (conversion/README.md)"
+    )
+    qk_norm = "head"
+
+
+class Olmo2(Qwen3):
+    """All queries, and all keys, are one vector to normalise; the other norms stand behind attention and MLP."""
+
+    window_per_layer = False
+    qk_norm = "all"
+
+    def layer_norms(self) -> tuple[str, ...]:
+        return "post_attention_layernorm", "post_feedforward_layernorm"
 
     def target_config(self, config: PreTrainedConfig, **attention) -> EGMLAConfig:
-        """The EG-MLA configuration that keeps everything but the attention; `attention` are its fields."""
-        fields = {name: getattr(config, name) for name in KEPT_FIELDS if hasattr(config, name)}
-        return EGMLAConfig(**fields, mlp_bias=getattr(config, "mlp_bias", False), **attention)
+        return super().target_config(config, **attention, post_norm=True)
 
 
-FAMILIES = {
-    "llama": Family("llama", has_biases=True),
-    "mistral": Family("mistral", has_biases=False),
+class MLA(Family):
+    """A source that already is multi-head latent attention: every tensor is copied, the gate starts at identity.
+
+    Args:
+        rope_interleave (`bool`): how its class pairs rotary dimensions when its configuration does not say.
+    """
+
+    latent = True
+    exact_only = "already caches a latent, and making that smaller is not built yet"
+
+    def __init__(self, rope_interleave: bool = True):
+        self.rope_interleave = rope_interleave
+
+    def check(self, config: PreTrainedConfig) -> None:
+        super().check(config)
+        sparse = self.sparse_layers(config)
+        if sparse:
+            raise ValueError(
+                f"{len(sparse)} of the {config.num_hidden_layers} layers of this {config.model_type} checkpoint are "
+                f"mixtures of experts (first: layer {sparse[0]}), which EG-MLA's model does not have: its layers have "
+                "one dense MLP each. Missing are the router, the experts and their fields in EGMLAConfig. Dense "
+                f"{config.model_type} checkpoints can be converted."
+            )
+
+    def sparse_layers(self, config: PreTrainedConfig) -> list[int]:
+        """Numbers of the layers with experts, from `mlp_layer_types` or `first_k_dense_replace`."""
+        layers = range(config.num_hidden_layers)
+        types = getattr(config, "mlp_layer_types", None)
+        if types is not None:
+            return [layer for layer in layers if types[layer] != "dense"]
+        dense = getattr(config, "first_k_dense_replace", None)
+        return [] if dense is None else list(layers[dense:])
+
+    def attention(self, config: PreTrainedConfig, layer_idx: int) -> dict[str, Rows]:
+        """The layer's attention tensors, each by its own name."""
+        biased = ["weight", "bias"] if config.attention_bias else ["weight"]
+        names = [f"{part}.{kind}" for part in ("kv_a_proj_with_mqa", "o_proj") for kind in biased]
+        names += ["kv_a_layernorm.weight", "kv_b_proj.weight"]
+        if config.q_lora_rank is None:
+            names += ["q_proj.weight"]
+        else:
+            names += ["q_a_layernorm.weight", "q_b_proj.weight", *(f"q_a_proj.{kind}" for kind in biased)]
+        return unchanged(*(f"model.layers.{layer_idx}.self_attn.{name}" for name in names))
+
+    def target_config(self, config: PreTrainedConfig, **attention) -> EGMLAConfig:
+        names = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "attention_bias")
+        fields = {name: getattr(config, name) for name in names} | attention
+        interleave = getattr(config, "rope_interleave", None)
+        fields["rope_interleave"] = self.rope_interleave if interleave is None else interleave
+        return super().target_config(config, **fields)
+
+
+class MiniCPM3(MLA):
+    """Its multipliers on embeddings, on what each layer adds and on the head's input are weights here.
+
+    With a tied head the embedding is stored scaled, and the final norm takes that scale off again.
+    """
+
+    def attention(self, config: PreTrainedConfig, layer_idx: int) -> dict[str, Rows]:
+        return self._scaled(super().attention(config, layer_idx), config, "o_proj.")
+
+    def mlp(self, config: PreTrainedConfig, prefix: str) -> dict[str, Rows]:
+        return self._scaled(super().mlp(config, prefix), config, "down_proj.")
+
+    def copied(self, config: PreTrainedConfig, layer_idx: int | None) -> dict[str, Rows]:
+        parts = super().copied(config, layer_idx)
+        if layer_idx is None:
+            embedding, norm = "model.embed_tokens.weight", "model.norm.weight"
+            parts[embedding] = Rows(embedding, scale=config.scale_emb)
+            tied = config.scale_emb if config.tie_word_embeddings else 1.0
+            parts[norm] = Rows(norm, scale=1.0 / (config.logits_scaling * tied))
+        return parts
+
+    def _scaled(self, parts: dict[str, Rows], config: PreTrainedConfig, projection: str) -> dict[str, Rows]:
+        """The same tensors, those of the projection times what scales each residual branch."""
+        scale = config.scale_depth / math.sqrt(config.num_hidden_layers)
+        return {name: Rows(name, scale=scale) if projection in name else rows for name, rows in parts.items()}
+
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family(),
+    "mistral": Mistral(),
+    "qwen2": Qwen2(),
+    "phi3": Phi3(),
+    "smollm3": SmolLM3(),
+    "qwen3": Qwen3(),
+    "olmo2": Olmo2(),
+    "deepseek_v3": MLA(),
+    "deepseek_v2": MLA(),
+    "youtu": MLA(),
+    "minicpm3": MiniCPM3(rope_interleave=False),
+    "glm4_moe_lite": MLA(),
+}
+
+# Architectures people ask for: the nearest supported one, and what EG-MLA or its conversion lacks for them.
+EXPERTS = "mixtures of experts"
+MISSING = {
+    "mixtral": ("mistral", EXPERTS),
+    "qwen2_moe": ("qwen2", EXPERTS),
+    "qwen3_moe": ("qwen3", EXPERTS),
+    "phimoe": ("phi3", f"{EXPERTS} and LayerNorm"),
+    "olmoe": ("olmo2", EXPERTS),
+    "gpt_oss": ("llama", f"{EXPERTS}, attention sinks and sliding windows"),
+    "deepseek_v32": ("deepseek_v3", f"{EXPERTS} and the indexer that picks tokens"),
+    "qwen3_next": ("qwen3", "linear attention layers"),
+    "ministral": ("mistral", "sliding windows"),
+    "gemma": ("llama", "norms that multiply by 1 + weight, and scaled embeddings"),
+    "gemma2": ("llama", "soft-capped logits, norms behind attention and MLP, sliding windows"),
+    "gemma3_text": ("qwen3", "norms behind attention and MLP, sliding windows"),
+    "olmo": ("llama", "norms without weights, and clipped queries, keys and values"),
+    "olmo3": ("olmo2", "sliding windows"),
+    "glm4": ("phi3", "norms behind attention and MLP, and interleaved rotation of half a head"),
+    "granite": ("llama", "multipliers on embeddings, scores, residual branches and logits"),
+    "cohere": ("llama", "LayerNorm, attention beside the MLP, and scaled logits"),
+    "starcoder2": ("qwen2", "LayerNorm, an MLP without gate, sliding windows"),
+    "gpt_neox": ("llama", "LayerNorm, attention beside the MLP, and an MLP without gate"),
+    "phi": ("phi3", "LayerNorm, attention beside the MLP, and an MLP without gate"),
+    "gpt2": ("llama", "learned positions, LayerNorm, and an MLP without gate"),
 }
 
 
@@ -123,26 +226,20 @@ def find_family(config: PreTrainedConfig) -> Family:
     """The family of a source.
 
     Raises:
-        ValueError: for an architecture or a variant that is not supported; the message lists those that are.
+        ValueError: for an architecture or a variant that is not supported; the message names the architecture, the
+            nearest supported one and what is missing.
     """
     model_type = config.model_type
     if model_type not in FAMILIES:
-        near = difflib.get_close_matches(model_type, FAMILIES, n=1, cutoff=0.0)
+        by_name = difflib.get_close_matches(model_type, FAMILIES, n=1, cutoff=0.0)[0]
+        near, lacks = MISSING.get(model_type, (by_name, "a description of its layers (nearest is by name alone)"))
         raise ValueError(
-            f"Architecture {model_type!r} is not supported. Supported: {', '.join(FAMILIES)} (nearest by name: "
-            f"{near[0]}). A new family is an entry in conversion/families.py."
+            f"Architecture {model_type!r} is not supported. Supported: {', '.join(FAMILIES)}. Nearest: {near}; "
+            f"missing: {lacks}. A new family is an entry in conversion/families.py."
         )
-    if getattr(config, "sliding_window", None):
-        raise ValueError(
-            f"This {model_type} checkpoint attends in a sliding window of {config.sliding_window} tokens, which "
-            "EG-MLA does not have. Use a checkpoint without one (Mistral 7B v0.2 and later), or set sliding_window "
-            "to null in its config.json to convert it for contexts no longer than the window."
-        )
-    if isinstance(getattr(config, "rope_parameters", None), dict) and config.rope_parameters.get(
-        "partial_rotary_factor", 1.0
-    ) not in (None, 1.0):
-        raise ValueError(
-            f"This {model_type} checkpoint rotates only part of its heads (partial_rotary_factor="
-            f"{config.rope_parameters['partial_rotary_factor']}), which conversion does not support yet."
-        )
-    return FAMILIES[model_type]
+    family = FAMILIES[model_type]
+    family.check(config)
+    return family
+
+
+__all__ = ["FAMILIES", "KEPT_FIELDS", "AttentionShape", "AttentionWeights", "Family", "find_family"]

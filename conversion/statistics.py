@@ -6,12 +6,13 @@ layer. Sums are kept in fp64. What is measured follows from what the closed form
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from transformers import AutoModelForCausalLM
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+from transformers.models.phi3.modeling_phi3 import apply_rotary_pos_emb  # as Llama's, for parts of a head too
 
-from .families import AttentionShape, Family
+from .family import AttentionShape, Family
 from .sources import Source
 
 
@@ -41,6 +42,16 @@ class LayerStatistics:
     def covariance(self) -> torch.Tensor:
         """Centred second moment `[D, D]` of the attention's input."""
         return self.raw_moment - torch.outer(self.mean, self.mean)
+
+
+class _Linear(NamedTuple):
+    """A linear map in fp32, `bias` is `None` where the source has none."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+    def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(inputs, self.weight, self.bias)
 
 
 class _Sums:
@@ -119,20 +130,21 @@ def collect_statistics(
     hidden = [embedding[ids].float()[None] for ids in sequences]
 
     for layer_idx, layer in enumerate(skeleton.model.layers):
-        _load_layer(layer, source, f"model.layers.{layer_idx}.")
+        rotates = family.rotates(config, layer_idx)
+        layer_phases = phases if rotates else torch.ones_like(phases)
+        q, k, v, o = _load_layer(layer, source, family, layer_idx)
         sums = _Sums(shape, weighting)
-        attention = layer.self_attn
         for index, states in enumerate(hidden):
             inputs = layer.input_layernorm(states)
-            queries = attention.q_proj(inputs).view(1, T, shape.heads, shape.head_dim).transpose(1, 2)
-            keys = attention.k_proj(inputs).view(1, T, shape.kv_heads, shape.head_dim).transpose(1, 2)
-            turned_queries, turned_keys = apply_rotary_pos_emb(queries, keys, cos, sin)
-            scores = turned_queries[0] @ turned_keys[0].repeat_interleave(shape.group, dim=0).transpose(1, 2)
-            weights = (scores * attention.scaling).masked_fill_(future, -torch.inf).softmax(dim=-1)
-            sums.add(inputs[0], queries[0], keys[0], weights, phases if index < ROTATION_SEQUENCES else None)
-            values = attention.v_proj(inputs).view(T, shape.kv_heads, shape.head_dim).transpose(0, 1)
+            queries = q(inputs).view(1, T, shape.heads, shape.head_dim).transpose(1, 2)
+            keys = k(inputs).view(1, T, shape.kv_heads, shape.head_dim).transpose(1, 2)
+            turned = apply_rotary_pos_emb(queries, keys, cos, sin) if rotates else (queries, keys)
+            scores = turned[0][0] @ turned[1][0].repeat_interleave(shape.group, dim=0).transpose(1, 2)
+            weights = (scores * shape.head_dim**-0.5).masked_fill_(future, -torch.inf).softmax(dim=-1)
+            sums.add(inputs[0], queries[0], keys[0], weights, layer_phases if index < ROTATION_SEQUENCES else None)
+            values = v(inputs).view(T, shape.kv_heads, shape.head_dim).transpose(0, 1)
             output = weights @ values.repeat_interleave(shape.group, dim=0)
-            states = states + attention.o_proj(output.transpose(0, 1).reshape(1, T, -1))
+            states = states + o(output.transpose(0, 1).reshape(1, T, -1))
             hidden[index] = states + layer.mlp(layer.post_attention_layernorm(states))
             if progress is not None:
                 progress(index + 1, len(hidden))
@@ -140,7 +152,14 @@ def collect_statistics(
         yield sums.finish()
 
 
-def _load_layer(layer: torch.nn.Module, source: Source, prefix: str) -> None:
-    """Puts a layer's weights, in fp32, in the place of its meta tensors."""
-    tensors = {name: source.tensor(prefix + name).float() for name in layer.state_dict()}
+def _load_layer(layer: torch.nn.Module, source: Source, family: Family, layer_idx: int) -> list[_Linear]:
+    """Puts a layer's norms and MLP in the place of its meta tensors, in fp32; returns its maps `q`, `k`, `v`, `o`."""
+    attention = family.read_attention(source, layer_idx)
+    del layer.self_attn
+    tensors = {name: source.tensor(f"model.layers.{layer_idx}.{name}").float() for name in layer.state_dict()}
     layer.load_state_dict(tensors, assign=True)
+    maps = []
+    for role in "qkvo":
+        bias = getattr(attention, f"{role}_bias").float() if role in family.bias_roles(source.config) else None
+        maps.append(_Linear(getattr(attention, role).float(), bias))
+    return maps

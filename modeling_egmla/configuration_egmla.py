@@ -49,6 +49,15 @@ class EGMLAConfig(PreTrainedConfig):
         rope_slots (`list[int]` or `list[list[int]]`, *optional*):
             Which of the frequencies each of the `qk_rope_head_dim // 2` rotary pairs turns at; one list for all
             layers or one per layer. `None` takes them in order.
+        nope_layers (`list[int]`, *optional*):
+            Numbers of the layers whose rotary queries and keys do not turn (SmolLM3's NoPE layers). `None` turns all.
+        qk_norm_dim (`int`, *optional*):
+            RMS-normalise rotary queries and keys, before they turn, in groups of this many dimensions (`q_norm`,
+            `k_norm`), as Qwen3 does with its heads. Low-rank queries have `q_a_layernorm` instead of `q_norm`. `None`
+            for no such norms.
+        post_norm (`bool`, *optional*, defaults to `False`):
+            Normalise what attention and MLP give (`post_attention_layernorm`, `post_feedforward_layernorm`), as OLMo 2
+            does, instead of what they take.
         softmax_scale (`float`, *optional*):
             Factor on the attention scores. `None` is `(N + P) ** -0.5`, times YaRN's `mscale` squared where
             `rope_parameters` has `mscale_all_dim`, as in DeepSeek.
@@ -117,9 +126,12 @@ class EGMLAConfig(PreTrainedConfig):
     rope_parameters: RopeParameters | dict | None = None
     rope_table_dim: int | None = None
     rope_slots: list[int] | list[list[int]] | None = None
+    nope_layers: list[int] | None = None
+    qk_norm_dim: int | None = None
     attention_bias: bool = False
     query_bias: bool = False
     mlp_bias: bool = False
+    post_norm: bool = False
     attention_dropout: float | int = 0.0
     hidden_act: str = "silu"
     max_position_embeddings: int = 4096
@@ -137,6 +149,11 @@ class EGMLAConfig(PreTrainedConfig):
         self.base_model_tp_plan = {
             name: style for name, style in type(self).base_model_tp_plan.items() if not name.endswith(f".{absent}")
         }
+        if self.qk_norm_dim is not None:
+            norms = ["k_norm"] if self.q_lora_rank is not None else ["q_norm", "k_norm"]
+            self.base_model_tp_plan |= {
+                f"layers.*.self_attn.{norm}": "replicated_with_grad_allreduce" for norm in norms
+            }
         # Derived from fields: DeepSeek's configs carry them, and must not set them apart.
         for derived in ("head_dim", "qk_head_dim"):
             kwargs.pop(derived, None)
@@ -191,6 +208,18 @@ class EGMLAConfig(PreTrainedConfig):
             raise ValueError(
                 f"kv_gate_embedding_dim={self.kv_gate_embedding_dim} with kv_gate={self.kv_gate!r}: a gate table "
                 "needs a positive width and kv_gate='latent'; use None to feed the gate with the input embedding."
+            )
+        if self.qk_norm_dim is not None and (
+            self.qk_norm_dim < 1 or self.qk_rope_head_dim == 0 or self.qk_rope_head_dim % self.qk_norm_dim
+        ):
+            raise ValueError(
+                f"qk_norm_dim={self.qk_norm_dim}: must be a positive divisor of qk_rope_head_dim="
+                f"{self.qk_rope_head_dim}, which is normalised in groups of that size; use None for no such norms."
+            )
+        if any(not 0 <= layer < self.num_hidden_layers for layer in self.nope_layers or []):
+            raise ValueError(
+                f"nope_layers={self.nope_layers}: must be numbers of layers, each from 0 to "
+                f"{self.num_hidden_layers - 1}; use None to turn all."
             )
         self._validate_rope_slots()
 

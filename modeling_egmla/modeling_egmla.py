@@ -218,6 +218,8 @@ class EGMLAAttention(nn.Module):
         self.kv_gate = config.kv_gate
         self.kv_gate_embedding_dim = config.kv_gate_embedding_dim
         self.rope_interleave = config.rope_interleave
+        self.rotates = config.qk_rope_head_dim > 0 and layer_idx not in (config.nope_layers or [])
+        self.qk_norm_dim = config.qk_norm_dim
         self.attention_dropout = config.attention_dropout
         self.is_causal = True
         self.scaling = config.softmax_scale
@@ -234,6 +236,10 @@ class EGMLAAttention(nn.Module):
         self.kv_a_proj_with_mqa = nn.Linear(D, R + self.qk_rope_head_dim, bias=bias)
         if config.kv_latent_norm:
             self.kv_a_layernorm = EGMLARMSNorm(R, eps=config.latent_norm_eps)
+        if config.qk_norm_dim is not None:
+            if self.q_lora_rank is None:
+                self.q_norm = EGMLARMSNorm(config.qk_norm_dim, eps=config.rms_norm_eps)
+            self.k_norm = EGMLARMSNorm(config.qk_norm_dim, eps=config.rms_norm_eps)
         self.kv_b_proj = nn.Linear(R, self.num_heads * (self.qk_nope_head_dim + self.v_head_dim), bias=False)
         self.o_proj = nn.Linear(self.num_heads * self.v_head_dim, D, bias=bias)
         if config.kv_gate is not None:
@@ -374,7 +380,11 @@ class EGMLAAttention(nn.Module):
         """Output `[B, T, D]` and, with eager attention, weights `[B, H, T, S]`. `absorb` picks the latent space."""
         nope, rope = self.project_queries(hidden_states)
         latents, rope_keys = self.project_latents(hidden_states, gate_input)
-        if self.qk_rope_head_dim:
+        if self.qk_norm_dim is not None:
+            if self.q_lora_rank is None:
+                rope = self.q_norm(rope.unflatten(-1, (-1, self.qk_norm_dim))).flatten(-2)
+            rope_keys = self.k_norm(rope_keys.unflatten(-1, (-1, self.qk_norm_dim))).flatten(-2)
+        if self.rotates:
             # Turned together, as one more head: half the operations.
             turned = self.rotate(torch.cat((rope, rope_keys), dim=1), position_embeddings)
             rope, rope_keys = turned[:, :-1], turned[:, -1:]
@@ -406,11 +416,19 @@ class EGMLADecoderLayer(GradientCheckpointingLayer):
         super().__init__()
         self.self_attn = EGMLAAttention(config, layer_idx)
         self.mlp = EGMLAMLP(config)
-        self.input_layernorm = EGMLARMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_norm = config.post_norm
+        if not self.post_norm:
+            self.input_layernorm = EGMLARMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = EGMLARMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        if self.post_norm:
+            self.post_feedforward_layernorm = EGMLARMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     # `gate_input` is positional: re-entrant gradient checkpointing drops the gradients of keyword arguments.
     def forward(self, hidden_states: torch.Tensor, gate_input: torch.Tensor | None, **kwargs) -> torch.Tensor:
+        if self.post_norm:  # as `Olmo2DecoderLayer`
+            attended, _ = self.self_attn(hidden_states, gate_input, **kwargs)
+            hidden_states = hidden_states + self.post_attention_layernorm(attended)
+            return hidden_states + self.post_feedforward_layernorm(self.mlp(hidden_states))
         residual = hidden_states
         hidden_states, _ = self.self_attn(self.input_layernorm(hidden_states), gate_input, **kwargs)
         hidden_states = residual + hidden_states
@@ -661,7 +679,17 @@ class EGMLAForCausalLM(EGMLAPreTrainedModel, GenerationMixin):
 
     # `inputs_embeds` is named because `generate()` looks for it in this signature.
     def prepare_inputs_for_generation(self, input_ids, next_sequence_length=None, inputs_embeds=None, **kwargs):
-        """As in `GenerationMixin`; ids for the gate tables go along with `inputs_embeds` and nowhere else."""
+        """As in `GenerationMixin`; ids for the gate tables go along with `inputs_embeds` and nowhere else.
+
+        Source: `Phi3ForCausalLM`, which also starts over where LongRoPE changes its frequencies: keys cached so far
+        were turned by the old ones.
+        """
+        cache, rope = kwargs.get("past_key_values"), self.config.rope_parameters or {}
+        if cache is not None and rope.get("rope_type") == "longrope":
+            switch = rope["original_max_position_embeddings"]
+            if 0 < cache.get_seq_length() <= switch < input_ids.shape[1]:
+                cache.reset()
+                next_sequence_length = None
         ids = kwargs.pop("kv_gate_input_ids", None)
         inputs = super().prepare_inputs_for_generation(
             input_ids, next_sequence_length=next_sequence_length, inputs_embeds=inputs_embeds, **kwargs

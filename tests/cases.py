@@ -41,6 +41,8 @@ MODEL_CASES = {
         "softmax_scale": 0.31,
         "q_lora_rank": 20,
     },
+    "qk-norms, nope layer": {"qk_norm_dim": 4, "nope_layers": [1], "rope_slots": [3, 0, 1, 1]},
+    "post-norm": {"post_norm": True, "qk_norm_dim": 8, "q_lora_rank": 20, "rope_interleave": False},
     "always-absorbed": {"kv_lora_rank": 6, "softmax_scale": 0.4},
 }
 

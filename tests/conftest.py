@@ -67,3 +67,14 @@ def clean_python(tmp_path_factory) -> Path:
     purelib = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     Path(purelib, "packages.pth").write_text(f"{packages}\n")
     return python
+
+
+@pytest.fixture(scope="session")
+def calibration(tmp_path_factory):
+    """Random text of 20 thousand characters, words repeating so that attention has something to find."""
+    generator = torch.Generator().manual_seed(1)
+    words = ["".join(chr(97 + int(c)) for c in torch.randint(26, (5,), generator=generator)) for _ in range(60)]
+    text = " ".join(words[int(i)] for i in torch.randint(60, (3500,), generator=generator))
+    path = tmp_path_factory.mktemp("text") / "calibration.txt"
+    path.write_text(text)
+    return path

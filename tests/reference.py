@@ -126,14 +126,18 @@ def _sequence(config, weights, ids, positions) -> Reference:
     embedding = weights["model.embed_tokens.weight"]
     states = [embedding[token] for token in ids]
     result = Reference(torch.empty(0), [torch.stack(states)])
+    # Norms before and behind attention, before and behind the MLP.
+    names = ("input_layernorm", None, "post_attention_layernorm", None)
+    if config.post_norm:
+        names = (None, "post_attention_layernorm", None, "post_feedforward_layernorm")
     for layer in range(config.num_hidden_layers):
         prefix = f"model.layers.{layer}."
         local = {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
-        normed = [rms_norm(x, local["input_layernorm.weight"], config.rms_norm_eps) for x in states]
-        attended = _attention(config, layer, local, normed, ids, embedding, positions, result)
-        states = [x + y for x, y in zip(states, attended, strict=True)]
-        normed = [rms_norm(x, local["post_attention_layernorm.weight"], config.rms_norm_eps) for x in states]
-        states = [x + _mlp(local, y) for x, y in zip(states, normed, strict=True)]
+        taken = _norms(config, local, names[0], states)
+        given = _attention(config, layer, local, taken, ids, embedding, positions, result)
+        states = [x + y for x, y in zip(states, _norms(config, local, names[1], given), strict=True)]
+        given = [_mlp(local, x) for x in _norms(config, local, names[2], states)]
+        states = [x + y for x, y in zip(states, _norms(config, local, names[3], given), strict=True)]
         result.hidden_states.append(torch.stack(states))
     final = [rms_norm(x, weights["model.norm.weight"], config.rms_norm_eps) for x in states]
     result.hidden_states[-1] = torch.stack(final)  # Transformers reports the last one normed
@@ -145,6 +149,19 @@ def _sequence(config, weights, ids, positions) -> Reference:
 def _linear(weights, name, x):
     y = weights[f"{name}.weight"] @ x
     return y + weights[f"{name}.bias"] if f"{name}.bias" in weights else y
+
+
+def _norms(config, weights, name, states):
+    """The layer's norm of that name on every state; `None` leaves them."""
+    return states if name is None else [rms_norm(x, weights[f"{name}.weight"], config.rms_norm_eps) for x in states]
+
+
+def _group_norm(config, weights, name, x):
+    """RMS norm of groups of `qk_norm_dim` elements, where there is such a norm."""
+    if f"{name}.weight" not in weights:
+        return x
+    groups = [rms_norm(group, weights[f"{name}.weight"], config.rms_norm_eps) for group in x.split(config.qk_norm_dim)]
+    return torch.cat(groups)
 
 
 def _mlp(weights, x):
@@ -165,6 +182,7 @@ def _attention(config, layer, weights, inputs, ids, embedding, positions, result
     if slots is not None:
         slots = slots[layer] if isinstance(slots[0], list) else slots
         frequencies = [frequencies[slot] for slot in slots]
+    rotates = layer not in (config.nope_layers or [])
     tau = softmax_scale(config)
 
     latents, rope_keys, queries = [], [], []
@@ -185,7 +203,10 @@ def _attention(config, layer, weights, inputs, ids, embedding, positions, result
             )
             latent = latent * g
         latents.append(latent)
-        rope_keys.append(turn(rope_key, position, frequencies, scale, config.rope_interleave))
+        rope_key = _group_norm(config, weights, "self_attn.k_norm", rope_key)
+        if rotates:
+            rope_key = turn(rope_key, position, frequencies, scale, config.rope_interleave)
+        rope_keys.append(rope_key)
         if config.q_lora_rank is None:
             query = _linear(weights, "self_attn.q_proj", x)
         else:
@@ -201,7 +222,9 @@ def _attention(config, layer, weights, inputs, ids, embedding, positions, result
         joined = []
         for h in range(heads):
             nope = queries[t][h, :N]
-            rope = turn(queries[t][h, N:], position, frequencies, scale, config.rope_interleave)
+            rope = _group_norm(config, weights, "self_attn.q_norm", queries[t][h, N:])
+            if rotates:
+                rope = turn(rope, position, frequencies, scale, config.rope_interleave)
             scores = [tau * float(nope @ (up[h, :N] @ latents[s]) + rope @ rope_keys[s]) for s in range(t + 1)]
             exponentials = [math.exp(score - max(scores)) for score in scores]
             shares = [exponential / sum(exponentials) for exponential in exponentials]

@@ -30,6 +30,12 @@ BAD_CONFIGS = {
         {"qk_nope_head_dim": 0, "qk_rope_head_dim": 0},
         ["qk_nope_head_dim=0 and qk_rope_head_dim=0", "must be at least 1"],
     ),
+    "norm groups": (
+        {"qk_norm_dim": 3},
+        ["qk_norm_dim=3", "positive divisor of qk_rope_head_dim=8", "use None for no such norms"],
+    ),
+    "norm groups of nothing": ({"qk_norm_dim": 4, "qk_rope_head_dim": 0}, ["qk_norm_dim=4", "positive divisor"]),
+    "layer without rotation": ({"nope_layers": [0, 2]}, ["nope_layers=[0, 2]", "each from 0 to 1", "use None"]),
     "gate unknown": (
         {"kv_gate": "expanded"},
         ["kv_gate='expanded'", "known gates are 'latent', None", "use one of them"],

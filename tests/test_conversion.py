@@ -89,17 +89,6 @@ def make_source(tmp_path_factory):
     return make
 
 
-@pytest.fixture(scope="module")
-def calibration(tmp_path_factory):
-    """Random text of 20 thousand characters, words repeating so that attention has something to find."""
-    generator = torch.Generator().manual_seed(1)
-    words = ["".join(chr(97 + int(c)) for c in torch.randint(26, (5,), generator=generator)) for _ in range(60)]
-    text = " ".join(words[int(i)] for i in torch.randint(60, (3500,), generator=generator))
-    path = tmp_path_factory.mktemp("text") / "calibration.txt"
-    path.write_text(text)
-    return path
-
-
 @pytest.mark.parametrize("name", SOURCES)
 def test_exact_conversion_is_the_source(make_source, tmp_path, name):
     source, folder = make_source(name)

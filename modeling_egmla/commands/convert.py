@@ -9,7 +9,7 @@ from .common import DType
 
 
 def convert(
-    source: Annotated[str, typer.Argument(help="Folder of a Llama-family checkpoint, a .gguf file or a hub id.")],
+    source: Annotated[str, typer.Argument(help="Folder of a checkpoint, a .gguf file or a hub id.")],
     target: Annotated[Path, typer.Argument(help="Folder to write; must be absent or empty.")],
     kv_lora_rank: Annotated[
         str | None, typer.Option(metavar="R", help="Latent width: a number, or one per layer separated by commas.")
@@ -30,7 +30,7 @@ def convert(
     dtype: Annotated[DType, typer.Option(help="Format of the written weights; auto is the source's.")] = DType.auto,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and the sizes; write nothing.")] = False,
 ) -> None:
-    """Convert a grouped-query or multi-head model to EG-MLA."""
+    """Convert a model with multi-head, grouped-query or latent attention to EG-MLA."""
     from egmla.conversion import convert_checkpoint
 
     from .common import console, progress_bars, quiet_transformers

@@ -1,0 +1,383 @@
+"""Source families: exact mode is the real Transformers class, full-width closed form too, and refusals say why."""
+
+import copy
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_conversion import EXACT_TOLERANCE, LLAMA3_ROPE, SMALL, YARN_ROPE, make_tokenizer, random_layer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+
+from egmla import EGMLACache, EGMLAConfig
+from egmla.conversion import FAMILIES, Recipe, convert_checkpoint
+from egmla.conversion.closed_form import low_rank_attention
+from egmla.conversion.families import MISSING, AttentionShape, find_family
+from egmla.conversion.sources import open_source
+from egmla.conversion.statistics import collect_statistics
+
+
+LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 1000.0, "factor": 3.0}
+# The frequencies of the first change beyond 64 tokens, those of the second beyond 128.
+DYNAMIC_ROPE = {"rope_type": "dynamic", "rope_theta": 1000.0, "factor": 2.0}
+LONG_ROPE = {"rope_type": "longrope", "rope_theta": 1000.0, "short_factor": [1.0, 1.1], "long_factor": [2.0, 3.0]}
+PARTIAL = {"rope_type": "default", "rope_theta": 1000.0, "partial_rotary_factor": 0.7}
+MQA = {"num_key_value_heads": 1}
+MHA = {"num_attention_heads": 5, "num_key_value_heads": 5}
+UNTIED = {"tie_word_embeddings": False}
+
+GROUPED = {
+    "llama linear": ("llama", {"rope_parameters": LINEAR_ROPE}),
+    "llama dynamic": ("llama", {"rope_parameters": DYNAMIC_ROPE, "max_position_embeddings": 64}),
+    "llama llama3, wide heads": ("llama", {"rope_parameters": LLAMA3_ROPE, "head_dim": 14}),
+    "llama yarn, biases": ("llama", {"rope_parameters": YARN_ROPE, "attention_bias": True, **MHA}),
+    "mistral, window of the whole context": ("mistral", {"sliding_window": 256, "head_dim": 14, **UNTIED}),
+    "mistral yarn mqa": ("mistral", {"sliding_window": None, "rope_parameters": YARN_ROPE, **MQA}),
+    "qwen2": ("qwen2", {"tie_word_embeddings": True}),
+    "qwen2 mqa yarn": ("qwen2", {"rope_parameters": YARN_ROPE, **MQA, **UNTIED}),
+    "qwen2 mha, window in no layer": ("qwen2", {**MHA, "use_sliding_window": True, "sliding_window": 8}),
+    "phi3": ("phi3", {"tie_word_embeddings": False}),
+    "phi3 partial tied": ("phi3", {"rope_parameters": PARTIAL, "head_dim": 12, "tie_word_embeddings": True}),
+    # 9 dimensions a head of which 6 turn: an odd width is no obstacle.
+    "phi3 partial, odd heads": ("phi3", {"rope_parameters": PARTIAL, "hidden_size": 54}),
+    "phi3 longrope": (
+        "phi3",
+        {
+            "rope_parameters": {**LONG_ROPE, "partial_rotary_factor": 0.5},
+            "hidden_size": 54,
+            "original_max_position_embeddings": 128,
+            **MQA,
+        },
+    ),
+    "smollm3": ("smollm3", {"num_hidden_layers": 3, "no_rope_layers": [1, 0, 1]}),
+    "smollm3 yarn biases": (
+        "smollm3",
+        {"no_rope_layers": [0, 1], "rope_parameters": YARN_ROPE, "attention_bias": True, "mlp_bias": True, **UNTIED},
+    ),
+    "smollm3 without rotation": ("smollm3", {"no_rope_layers": [0, 0], "rope_parameters": YARN_ROPE, **MHA}),
+}
+NORMED = {
+    "qwen3": ("qwen3", {"head_dim": 14}),
+    "qwen3 mha biases": ("qwen3", {"head_dim": 10, "attention_bias": True, "tie_word_embeddings": True, **MHA}),
+    "qwen3 mqa yarn": ("qwen3", {"head_dim": 12, "rope_parameters": YARN_ROPE, **MQA}),
+}
+NORMED |= {
+    "olmo2": ("olmo2", {}),
+    "olmo2 mha biases tied": ("olmo2", {"attention_bias": True, "tie_word_embeddings": True, **MHA}),
+    "olmo2 mqa yarn": ("olmo2", {"rope_parameters": YARN_ROPE, "rms_norm_eps": 1e-3, **MQA}),
+}
+DENSE = {"first_k_dense_replace": 2}
+LATENT_SHAPE = {
+    "num_key_value_heads": 6,
+    "kv_lora_rank": 20,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 6,
+    "v_head_dim": 9,
+}
+MSCALE_ROPE = {**YARN_ROPE, "mscale": 0.7, "mscale_all_dim": 1.3}
+LATENT = {
+    "deepseek_v3": ("deepseek_v3", {"q_lora_rank": 18, **DENSE}),
+    "deepseek_v3 full query, half split, yarn": (
+        "deepseek_v3",
+        {"q_lora_rank": None, "rope_interleave": False, "rope_parameters": MSCALE_ROPE, **DENSE},
+    ),
+    "deepseek_v3 biases tied": (
+        "deepseek_v3",
+        {"q_lora_rank": 18, "attention_bias": True, "tie_word_embeddings": True, **DENSE},
+    ),
+    "deepseek_v2": ("deepseek_v2", {"q_lora_rank": None, **DENSE}),
+    "deepseek_v2 yarn biases": (
+        "deepseek_v2",
+        {"q_lora_rank": 18, "attention_bias": True, "mlp_bias": True, "rope_parameters": MSCALE_ROPE, **DENSE},
+    ),
+    "youtu": ("youtu", {"q_lora_rank": 18}),
+    "youtu half split, untied": ("youtu", {"q_lora_rank": None, "rope_interleave": False, **UNTIED}),
+    "minicpm3 tied": ("minicpm3", {"q_lora_rank": 18, "dim_model_base": 20, "tie_word_embeddings": True}),
+    "minicpm3 untied": ("minicpm3", {"q_lora_rank": None, "scale_depth": 2.3, "dim_model_base": 20, **UNTIED}),
+    "glm4_moe_lite": ("glm4_moe_lite", {"q_lora_rank": 18, "mlp_layer_types": ["dense", "dense"]}),
+    "glm4_moe_lite biases": (
+        "glm4_moe_lite",
+        {"q_lora_rank": None, "attention_bias": True, "mlp_layer_types": ["dense", "dense"]},
+    ),
+}
+ALL = {**GROUPED, **NORMED, **LATENT}
+
+
+def source_config(model_type: str, special: dict) -> PreTrainedConfig:
+    shape = {"num_attention_heads": 6, "num_key_value_heads": 3, "pad_token_id": None, **SMALL, "eos_token_id": None}
+    if FAMILIES[model_type].latent:
+        shape |= LATENT_SHAPE
+    shape |= special
+    shape["rope_parameters"] = dict(shape["rope_parameters"])
+    return AutoConfig.for_model(model_type, **shape)
+
+
+@pytest.fixture(scope="module")
+def make_source(tmp_path_factory):
+    """Builds a random checkpoint of the real class by its name in `ALL`: biases and norms all matter."""
+    made = {}
+
+    def make(name: str):
+        if name not in made:
+            torch.manual_seed(0)
+            model = AutoModelForCausalLM.from_config(source_config(*ALL[name])).eval()
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    if parameter.ndim == 1:
+                        parameter.add_(0.3 * torch.randn(parameter.shape))
+            folder = tmp_path_factory.mktemp(name.partition(" ")[0])
+            model.save_pretrained(folder)
+            make_tokenizer().save_pretrained(folder)
+            made[name] = model, folder
+        model, folder = made[name]
+        return copy.deepcopy(model), folder  # dynamic frequencies depend on what a model has seen before
+
+    return make
+
+
+@torch.no_grad()
+def differences(model, source, length: int = 100) -> tuple[float, float]:
+    """Largest difference of logits, all tokens at once and, with a cache, the last ones one by one."""
+    ids = torch.randint(2, 128, (2, length))
+    whole = (model(ids).logits - source(ids).logits).abs().max()
+    caches, steps = (EGMLACache(model.config), None), []
+    for one, cache in zip((model, source), caches, strict=True):
+        out = one(ids[:, :-5], past_key_values=cache, use_cache=True)
+        cache = out.past_key_values
+        logits = [one(ids[:, i : i + 1], past_key_values=cache).logits for i in range(length - 5, length)]
+        steps.append(torch.cat(logits, dim=1))
+    return float(whole), float((steps[0] - steps[1]).abs().max())
+
+
+def tokenized(folder, text) -> torch.Tensor:
+    """Ids `[1, 100]` of the text's beginning, by the tokenizer that calibration uses: classes differ in spaces."""
+    return AutoTokenizer.from_pretrained(folder)(text.read_text()[:100], return_tensors="pt")["input_ids"]
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_exact_conversion_is_the_source(make_source, tmp_path, name):
+    source, folder = make_source(name)
+    report = convert_checkpoint(folder, tmp_path / "converted", exact=True)
+    converted = AutoModelForCausalLM.from_pretrained(tmp_path / "converted").eval()
+    ids = torch.randint(2, 128, (2, 100))
+    assert source(ids).logits.std() > 0.1
+    found = differences(converted, source)
+    print(f"{name}: logits {found[0]:.1e}, decode steps {found[1]:.1e}")
+    assert max(found) < EXACT_TOLERANCE
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 64, "do_sample": False}
+    assert torch.equal(converted.generate(ids, **options), source.generate(ids, **options))
+    cached = EGMLACache(converted.config)
+    converted(ids, past_key_values=cached)
+    assert cached.nbytes == 4 * ids.numel() * report["plan"]["target_elements"]
+    assert report["plan"]["target_elements"] == report["plan"]["source_elements"]
+
+
+@pytest.mark.parametrize("name", GROUPED)
+def test_full_width_closed_form_is_the_source(make_source, calibration, tmp_path, name):
+    """Every key that turns keeps its rotation and the latent holds the rest: nothing is lost on the way there."""
+    source, folder = make_source(name)
+    config, family = source.config, FAMILIES[source.config.model_type]
+    shape = family.shape(config)
+    full, rope = 2 * shape.kv_width, shape.rope_width
+    widths = {"kv_lora_rank": full - rope, "qk_rope_head_dim": rope}
+    convert_checkpoint(folder, tmp_path / "full", **widths, calibration=calibration, calibration_tokens=4096)
+    smaller = {"kv_lora_rank": full // 4, "qk_rope_head_dim": 2}
+    convert_checkpoint(folder, tmp_path / "small", **smaller, calibration=calibration, calibration_tokens=4096)
+    ids = tokenized(folder, calibration)
+    with torch.no_grad():
+        expected = source(ids).logits
+        lost = [
+            float((AutoModelForCausalLM.from_pretrained(tmp_path / kind).eval()(ids).logits - expected).abs().max())
+            for kind in ("full", "small")
+        ]
+    print(f"{name}: full width {lost[0]:.1e}, small {lost[1]:.1e}")
+    assert lost[0] < EXACT_TOLERANCE and lost[1] > 100 * lost[0]
+
+
+@pytest.mark.parametrize("name", ["phi3 partial tied", "smollm3 yarn biases"])
+def test_part_of_the_rotation_loses_less_than_none(make_source, calibration, tmp_path, name):
+    """Half of what turns in slots, all the rest in the latent: close to the source, closer than without rotation."""
+    source, folder = make_source(name)
+    shape = FAMILIES[source.config.model_type].shape(source.config)
+    ids = tokenized(folder, calibration)
+    lost = []
+    for rope in (shape.rope_width // 4 * 2, 0):
+        widths = {"kv_lora_rank": 2 * shape.kv_width - rope, "qk_rope_head_dim": rope}
+        convert_checkpoint(folder, tmp_path / str(rope), **widths, calibration=calibration, calibration_tokens=4096)
+        converted = AutoModelForCausalLM.from_pretrained(tmp_path / str(rope)).eval()
+        with torch.no_grad():
+            lost.append(float((converted(ids).logits - source(ids).logits).square().mean()))
+    print(name, lost)
+    assert EXACT_TOLERANCE**2 < lost[0] < lost[1]
+
+
+def test_layers_without_rotation_need_no_rotary_key(make_source, calibration, tmp_path):
+    """Nothing turns, so nothing is lost without a rotary part: the latent alone is the source."""
+    source, folder = make_source("smollm3 without rotation")
+    widths = {"kv_lora_rank": 2 * FAMILIES["smollm3"].shape(source.config).kv_width, "qk_rope_head_dim": 0}
+    convert_checkpoint(folder, tmp_path / "t", **widths, calibration=calibration, calibration_tokens=4096)
+    ids = tokenized(folder, calibration)
+    converted = AutoModelForCausalLM.from_pretrained(tmp_path / "t").eval()
+    assert (converted(ids).logits - source(ids).logits).abs().max() < EXACT_TOLERANCE
+
+
+def test_slots_of_a_layer_without_rotation_go_to_what_carries_most():
+    """Where nothing turns no rotation is lost, so slots go by energy, whatever was measured of rotation."""
+    shape = AttentionShape(heads=6, kv_heads=3, head_dim=8, hidden_size=48)
+    weights, statistics, _ = random_layer(shape)
+    still = low_rank_attention(weights, shape, statistics, 20, 6, Recipe(), attention_factor=1.3, rotates=False)
+    by_energy = low_rank_attention(weights, shape, statistics, 20, 6, Recipe(mean_rotation="none"))
+    torch.testing.assert_close(still.kv_a, by_energy.kv_a)
+    torch.testing.assert_close(still.q, by_energy.q)
+
+
+@pytest.mark.parametrize("name", GROUPED)
+@torch.no_grad()
+def test_calibration_runs_the_source(make_source, name):
+    """Inputs of the last attention, measured layer by layer, are those in the real class."""
+    source, folder = make_source(name)
+    ids = torch.randint(2, 128, (3, 40))
+    inputs = []
+    source.model.layers[-1].input_layernorm.register_forward_hook(lambda *args: inputs.append(args[2].double()))
+    source(ids)
+    family = FAMILIES[source.config.model_type]
+    *_, last = collect_statistics(open_source(folder), family, ids, weighting="uniform")
+    tokens = inputs[0].flatten(0, 1)
+    torch.testing.assert_close(last.mean, tokens.mean(dim=0), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(last.raw_moment, tokens.T @ tokens / len(tokens), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["phi3 partial, odd heads", "smollm3", "qwen3", "olmo2", "deepseek_v3"])
+def test_converted_config_and_weights_survive_saving(make_source, tmp_path, name):
+    _, folder = make_source(name)
+    convert_checkpoint(folder, tmp_path / "first", exact=True)
+    first = AutoModelForCausalLM.from_pretrained(tmp_path / "first").eval()
+    first.save_pretrained(tmp_path / "second")
+    second = AutoModelForCausalLM.from_pretrained(tmp_path / "second").eval()
+    configs = [EGMLAConfig.from_pretrained(tmp_path / name).to_dict() for name in ("first", "second")]
+    assert configs[0] == configs[1] and configs[0]["model_type"] == "egmla"
+    ids = torch.randint(2, 128, (1, 20))
+    assert torch.equal(first(ids).logits, second(ids).logits)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "deepseek_v3", "glm4_moe_lite biases"])
+def test_gate_is_exactly_one(make_source, tmp_path, name):
+    _, folder = make_source(name)
+    convert_checkpoint(folder, tmp_path / "t", exact=True)
+    gated = AutoModelForCausalLM.from_pretrained(tmp_path / "t").eval()
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "t", kv_gate=None).eval()
+    ids = torch.randint(2, 128, (1, 20))
+    assert torch.equal(gated(ids).logits, plain(ids).logits)
+
+
+def test_longrope_beyond_its_switch(make_source, tmp_path):
+    """Above the original context all positions turn at the long frequencies, those generated before it too."""
+    source, folder = make_source("phi3 longrope")
+    convert_checkpoint(folder, tmp_path / "t", exact=True)
+    converted = AutoModelForCausalLM.from_pretrained(tmp_path / "t").eval()
+    assert differences(converted, source, 150)[0] < EXACT_TOLERANCE
+    ids = torch.randint(2, 128, (2, 120))
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 20, "do_sample": False}
+    expected = source.generate(ids, **options)
+    for cache in (EGMLACache(converted.config), EGMLACache(converted.config, max_cache_len=160)):
+        assert torch.equal(converted.generate(ids, past_key_values=cache, **options), expected)
+    with torch.no_grad():
+        assert torch.equal(converted(expected).logits.argmax(-1)[:, 128:-1], expected[:, 129:])
+
+
+def test_bf16_source_stays_bf16(make_source, tmp_path):
+    """Scaled and sliced tensors keep the stored dtype."""
+    source, folder = make_source("minicpm3 tied")
+    half = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    half.save_pretrained(tmp_path / "source")
+    convert_checkpoint(tmp_path / "source", tmp_path / "t", exact=True)
+    converted = AutoModelForCausalLM.from_pretrained(tmp_path / "t").eval()
+    assert {tensor.dtype for tensor in load_file(tmp_path / "t/model.safetensors").values()} == {torch.bfloat16}
+    ids = torch.randint(2, 128, (1, 20))
+    assert (converted(ids).logits - source(ids).logits).abs().max() < 0.05 * source(ids).logits.abs().max()
+
+
+def change_config(folder, target, **changes):
+    """A copy of a source whose config.json says something else."""
+    target.mkdir()
+    for file in folder.iterdir():
+        (target / file.name).write_bytes(file.read_bytes())
+    config = json.loads((folder / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps({**config, **changes}))
+    return target
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "arguments", "message"),
+    [
+        (
+            "phi3",
+            {"sliding_window": 255},
+            {},
+            r"phi3 checkpoint attends in a sliding window of 255 tokens within .* 256",
+        ),
+        (
+            "qwen2",
+            {"use_sliding_window": True, "sliding_window": 64, "layer_types": ["full_attention", "sliding_attention"]},
+            {},
+            r"qwen2 checkpoint attends in a sliding window of 64 tokens",
+        ),
+        # Its class has one window for all layers, whatever a configuration says of them.
+        (
+            "phi3",
+            {"sliding_window": 64, "layer_types": ["full_attention", "full_attention"]},
+            {},
+            r"phi3 checkpoint attends in a sliding window of 64 tokens",
+        ),
+        ("llama linear", {"rope_parameters": PARTIAL}, {}, r"partial_rotary_factor=0.7.*own llama does not"),
+        (
+            "phi3 partial tied",
+            {"rope_parameters": {**PARTIAL, "partial_rotary_factor": 0.8}},
+            {},
+            r"turns 9 dimensions",
+        ),
+        ("llama linear", {"num_key_value_heads": 4}, {}, r"num_attention_heads=6 is no multiple of .*heads=4"),
+        ("qwen3", {}, {"exact": False, "cache": 0.5}, r"qwen3 .* exactly only.*not linear in the layer's input"),
+        ("deepseek_v3", {}, {"exact": False, "kv_lora_rank": 8}, r"deepseek_v3 .* already caches a latent"),
+        (
+            "deepseek_v3",
+            {},
+            {"kv_lora_rank": 8},
+            r"exact mode keeps everything \(kv_lora_rank=20, qk_rope_head_dim=6\)",
+        ),
+        (
+            "phi3 partial tied",
+            {},
+            {"cache": 0.5},
+            r"exact mode keeps everything \(kv_lora_rank=48, qk_rope_head_dim=24\)",
+        ),
+        (
+            "deepseek_v2",
+            {"first_k_dense_replace": 1},
+            {},
+            r"1 of the 2 layers .* mixtures of experts \(first: layer 1\)",
+        ),
+        ("glm4_moe_lite", {"mlp_layer_types": ["dense", "sparse"]}, {}, r"experts \(first: layer 1\).*Missing are"),
+        (
+            "phi3",
+            {"num_key_value_heads": 2},
+            {},
+            r"qkv_proj.weight in .* has shape \(120, 60\) and its config asks for \(100, 60\)",
+        ),
+    ],
+)
+def test_refused_variants(make_source, tmp_path, name, changes, arguments, message):
+    _, folder = make_source(name)
+    source = change_config(folder, tmp_path / "source", **changes)
+    with pytest.raises(ValueError, match=message):
+        convert_checkpoint(source, tmp_path / "t", **{"exact": True, **arguments})
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize("model_type", [*MISSING, "bloom"])
+def test_unsupported_architectures_say_what_is_missing(model_type):
+    config = PreTrainedConfig()
+    config.model_type = model_type
+    with pytest.raises(ValueError, match=rf"Architecture '{model_type}' is not supported.*Nearest: \w+; missing: \w+"):
+        find_family(config)
+    assert all(near in FAMILIES for near, _ in MISSING.values())
