@@ -25,6 +25,7 @@ RESERVED = {
     "learning_rate": "--learning-rate",
     "bf16": "--bf16",
     "gradient_checkpointing": "--gradient-checkpointing",
+    "activation_checkpointing": "--gradient-checkpointing",
     "seed": "--seed",
     "save_steps": "--save-every",
     "save_strategy": "--save-every",
@@ -180,7 +181,8 @@ def training_arguments(
         "report_to": "none",
         "logging_nan_inf_filter": False,
         "log_level": "error",
-        "dataloader_pin_memory": torch.cuda.is_available(),
+        "use_cpu": not torch.accelerator.is_available(),
+        "dataloader_pin_memory": torch.accelerator.is_available(),
         **{name: value for name, value in defaults.items() if name != "gate_factor"},
         "weight_decay": defaults["weight_decay"] if settings.weight_decay is None else settings.weight_decay,
         **settings.arguments,
@@ -191,7 +193,7 @@ def training_arguments(
         "gradient_accumulation_steps": settings.batch_size // (micro * processes),
         "learning_rate": settings.learning_rate or defaults["learning_rate"],
         "bf16": settings.bf16,
-        "gradient_checkpointing": settings.gradient_checkpointing,
+        "activation_checkpointing": settings.gradient_checkpointing,
         "seed": settings.seed,
         "logging_steps": logged,
         "save_strategy": "steps",
@@ -236,11 +238,11 @@ def parse_training_arguments(pairs: Sequence[str]) -> dict[str, Any]:
 
 
 def parse_value(text: str) -> Any:
-    """A Python literal, `true`, `false`, `none`, or the text itself."""
+    """A Python literal, `true`, `false`, or the text itself."""
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
-        return {"true": True, "false": False, "none": None}.get(text.lower(), text)
+        return {"true": True, "false": False}.get(text, text)
 
 
 def parse_count(text: str) -> int:

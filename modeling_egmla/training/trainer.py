@@ -63,7 +63,6 @@ class DistillationTrainer(Trainer):
         self.teacher = teacher if kl_weight else None
         self.kl_weight, self.ce_weight, self.temperature, self.chunk = kl_weight, ce_weight, temperature, chunk
         self.gate_learning_rate = self.args.learning_rate if gate_learning_rate is None else gate_learning_rate
-        self.loss_is_scaled_for_ga = True
 
     @property
     def causal_model(self) -> PreTrainedModel:
@@ -105,8 +104,6 @@ class DistillationTrainer(Trainer):
             loss = total * ranks / num_items_in_batch
         else:
             loss = total / (labels[:, 1:] != -100).sum()
-            if training:
-                loss = loss / self.current_gradient_accumulation_steps
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def training_step(self, *arguments, **more):
