@@ -22,6 +22,7 @@ PIECE_CHARACTERS = 2**20
 # Of an evaluation sequence, this many tokens in its middle are looked for in the training data.
 PROBE_TOKENS = 32
 MAX_PROBES = 128
+MIN_DISTINCT = 8  # blank lines and tables occur everywhere
 MAX_FOUND = 0.1
 
 Progress = Callable[[str, int, int], None]
@@ -291,9 +292,11 @@ def passages_in_common(training: Path, evaluation: np.ndarray) -> tuple[int, int
     """
     probes = evaluation[np.linspace(0, len(evaluation) - 1, min(MAX_PROBES, len(evaluation))).astype(int)]
     start = max(0, probes.shape[1] // 2 - PROBE_TOKENS // 2)
+    passages = [probe[start : start + PROBE_TOKENS] for probe in probes]
+    telling = [passage for passage in passages if len(np.unique(passage)) >= min(MIN_DISTINCT, len(passage))]
     with training.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
-        found = sum(_occurs(text, probe[start : start + PROBE_TOKENS]) for probe in probes)
-    return found, len(probes)
+        found = sum(_occurs(text, passage) for passage in telling)
+    return found, len(telling)
 
 
 def _occurs(text: mmap.mmap, probe: np.ndarray) -> bool:

@@ -1,5 +1,6 @@
 """A training run from its checks to the folder it leaves; healing and training from scratch bring what differs."""
 
+import copy
 import errno
 import json
 import math
@@ -181,7 +182,9 @@ def run_job(
         teacher = job.load_teacher().to(torch.bfloat16 if settings.bf16 else torch.float32)
     teacher_perplexity = _teacher_perplexity(place.work, teacher, evaluation, arguments, progress)
     set_seed(settings.seed)
-    model = prepare_model(job.build(), settings)
+    model = job.build()
+    generation_config = copy.deepcopy(model.generation_config)
+    model = prepare_model(model, settings)
     rate = arguments.learning_rate
     trainer = DistillationTrainer(
         model,
@@ -231,7 +234,7 @@ def run_job(
         **provenance(),
         **curve,
     }
-    _write_target(trainer, job, place, settings, report)
+    _write_target(trainer, job, place, settings, report, generation_config)
     if state.is_main_process and not place.keep:
         shutil.rmtree(place.work)
     return report
@@ -277,7 +280,12 @@ def _train(trainer: DistillationTrainer, last: Path | None, place: Place) -> Non
 
 
 def _write_target(
-    trainer: DistillationTrainer, job: Job, place: Place, settings: TrainingSettings, report: dict[str, Any]
+    trainer: DistillationTrainer,
+    job: Job,
+    place: Place,
+    settings: TrainingSettings,
+    report: dict[str, Any],
+    generation_config: Any,
 ) -> None:
     """The target folder, whole or not at all: weights, code, tokenizer, report and picture."""
     dtype = getattr(torch, settings.dtype) if settings.dtype else _dtype(job.config)
@@ -296,7 +304,10 @@ def _write_target(
             model = merge_lora(model)
         model = model.to(dtype)
         model.config.dtype = dtype
-        model.config.use_cache = job.config.use_cache  # Trainer turns it off
+        # Trainer sets these by its own lights and the tokenizer's.
+        for name in ("use_cache", "bos_token_id", "eos_token_id", "pad_token_id"):
+            setattr(model.config, name, getattr(job.config, name))
+        model.generation_config = generation_config
         with staged_folder(place.target) as folder:
             model.save_pretrained(folder)
             job.tokenizer.save_pretrained(folder)
