@@ -121,7 +121,6 @@ def test_healing_brings_the_student_nearer_and_cross_entropy_needs_no_teacher(mo
     distilled = heal(models, tmp_path / "kl", tokens=20_000, eval_every=100, eval_data=other)
     losses = [row["loss"] for row in distilled["losses"]]
     assert sum(losses[-20:]) < 0.85 * sum(losses[3:23])
-    assert recovered(distilled["perplexity"]) is not None
     plain = heal(models, tmp_path / "ce", teacher=None, kl_weight=0.0, ce_weight=1.0, eval_data=other)
     assert plain["perplexity"]["teacher"] is None
     assert recovered(plain["perplexity"]) is None
