@@ -82,8 +82,7 @@ def train_from_scratch(
         config.bos_token_id, config.eos_token_id = loaded.bos_token_id, loaded.eos_token_id
         config.pad_token_id = loaded.pad_token_id
     else:
-        check_tokenizer_size(new_tokenizer)
-        config.vocab_size = new_tokenizer
+        config.vocab_size = checked_size(new_tokenizer)
         config.bos_token_id, config.eos_token_id, config.pad_token_id = None, 0, 0
     config.validate_architecture()
 
@@ -140,10 +139,11 @@ def changed_config(config: Any, pairs: Sequence[str]) -> tuple[EGMLAConfig, dict
     return EGMLAConfig(**{**config.to_dict(), **changes}), changes
 
 
-def check_tokenizer_size(size: int | None) -> None:
-    """Raises `ValueError` for a vocabulary that does not hold the bytes and the end token."""
+def checked_size(size: int | None) -> int:
+    """The size of a vocabulary; `ValueError` when it does not hold the bytes and the end token."""
     if size is None or size < 257:
         raise ValueError(f"new_tokenizer={size}: must be at least 257, the bytes and one special token.")
+    return size
 
 
 def train_tokenizer(settings: TrainingSettings, size: int) -> PreTrainedTokenizerFast:
@@ -158,7 +158,7 @@ def train_tokenizer(settings: TrainingSettings, size: int) -> PreTrainedTokenize
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    check_tokenizer_size(size)
+    size = checked_size(size)
 
     def texts():
         for name in settings.data:

@@ -59,7 +59,7 @@ class DistillationTrainer(Trainer):
             raise ValueError("A KL term needs a teacher; pass one, or kl_weight=0 and ce_weight=1 for cross entropy.")
         if teacher is not None and kl_weight:
             check_vocabulary(self.causal_model.config.vocab_size, teacher.config.vocab_size)
-            teacher = teacher.eval().requires_grad_(False).to(self.args.device)  # type: ignore[arg-type]
+            teacher = teacher.eval().requires_grad_(False).to(self.args.device)
         self.teacher = teacher if kl_weight else None
         self.kl_weight, self.ce_weight, self.temperature, self.chunk = kl_weight, ce_weight, temperature, chunk
         self.gate_learning_rate = self.args.learning_rate if gate_learning_rate is None else gate_learning_rate
@@ -215,9 +215,9 @@ class ProgressReport(TrainerCallback):
         if self.progress is not None and state.is_world_process_zero:
             self.progress("train", state.global_step, state.max_steps)
 
-    def on_evaluate(self, args, state, control, metrics, **kwargs):
+    def on_evaluate(self, args, state, control, **kwargs):
         if self.say is not None and state.is_world_process_zero:
             losses = [row["loss"] for row in state.log_history if "loss" in row]
             loss = f", training loss {losses[-1]:.4f}" if losses else ""
-            perplexity = math.exp(min(metrics["eval_loss"], 700.0))
+            perplexity = math.exp(min(kwargs["metrics"]["eval_loss"], 700.0))
             self.say(f"{state.global_step * self.tokens_per_step:,} tokens: perplexity {perplexity:.3f}{loss}")
