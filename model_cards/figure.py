@@ -7,7 +7,7 @@ from egmla.evaluation.plots import COLOURS, check_matplotlib
 
 
 FIGURE_NAME = "architecture.png"
-# Left, bottom, width, height of a box, in units of the drawing.
+# Width and height of a box, in units of the drawing.
 BOX = (2.3, 0.8)
 
 
@@ -22,11 +22,11 @@ def draw_architecture(config: EGMLAConfig, path: str | os.PathLike) -> None:
     from matplotlib.figure import Figure
     from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
-    figure = Figure(figsize=(10.5, 4.6))
+    figure = Figure(figsize=(10, 4.2))
     FigureCanvasAgg(figure)
     axis = figure.add_axes((0.01, 0.01, 0.98, 0.98))
-    axis.set_xlim(0, 14.6)
-    axis.set_ylim(0, 6.4)
+    axis.set_xlim(0, 13.6)
+    axis.set_ylim(0.7, 6.4)
     axis.axis("off")
 
     def box(x: float, y: float, heading: str, detail: str, colour: str = "#F2F2F2", height: float = BOX[1]) -> None:
@@ -51,7 +51,7 @@ def draw_architecture(config: EGMLAConfig, path: str | os.PathLike) -> None:
     rank = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
     heads, rotary = config.num_attention_heads, config.qk_rope_head_dim
     table = config.kv_gate_embedding_dim
-    cached = f"{rank} + {rotary} elements per token"
+    cached = f"{rank} + {rotary} per token"
 
     box(0.3, 3.5, "hidden state", f"{config.hidden_size}")
     box(0.3, 1.0, "queries", f"{heads} heads x ({config.qk_nope_head_dim} + {rotary})")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MixtralConfig, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 import egmla.commands.demo
@@ -110,6 +110,46 @@ def test_inspect_folders(llama, latent):
     ours = run("inspect", latent)
     assert "fed by the input embedding" in ours.stdout
     assert re.search(r"cache elements per token\s+│ 24 ", ours.stdout)
+
+
+def test_inspect_a_sliding_window(tmp_path):
+    MistralConfig(**SHAPE, num_key_value_heads=2, head_dim=8, sliding_window=1025).save_pretrained(tmp_path)
+    shown = run("inspect", tmp_path).stdout
+    assert re.search(r"tokens these cache at most\s+│ 1,024 ", shown)
+    # 1,024 tokens of 2 layers, 32 elements, 2 bytes.
+    assert re.search(r"at 8K tokens\s+│ 128\.0 KiB ", shown)
+
+
+def test_inspect_experts(tmp_path):
+    MixtralConfig(**SHAPE, num_key_value_heads=2, head_dim=8, num_local_experts=4).save_pretrained(tmp_path)
+    result = run("inspect", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert re.search(r"parameters: MLP\s+│ \S+ \(37,120\)", result.stdout)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda config: config | {"kv_gate": "sideways"}, "kv_gate"),
+        (lambda config: config | {"num_hidden_layers": "two"}, "num_hidden_layers"),
+    ],
+)
+def test_a_spoilt_config_is_an_error_in_words(latent, tmp_path, spoil, message):
+    config = json.loads((latent / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(spoil(config)))
+    result = run("inspect", tmp_path)
+    assert result.exit_code == 1
+    assert result.stderr.startswith("Error: ") and message in result.stderr
+    assert "Traceback" not in result.output
+
+
+def test_truncated_weights_are_an_error_in_words(latent, tmp_path):
+    folder = Path(shutil.copytree(latent, tmp_path / "cut"))
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    result = run("generate", folder, "--prompt", "Alice", "--no-chat")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("Error: ") and "Traceback" not in result.output
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,8 @@ GRADIENT_TOLERANCE = 2e-5
 # bf16 keeps 8 bits: a value up to 6 is rounded by up to 0.02, some twenty times on the way to a logit.
 # Measured against fp64: 0.13 expanded, 0.11 cached and absorbed (the rounding's own noise, not the path's).
 BF16_TOLERANCE = 0.25
+# Three bits more in the fraction.
+FP16_TOLERANCE = BF16_TOLERANCE / 8
 # Autocast rounds weights as well, and leaves a mixture of both formats: measured 0.23.
 AUTOCAST_TOLERANCE = 0.4
 
@@ -272,14 +274,15 @@ def test_right_padding_changes_nothing(case):
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["growing", "fixed", "stock dynamic"])
 @pytest.mark.parametrize("name", CORE_CASES)
-def test_bf16_paths_agree_with_the_oracle(name, kind, absorb):
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, BF16_TOLERANCE), (torch.float16, FP16_TOLERANCE)])
+def test_half_precision_paths_agree_with_the_oracle(name, kind, dtype, tolerance, absorb):
     model, ids = tiny_model(name), token_ids(2, 12)
-    model = model.to(torch.bfloat16)
+    model = model.to(dtype)
     expected = reference_forward(model.config, model.state_dict(), ids).logits
-    assert difference(model(ids, use_cache=False).logits, expected) <= BF16_TOLERANCE
+    assert difference(model(ids, use_cache=False).logits, expected) <= tolerance
     cached = decode(model, ids, make_cache(kind, model.config), [6, 1, 4, 1])
-    assert cached.dtype == torch.bfloat16
-    assert difference(cached, expected) <= BF16_TOLERANCE
+    assert cached.dtype == dtype
+    assert difference(cached, expected) <= tolerance
 
 
 @torch.no_grad()

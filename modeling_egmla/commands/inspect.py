@@ -30,7 +30,13 @@ def inspect(
     """Show shapes, parameters by part and cache bytes of a preset or of any causal language model."""
     from rich.table import Table
 
-    from egmla.evaluation.accounting import PARTS, cache_elements_per_layer, count_parameters, meta_model
+    from egmla.evaluation.accounting import (
+        PARTS,
+        cache_elements_per_layer,
+        cache_windows,
+        count_parameters,
+        meta_model,
+    )
 
     from .common import console, find_config, in_bytes, in_units, quiet_transformers
 
@@ -38,7 +44,7 @@ def inspect(
     config = find_config(model)
     empty = meta_model(config)
     counts = count_parameters(empty)
-    per_layer = cache_elements_per_layer(empty)
+    per_layer, windows = cache_elements_per_layer(empty), cache_windows(empty)
     is_egmla = config.model_type == "egmla"
 
     table = Table("", "", title=f"{model} ({type(empty).__name__})", show_header=False)
@@ -60,8 +66,13 @@ def inspect(
     table.add_row("cache elements per token", f"{elements:,}")
     table.add_row("  of each layer", _short(per_layer if len(set(per_layer)) > 1 else per_layer[0]))
     table.add_row("cache bytes per token, bf16", f"{2 * elements:,}")
+    limited = sorted({window for window in windows if window is not None})
+    if limited:
+        table.add_row("  layers with a sliding window", f"{sum(window is not None for window in windows)}")
+        table.add_row("  tokens these cache at most", ", ".join(f"{window:,}" for window in limited))
     for context in CONTEXTS:
-        table.add_row(f"  at {context // 1024}K tokens", in_bytes(2 * elements * context))
+        held = sum(count * min(context, window or context) for count, window in zip(per_layer, windows, strict=True))
+        table.add_row(f"  at {context // 1024}K tokens", in_bytes(2 * held))
     console().print(table)
 
 

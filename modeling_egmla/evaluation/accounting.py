@@ -14,7 +14,8 @@ PARTS = ("embeddings", "attention", "gate tables", "MLP", "norms and other")
 def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
     """The model of a configuration on the meta device: shapes without memory."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        # The grouped products of experts know no other format there.
+        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
 
 
 def _part(name: str) -> str:
@@ -47,6 +48,19 @@ def _layer_tensors(cache: Cache) -> list[list[torch.Tensor]]:
     ]
 
 
+def _cache_of(model: PreTrainedModel, tokens: int) -> Cache:
+    """The cache that a forward pass over some tokens leaves behind."""
+    ids = torch.zeros((1, tokens), dtype=torch.long, device=model.device)
+    with torch.no_grad():
+        cache = getattr(model(ids, use_cache=True), "past_key_values", None)
+    if not isinstance(cache, Cache):
+        raise ValueError(
+            f"{type(model).__name__} leaves {type(cache).__name__} behind, no cache of Transformers' class "
+            "Cache, so its elements cannot be counted."
+        )
+    return cache
+
+
 def cache_elements_per_layer(model: PreTrainedModel, tokens: int = 4) -> list[int]:
     """Elements each layer caches per token, counted in the cache that a forward pass leaves behind.
 
@@ -57,18 +71,17 @@ def cache_elements_per_layer(model: PreTrainedModel, tokens: int = 4) -> list[in
     """
 
     def held(count: int) -> list[int]:
-        ids = torch.zeros((1, count), dtype=torch.long, device=model.device)
-        with torch.no_grad():
-            cache = getattr(model(ids, use_cache=True), "past_key_values", None)
-        if not isinstance(cache, Cache):
-            raise ValueError(
-                f"{type(model).__name__} leaves {type(cache).__name__} behind, no cache of Transformers' class "
-                "Cache, so its elements cannot be counted."
-            )
-        return [sum(tensor.numel() for tensor in tensors) for tensors in _layer_tensors(cache)]
+        return [sum(tensor.numel() for tensor in tensors) for tensors in _layer_tensors(_cache_of(model, count))]
 
     # The difference of two lengths, so that what a layer holds whatever the length is not counted as per token.
     return [(more - less) // tokens for more, less in zip(held(2 * tokens), held(tokens), strict=True)]
+
+
+def cache_windows(model: PreTrainedModel) -> list[int | None]:
+    """Tokens each layer caches at most, where it attends to a sliding window; None for all tokens."""
+    windows = [getattr(layer, "sliding_window", None) for layer in _cache_of(model, 1).layers]
+    # A window counts the token being read, which need not be cached for the next.
+    return [None if window is None else int(window) - 1 for window in windows]
 
 
 def cache_nbytes(cache: Any) -> tuple[int, int]:
