@@ -2,6 +2,7 @@
 
 config.json               shapes and cache of this model
 conversion_report.json    source, plan, calibration, command, versions
+training_report.json      what was trained after the conversion, where something was (`healing.py`)
 evaluation/*.json         scores (`scores.py`)
 """
 
@@ -17,6 +18,7 @@ from egmla.evaluation.harness import scores as flat_scores
 from egmla.evaluation.score_comparison import with_error
 
 from .figure import FIGURE_NAME, draw_architecture
+from .healing import TRAINING_REPORT, check_training, healing_section
 from .scores import COMPARISON, PLOT, RESULTS, SCORES_FOLDER, SOURCE_RESULTS, adopt_scores
 
 
@@ -64,6 +66,7 @@ def write_card(
     folder = Path(folder)
     check_matplotlib()
     _read_reports(folder)  # what is missing shows before anything is written
+    _read_training(folder)
     card = folder / CARD_NAME
     earlier = card.read_text(encoding="utf-8") if card.is_file() else ""
     if earlier and MARK not in earlier and not overwrite:
@@ -93,6 +96,7 @@ def render_card(
     folder = Path(folder)
     config = _config(folder)
     conversion, results, source_results, comparison = _read_reports(folder)
+    training = _read_training(folder)
     origin = conversion["source"]
     license, base_model = license or origin.get("license"), base_model or origin.get("base_model")
     title = folder.resolve().name
@@ -100,18 +104,19 @@ def render_card(
         _card_data(title, conversion, results, license, base_model),
         template_path=str(TEMPLATE),
         title=title,
-        summary=_summary(config, conversion, base_model),
-        dtype=conversion["dtype"],
-        cache=_cache_rows(config, conversion),
+        summary=_summary(config, conversion, base_model, training is not None),
+        dtype=(training or conversion)["dtype"],
+        cache=_cache_rows(config, conversion, (training or conversion)["dtype"]),
         cache_note=_cache_note(comparison),
         perplexity=_score_table(results, source_results, comparison, perplexity=True),
         scores=_score_table(results, source_results, comparison, perplexity=False),
         score_note=_score_note(results),
         plot=(folder / SCORES_FOLDER / PLOT).is_file(),
+        healing=healing_section(training, folder),
         repo_id=repo_id or f"your-name/{title}",
         transformers=conversion["versions"]["transformers"],
         made=_made(conversion),
-        limits=_limits(conversion, results),
+        limits=_limits(conversion, results, training),
         licence=_licence(license, base_model or origin["label"]),
     )
     return str(card)
@@ -172,6 +177,16 @@ def _read_reports(folder: Path) -> tuple[dict, dict | None, dict | None, dict | 
     return conversion, results, source_results, comparison
 
 
+def _read_training(folder: Path) -> dict[str, Any] | None:
+    path = folder / TRAINING_REPORT
+    if not path.is_file():
+        return None
+    report = _read_json(path)
+    for stage in (report, *report.get("earlier", ())):
+        check_training(stage, path)
+    return report
+
+
 def _card_data(title, conversion, results, license, base_model):
     from huggingface_hub import EvalResult, ModelCardData
 
@@ -218,13 +233,16 @@ def _top_scores(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [row for row in rows if row["task"] not in hidden]
 
 
-def _summary(config: EGMLAConfig, conversion: dict, base_model: str | None) -> str:
+def _summary(config: EGMLAConfig, conversion: dict, base_model: str | None, trained: bool) -> str:
     plan, origin = conversion["plan"], conversion["source"]
     name = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else f"`{origin['label']}`"
+    then = " and then trained further" if trained else ""
     text = (
-        f"{name}, converted to EG-MLA (embedding-gated multi-head latent attention): each layer caches one latent and "
-        "one rotary key per token for all heads, and decoding reads them as they are."
+        f"{name}, converted to EG-MLA (embedding-gated multi-head latent attention){then}: each layer caches one latent "
+        "and one rotary key per token for all heads, and decoding reads them as they are."
     )
+    if plan["exact"] and trained:
+        return f"{text} The conversion was exact, so the cache is of the source's size."
     if plan["exact"]:
         return f"{text} This is the exact conversion: the source's function, and a cache of the source's size."
     return (
@@ -233,8 +251,8 @@ def _summary(config: EGMLAConfig, conversion: dict, base_model: str | None) -> s
     )
 
 
-def _cache_rows(config: EGMLAConfig, conversion: dict) -> list[dict[str, str]]:
-    size = ITEM_SIZES[conversion["dtype"]]
+def _cache_rows(config: EGMLAConfig, conversion: dict, dtype: str) -> list[dict[str, str]]:
+    size = ITEM_SIZES[dtype]
     counts = {
         "this model": config.cache_elements_per_token,
         "source": conversion["source"]["cache_elements_per_token"],
@@ -344,13 +362,16 @@ def _made(conversion: dict) -> str:
     return "\n".join(lines)
 
 
-def _limits(conversion: dict, results: dict | None) -> list[str]:
+def _limits(conversion: dict, results: dict | None, training: dict | None) -> list[str]:
     limits = []
     if conversion["plan"]["exact"]:
         limits.append("The cache is as large as the source's: a starting point for training, not a saving.")
-    else:
+    elif training is None:
         limits.append("Nothing was trained after the conversion, so quality below the source's is to be expected.")
-    limits.append("The gate is at identity: it changes nothing until the model is trained.")
+    if training is None:
+        limits.append("The gate is at identity: it changes nothing until the model is trained.")
+    else:
+        limits.append("The text it was healed on is all it was trained on since: other domains may have gained less.")
     if conversion["source"]["label"].endswith(".gguf"):
         limits.append("The source was read from a quantised GGUF file: these are the weights of the rounded model.")
     if results is None:

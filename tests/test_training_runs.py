@@ -18,6 +18,7 @@ from egmla import EGMLAConfig, EGMLAForCausalLM
 from egmla.conversion import convert_checkpoint
 from egmla.evaluation import sample_text
 from egmla.evaluation.perplexity import perplexity
+from egmla.model_cards import write_card
 from egmla.publishing.checks import check_folder
 from egmla.training import DivergedError, TrainingSettings, heal_checkpoint, scratch_settings, train_from_scratch
 from egmla.training.data import TextSource, packed_sequences
@@ -151,6 +152,32 @@ def test_dry_run_writes_and_loads_nothing(models, tmp_path, monkeypatch):
     assert plan["tokens"] == 1536
     assert plan["flops"] > 0
     assert not list(tmp_path.iterdir())
+
+
+def test_the_card_of_a_healed_model_has_the_figures_of_its_report(models, tmp_path):
+    """0-token figures beside healed ones, every stage with its command; what is no longer true is not said."""
+    heal(models, tmp_path / "first", stage="gate")
+    report = heal(models, tmp_path / "second", model=str(tmp_path / "first"), dtype="bfloat16", lora_rank=2)
+    card = write_card(tmp_path / "second")[-1].read_text()
+    section = card.partition("\n## Healing\n")[2].partition("\n## ")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines() if line.startswith("|")]
+    perplexity = {name: f"{value:.3f}" for name, value in report["perplexity"].items()}
+    assert rows[2:] == [
+        ["teacher", "", perplexity["teacher"]],
+        ["before the last stage", "1,536", perplexity["0 tokens"]],
+        ["this model", "3,072", perplexity["trained"]],
+    ]
+    assert section.count("egmla heal ") == 2
+    assert "stage `gate`" in section and "LoRA of rank 2" in section and "rounded to bfloat16" in section
+    assert report["data"][0]["sha256"] in section
+    assert "at identity" not in card and "Nothing was trained" not in card
+    assert "(bfloat16)" in card
+    check_folder(tmp_path / "second")
+    first = write_card(tmp_path / "first")[-1].read_text()
+    assert "| converted | 0 |" in first and "rounded to" not in first
+    (tmp_path / "first" / "training_report.json").write_text("{}")
+    with pytest.raises(ValueError, match="lacks command, commit, data"):
+        write_card(tmp_path / "first")
 
 
 # interruptions
