@@ -238,8 +238,8 @@ def _summary(config: EGMLAConfig, conversion: dict, base_model: str | None, trai
     name = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else f"`{origin['label']}`"
     then = " and then trained further" if trained else ""
     text = (
-        f"{name}, converted to EG-MLA (embedding-gated multi-head latent attention){then}: each layer caches one latent "
-        "and one rotary key per token for all heads, and decoding reads them as they are."
+        f"{name}, converted to EG-MLA (embedding-gated multi-head latent attention){then}: each layer caches one "
+        "latent and one rotary key per token for all heads, and decoding reads them as they are."
     )
     if plan["exact"] and trained:
         return f"{text} The conversion was exact, so the cache is of the source's size."

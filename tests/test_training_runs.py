@@ -457,16 +457,6 @@ def test_train_refuses(models, tmp_path, options, message):
 
 # processes
 
-LAUNCHED = """
-import sys
-import torch
-torch.set_num_threads(1)
-sys.path.insert(0, {tests!r})
-from pathlib import Path
-from test_training_runs import heal
-heal(Path({models!r}), Path({target!r}), **{changes!r})
-"""
-
 
 def test_two_processes_train_as_one(models, tmp_path):
     """`accelerate launch` with two gloo ranks: the same losses and weights within rounding."""
@@ -475,18 +465,20 @@ def test_two_processes_train_as_one(models, tmp_path):
         (tmp_path / "half" / file.name).write_bytes(file.read_bytes())
     config = json.loads((tmp_path / "half" / "config.json").read_text())
     (tmp_path / "half" / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.0}))
-    changes = {"model": str(tmp_path / "half"), "tokens": 20 * 128}
-    one = heal(models, tmp_path / "one", **changes)
-    script = tmp_path / "launched.py"
+    one = heal(models, tmp_path / "one", model=str(tmp_path / "half"), tokens=20 * 128)
     target = tmp_path / "two"
-    script.write_text(
-        LAUNCHED.format(tests=str(Path(__file__).parent), models=str(models), target=str(target), changes=changes)
-    )
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    launch += ["--main_process_port", "0", str(script)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(launch, capture_output=True, text=True, timeout=300, env=environment)
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    command = ["heal", tmp_path / "half", target, "--teacher", models / "source", "--data", models / "text.txt"]
+    for name, value in {**SMALL, "tokens": 20 * 128}.items():
+        command += [f"--{name.replace('_', '-')}", value]
+    done = subprocess.run(
+        [*launch, "-m", "egmla", *map(str, command)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     two = json.loads((target / "training_report.json").read_text())
     assert two["settings"]["processes"] == 2

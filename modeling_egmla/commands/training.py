@@ -55,14 +55,18 @@ def run_shown(start, target: Path, **arguments: Any) -> None:
     from .common import progress_bars
 
     stderr = Console(stderr=True, soft_wrap=True, highlight=False)
-    with progress_bars() as progress:
-        report = start(
-            target=target,
-            progress=progress,
-            say=lambda text: stderr.print(text, markup=False),
-            show_plan=None if arguments.get("dry_run") else (lambda plan: stderr.print(plan_line(plan), markup=False)),
-            **arguments,
-        )
+    try:
+        with progress_bars() as progress:
+            report = start(
+                target=target,
+                progress=progress,
+                say=lambda text: stderr.print(text, markup=False),
+                show_plan=lambda plan: stderr.print(plan_line(plan), markup=False),
+                **arguments,
+            )
+    except KeyboardInterrupt:
+        stderr.print("Checkpoints stay where they are; the same command with --resume goes on from the newest.")
+        raise
     if arguments.get("dry_run"):
         _print_plan(report)
     elif _is_first():
