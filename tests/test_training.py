@@ -188,10 +188,14 @@ def test_gradient_checkpointing_changes_nothing(tmp_path):
 
 
 def test_bf16_trains_fp32_weights(tmp_path):
+    """Products are in bf16, those with the vocabulary too; weights stay in fp32."""
     runs = []
     for bf16 in (False, True):
+        formats = set()
         trainer = make_trainer(tiny_model(), tmp_path, tiny_model(seed=5).to(torch.bfloat16), bf16=bf16, steps=6)
+        trainer.model.lm_head.register_forward_hook(lambda module, args, output, seen=formats: seen.add(output.dtype))
         trainer.train()
+        assert formats == {torch.bfloat16 if bf16 else torch.float32}
         assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.float32}
         runs.append(losses_of(trainer))
     assert runs[1] == pytest.approx(runs[0], rel=0.03)
@@ -397,6 +401,7 @@ def test_sources_take_turns_and_what_is_held_out_is_not_trained_on(tmp_path):
     assert sorted(training[:, 0].tolist()) == [3] * 6 + [4] * 6
     assert evaluation[:, 0].tolist() == [3, 4, 3]  # the first and every fourth of each, three at most
     assert [source.report.complete for source in sources] == [False, False]
+    assert sum(source.report.tokens for source in sources) == 3 * (12 + 3)
     item = PackedDataset(training)[0]
     assert item["input_ids"].tolist() == training[0].tolist()
     assert item["labels"].dtype == torch.int64

@@ -259,6 +259,8 @@ def write_sequences(
         eval_file = stack.enter_context(held_out.open("wb")) if held_out is not None else None
         while streams and count < sequences:
             for source, stream in list(streams):
+                if count == sequences:
+                    break
                 ids = next(stream, None)
                 if ids is None:
                     streams.remove((source, stream))
@@ -268,11 +270,11 @@ def write_sequences(
                 if every and eval_file is not None and kept < held_out_sequences and number % every == 0:
                     eval_file.write(ids.tobytes())
                     kept += 1
-                elif count < sequences:
+                else:
                     train_file.write(ids.tobytes())
                     count += 1
             if progress is not None:
-                progress("tokens", min(count, sequences), sequences)
+                progress("tokens", count, sequences)
     return count, kept
 
 

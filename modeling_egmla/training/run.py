@@ -266,8 +266,8 @@ def _train(trainer: DistillationTrainer, last: Path | None, place: Place) -> Non
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
     except DivergedError as error:
         raise DivergedError(
-            f"{error} Nothing was written to {place.target}; {newest()}. It is a model of its own: start from it, or "
-            "from the beginning, with a lower learning rate, a longer warm-up or fp32."
+            f"{error} Nothing was written to {place.target}; {newest()}. Start again from it or from the "
+            "beginning, with a lower learning rate, a longer warm-up or fp32."
         ) from error
     except (OSError, SafetensorError, RuntimeError) as error:
         # torch.save reports a full disk as a RuntimeError of its writer, safetensors as an error of its own.

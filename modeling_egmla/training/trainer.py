@@ -87,17 +87,19 @@ class DistillationTrainer(Trainer):
         if training and self.teacher is not None:
             with torch.no_grad():
                 teacher_hidden = self.teacher.base_model(**given, use_cache=False).last_hidden_state
-        total = distillation_loss(
-            student.get_output_embeddings(),
-            captured[0],
-            labels,
-            None if self.teacher is None else self.teacher.get_output_embeddings(),
-            teacher_hidden,
-            kl_weight=self.kl_weight if training else 0.0,
-            ce_weight=self.ce_weight if training else 1.0,
-            temperature=self.temperature,
-            chunk=self.chunk,
-        )
+        # Accelerate's mixed precision covers the model's own forward, and not what is called of it from here.
+        with self.accelerator.autocast():
+            total = distillation_loss(
+                student.get_output_embeddings(),
+                captured[0],
+                labels,
+                None if self.teacher is None else self.teacher.get_output_embeddings(),
+                teacher_hidden,
+                kl_weight=self.kl_weight if training else 0.0,
+                ce_weight=self.ce_weight if training else 1.0,
+                temperature=self.temperature,
+                chunk=self.chunk,
+            )
         if training and num_items_in_batch is not None:
             # DDP averages gradients over its ranks, and the number is that of all ranks together.
             ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
