@@ -1,9 +1,10 @@
 """What a card says of training after the conversion, from `training_report.json`."""
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from egmla.evaluation.perplexity import recovered_share
 
 
 TRAINING_REPORT = "training_report.json"
@@ -59,11 +60,8 @@ def _rounded(dtype: str) -> str:
 
 
 def _share(perplexity: Mapping[str, float | None]) -> str:
-    teacher, before, after = (perplexity[name] for name in ("teacher", "0 tokens", "trained"))
-    if teacher is None or before is None or after is None or before <= teacher:
-        return ""
-    share = math.log(before / after) / math.log(before / teacher)
-    return f" Healing won back {share:.1%} of what the start had lost in log-perplexity."
+    share = recovered_share(*(perplexity[name] for name in ("teacher", "0 tokens", "trained")))
+    return "" if share is None else f" Healing won back {share:.1%} of what the start had lost in log-perplexity."
 
 
 def _stage(report: Mapping[str, Any]) -> list[str]:

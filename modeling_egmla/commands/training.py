@@ -114,7 +114,7 @@ def _print_plan(plan: dict) -> None:
 def _print_report(report: dict, target: Path) -> None:
     from rich.table import Table
 
-    from egmla.training.run import recovered
+    from egmla.evaluation.perplexity import recovered_share
 
     from .common import console, in_bytes
 
@@ -129,7 +129,7 @@ def _print_report(report: dict, target: Path) -> None:
     table.add_row(f"after {report['tokens']:,} tokens", f"{report['perplexity']['trained']:.3f}")
     out = console()
     out.print(table)
-    share = recovered(report["perplexity"])
+    share = recovered_share(*(report["perplexity"][name] for name in ("teacher", "0 tokens", "trained")))
     if share is not None:
         out.print(f"{share:.1%} of the loss in log-perplexity won back.")
     out.print(f"{report['seconds']:,} s, {in_bytes(report['peak_bytes'])} of memory at most.", style="dim")

@@ -3,7 +3,6 @@
 import copy
 import errno
 import json
-import math
 import shutil
 import time
 from collections.abc import Callable
@@ -322,11 +321,3 @@ def _write_target(
 def _dtype(config: EGMLAConfig) -> torch.dtype:
     dtype = config.dtype or torch.float32
     return getattr(torch, dtype) if isinstance(dtype, str) else dtype
-
-
-def recovered(perplexities: dict[str, float | None]) -> float | None:
-    """Share of the conversion's loss of log-perplexity that training won back; `None` without a teacher or a loss."""
-    before, after, teacher = (perplexities.get(name) for name in ("0 tokens", "trained", "teacher"))
-    if before is None or after is None or teacher is None or before <= teacher:
-        return None
-    return math.log(before / after) / math.log(before / teacher)
