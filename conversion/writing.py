@@ -19,8 +19,7 @@ def check_target(target: Path) -> None:
     """Raises `FileExistsError` when the target is a file, or a folder with something in it."""
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
         raise FileExistsError(
-            f"{target} exists and is not empty; a conversion needs a new or empty folder. Choose another target or "
-            "remove it."
+            f"{target} exists and is not empty; a new or empty folder is needed. Choose another target or remove it."
         )
 
 

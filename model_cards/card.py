@@ -2,6 +2,7 @@
 
 config.json               shapes and cache of this model
 conversion_report.json    source, plan, calibration, command, versions
+training_report.json      what was trained after the conversion, where something was (`healing.py`)
 evaluation/*.json         scores (`scores.py`)
 """
 
@@ -20,6 +21,7 @@ from egmla.evaluation.score_comparison import metric_name, plot_scores, with_err
 from egmla.provenance import weights_sha256
 
 from .figure import FIGURE_NAME, draw_architecture
+from .healing import TRAINING_REPORT, check_training, healing_section
 from .scores import COMPARISON, PLOT, RESULTS, SCORES_FOLDER, SOURCE_RESULTS, comparison_to_plot, read_scores
 
 
@@ -72,6 +74,7 @@ def write_card(
     if repo_id is not None:
         check_repo_id(repo_id)
     _read_conversion(folder)  # what is missing shows first
+    _read_training(folder)
     card = folder / CARD_NAME
     earlier = card.read_text(encoding="utf-8") if card.is_file() else ""
     if earlier and MARK not in earlier and not overwrite:
@@ -125,7 +128,7 @@ def render_card(
     from huggingface_hub import ModelCard
 
     folder = Path(folder)
-    config, conversion = _config(folder), _read_conversion(folder)
+    config, conversion, training = _config(folder), _read_conversion(folder), _read_training(folder)
     if scores is None:
         paths = [folder / SCORES_FOLDER / name for name in (RESULTS, SOURCE_RESULTS, COMPARISON)]
         scores = {path.name: _read_json(path) for path in paths if path.is_file()}
@@ -139,18 +142,19 @@ def render_card(
         _card_data(conversion, license, license_name, base_model, _model_index(title, results)),
         template_path=str(TEMPLATE),
         title=title,
-        summary=_summary(config, conversion, base_model),
-        dtype=conversion["dtype"],
-        cache=_cache_rows(config, conversion),
+        summary=_summary(config, conversion, base_model, training is not None),
+        dtype=(training or conversion)["dtype"],
+        cache=_cache_rows(config, conversion, (training or conversion)["dtype"]),
         cache_note=_cache_note(comparison),
         perplexity=_score_table(results, source_results, comparison, perplexity=True),
         scores=_score_table(results, source_results, comparison, perplexity=False),
         score_note=_score_note(results, comparison),
         plot=comparison is not None,
+        healing=healing_section(training, folder),
         repo_id=repo_id or f"{PLACEHOLDER}{title}",
         transformers=conversion["versions"]["transformers"],
         made=_made(conversion),
-        limits=_limits(conversion, results, _changed(folder, conversion)),
+        limits=_limits(conversion, results, training, _changed(folder, training or conversion)),
         licence=_licence(license, license_name, base_model or origin["label"]),
     )
     return str(card)
@@ -169,9 +173,9 @@ def _stated_before(card: str) -> dict[str, str]:
     return {key: value for key, value in found.items() if isinstance(value, str) and value}
 
 
-def _changed(folder: Path, conversion: Mapping[str, Any]) -> bool:
-    """Whether the weights are known to be others than the conversion wrote."""
-    written, found = conversion.get("weights_sha256"), weights_sha256(folder)
+def _changed(folder: Path, report: Mapping[str, Any]) -> bool:
+    """Whether the weights are known to be others than those reported on."""
+    written, found = report.get("weights_sha256"), weights_sha256(folder)
     return written is not None and found is not None and written != found
 
 
@@ -214,6 +218,16 @@ def _read_conversion(folder: Path) -> dict[str, Any]:
             f"config.json has {config.cache_elements_per_token}; they do not belong together."
         )
     return conversion
+
+
+def _read_training(folder: Path) -> dict[str, Any] | None:
+    path = folder / TRAINING_REPORT
+    if not path.is_file():
+        return None
+    report = _read_json(path)
+    for stage in (report, *report.get("earlier", ())):
+        check_training(stage, path)
+    return report
 
 
 def _card_data(conversion, license, license_name, base_model, model_index):
@@ -298,13 +312,16 @@ def _top_scores(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [row for row in rows if row["task"] not in hidden]
 
 
-def _summary(config: EGMLAConfig, conversion: dict, base_model: str | None) -> str:
+def _summary(config: EGMLAConfig, conversion: dict, base_model: str | None, trained: bool) -> str:
     plan, origin = conversion["plan"], conversion["source"]
     name = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else f"`{origin['label']}`"
+    then = " and then trained further" if trained else ""
     text = (
-        f"{name}, converted to EG-MLA (embedding-gated multi-head latent attention): each layer caches one latent and "
-        "one rotary key per token for all heads, and decoding reads them as they are."
+        f"{name}, converted to EG-MLA (embedding-gated multi-head latent attention){then}: each layer caches one "
+        "latent and one rotary key per token for all heads, and decoding reads them as they are."
     )
+    if plan["exact"] and trained:
+        return f"{text} The conversion was exact, so the cache is of the source's size."
     if plan["exact"]:
         return f"{text} This is the exact conversion: the source's function, and a cache of the source's size."
     return (
@@ -313,8 +330,8 @@ def _summary(config: EGMLAConfig, conversion: dict, base_model: str | None) -> s
     )
 
 
-def _cache_rows(config: EGMLAConfig, conversion: dict) -> list[dict[str, str]]:
-    size = ITEM_SIZES[conversion["dtype"]]
+def _cache_rows(config: EGMLAConfig, conversion: dict, dtype: str) -> list[dict[str, str]]:
+    size = ITEM_SIZES[dtype]
     counts = {
         "this model": config.cache_elements_per_token,
         "source": conversion["source"]["cache_elements_per_token"],
@@ -436,16 +453,18 @@ def _made(conversion: dict) -> str:
     return "\n".join(lines)
 
 
-def _limits(conversion: dict, results: dict | None, changed: bool) -> list[str]:
+def _limits(conversion: dict, results: dict | None, training: dict | None, changed: bool) -> list[str]:
     limits = []
     if conversion["plan"]["exact"]:
         limits.append("The cache is as large as the source's: a starting point for training, not a saving.")
-    elif not changed:
+    elif training is None and not changed:
         limits.append("Nothing was trained after the conversion, so quality below the source's is to be expected.")
     if changed:
-        limits.append("The weights have changed since the conversion, and no report here says how.")
-    else:
+        limits.append("The weights have changed since they were last reported on, and nothing here says how.")
+    elif training is None:
         limits.append("The gate is at identity: it changes nothing until the model is trained.")
+    if training is not None:
+        limits.append("The text it was healed on is all it was trained on since: other domains may have gained less.")
     if conversion["source"]["label"].endswith(".gguf"):
         limits.append("The source was read from a quantised GGUF file: these are the weights of the rounded model.")
     if results is None:

@@ -231,7 +231,7 @@ def test_weights_changed_since_the_conversion(model):
     weights["model.norm.weight"] += 1
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
     card = write_card(model)[-1].read_text()
-    assert "The weights have changed since the conversion" in card
+    assert "The weights have changed since they were last reported on" in card
     assert "Nothing was trained" not in card and "at identity" not in card
 
 

@@ -349,7 +349,7 @@ def test_unknown_command():
 
 
 def test_every_command_explains_itself():
-    for command in ("demo", "convert", "generate", "inspect", "presets"):
+    for command in ("demo", "convert", "heal", "train", "generate", "inspect", "presets"):
         result = run(command, "--help")
         assert result.exit_code == 0
         assert "Usage" in result.stdout

@@ -11,9 +11,11 @@ from .convert import convert
 from .demo import demo
 from .evaluate import evaluate
 from .generate import generate
+from .heal import heal
 from .inspect import inspect
 from .presets import presets
 from .push import push
+from .train import train
 
 
 app = typer.Typer(
@@ -36,7 +38,7 @@ def options(
     """EG-MLA: language models with a small, gated KV cache for Hugging Face Transformers."""
 
 
-for command in (demo, convert, generate, compare, inspect, presets, card, push):
+for command in (demo, convert, heal, train, generate, compare, inspect, presets, card, push):
     app.command()(command)
 app.command("eval")(evaluate)
 

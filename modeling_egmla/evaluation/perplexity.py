@@ -59,3 +59,19 @@ def perplexity(
         if progress is not None:
             progress(done, len(windows))
     return math.exp(total / scored)
+
+
+def recovered_share(source: float | None, before: float | None, after: float | None) -> float | None:
+    """Share of a conversion's loss in log-perplexity that training won back.
+
+    Args:
+        source (`float`, *optional*): perplexity of the source.
+        before, after (`float`, *optional*): perplexities of the conversion, untrained and trained.
+
+    Returns:
+        `float` or `None`: log(before / after) / log(before / source); `None` where a figure is missing or nothing was
+        lost.
+    """
+    if source is None or before is None or after is None or before <= source:
+        return None
+    return math.log(before / after) / math.log(before / source)

@@ -1,0 +1,106 @@
+"""`egmla heal`."""
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import training as options
+from .common import DType
+
+
+class Stage(str, Enum):
+    """What is trained."""
+
+    gate = "gate"
+    attention = "attention"
+    all = "all"
+
+
+def heal(
+    converted: Annotated[str, typer.Argument(help="Folder or hub id of a converted checkpoint.")],
+    target: Annotated[Path, typer.Argument(help="Folder to write; must be absent or empty.")],
+    data: options.Data,
+    tokens: options.Tokens,
+    teacher: Annotated[
+        str | None, typer.Option(metavar="SOURCE", help="The model it was converted from: folder, hub id or .gguf.")
+    ] = None,
+    stage: Annotated[
+        Stage, typer.Option(help="Train the gates, attention and norms with them, or every weight.")
+    ] = Stage.attention,
+    kl_weight: Annotated[float, typer.Option(help="Weight of the KL divergence to the teacher; 0 needs none.")] = 1.0,
+    ce_weight: Annotated[float, typer.Option(help="Weight of the cross entropy to the text.")] = 0.0,
+    temperature: Annotated[float, typer.Option(help="Divides the logits in the KL divergence.")] = 1.0,
+    lora_rank: Annotated[
+        int | None, typer.Option(metavar="R", help="Train LoRA adapters of this width, and merge them.")
+    ] = None,
+    eval_data: options.EvalData = None,
+    eval_share: options.EvalShare = 0.02,
+    eval_tokens: options.EvalTokens = 65536,
+    text_field: options.TextField = "text",
+    sequence_length: options.SequenceLength = 512,
+    batch_size: options.BatchSize = 8,
+    micro_batch_size: options.MicroBatchSize = None,
+    learning_rate: options.LearningRate = None,
+    gate_learning_rate: options.GateLearningRate = None,
+    weight_decay: options.WeightDecay = None,
+    warmup_share: options.WarmupShare = 0.05,
+    bf16: options.BFloat16 = False,
+    gradient_checkpointing: options.GradientCheckpointing = False,
+    seed: options.Seed = 0,
+    save_every: options.SaveEvery = None,
+    eval_every: options.EvalEvery = None,
+    chunk: options.Chunk = 256,
+    dtype: Annotated[DType, typer.Option(help="Of the written weights; auto is the converted model's.")] = DType.auto,
+    checkpoints: options.Checkpoints = None,
+    keep_checkpoints: options.KeepCheckpoints = False,
+    resume: options.Resume = False,
+    dry_run: options.DryRun = False,
+    settings: options.Settings = None,
+) -> None:
+    """Heal a converted model by self-distillation from the model it was converted from."""
+    import functools
+
+    from egmla.training import TrainingSettings, heal_checkpoint
+    from egmla.training.arguments import parse_count, parse_training_arguments
+
+    from .common import quiet_transformers
+
+    quiet_transformers()
+    wanted = TrainingSettings(
+        data=data,
+        tokens=parse_count(tokens),
+        eval_data=eval_data or [],
+        eval_share=eval_share,
+        eval_tokens=eval_tokens,
+        text_field=text_field,
+        sequence_length=sequence_length,
+        batch_size=batch_size,
+        micro_batch_size=micro_batch_size,
+        learning_rate=learning_rate,
+        gate_learning_rate=gate_learning_rate,
+        weight_decay=weight_decay,
+        warmup_share=warmup_share,
+        stage=stage.value,
+        kl_weight=kl_weight,
+        ce_weight=ce_weight,
+        temperature=temperature,
+        lora_rank=lora_rank,
+        bf16=bf16,
+        gradient_checkpointing=gradient_checkpointing,
+        seed=seed,
+        save_every=save_every,
+        eval_every=eval_every,
+        chunk=chunk,
+        dtype=None if dtype is DType.auto else dtype.value,
+        arguments=parse_training_arguments(settings or ()),
+    )
+    options.run_shown(
+        functools.partial(heal_checkpoint, converted, settings=wanted, teacher=teacher),
+        target,
+        checkpoints=checkpoints,
+        resume=resume,
+        keep_checkpoints=keep_checkpoints,
+        dry_run=dry_run,
+    )

@@ -1,0 +1,100 @@
+"""`egmla train`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import training as options
+from .common import DType
+
+
+def train(
+    preset: Annotated[
+        str, typer.Argument(metavar="PRESET_OR_CONFIG", help="Preset, or folder or hub id of a config.")
+    ],
+    target: Annotated[Path, typer.Argument(help="Folder to write; must be absent or empty.")],
+    data: options.Data,
+    tokens: options.Tokens,
+    tokenizer: Annotated[str | None, typer.Option(metavar="NAME", help="Folder or hub id of a tokenizer.")] = None,
+    new_tokenizer: Annotated[
+        int | None,
+        typer.Option(metavar="SIZE", help="Train a byte-level BPE of this many tokens on the data instead."),
+    ] = None,
+    config: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="Change a field of the configuration; repeatable.")
+    ] = None,
+    eval_data: options.EvalData = None,
+    eval_share: options.EvalShare = 0.02,
+    eval_tokens: options.EvalTokens = 65536,
+    text_field: options.TextField = "text",
+    sequence_length: options.SequenceLength = 512,
+    batch_size: options.BatchSize = 8,
+    micro_batch_size: options.MicroBatchSize = None,
+    learning_rate: options.LearningRate = None,
+    gate_learning_rate: options.GateLearningRate = None,
+    weight_decay: options.WeightDecay = None,
+    warmup_share: options.WarmupShare = 0.05,
+    bf16: options.BFloat16 = False,
+    gradient_checkpointing: options.GradientCheckpointing = False,
+    seed: options.Seed = 0,
+    save_every: options.SaveEvery = None,
+    eval_every: options.EvalEvery = None,
+    chunk: options.Chunk = 256,
+    dtype: Annotated[DType, typer.Option(help="Of the written weights; auto is fp32.")] = DType.auto,
+    checkpoints: options.Checkpoints = None,
+    keep_checkpoints: options.KeepCheckpoints = False,
+    resume: options.Resume = False,
+    dry_run: options.DryRun = False,
+    settings: options.Settings = None,
+) -> None:
+    """Train a model from new weights."""
+    import functools
+
+    from egmla.training import scratch_settings, train_from_scratch
+    from egmla.training.arguments import parse_count, parse_training_arguments
+    from egmla.training.scratch import changed_config
+
+    from .common import find_config, quiet_transformers
+
+    quiet_transformers()
+    wanted = scratch_settings(
+        data=data,
+        tokens=parse_count(tokens),
+        eval_data=eval_data or [],
+        eval_share=eval_share,
+        eval_tokens=eval_tokens,
+        text_field=text_field,
+        sequence_length=sequence_length,
+        batch_size=batch_size,
+        micro_batch_size=micro_batch_size,
+        learning_rate=learning_rate,
+        gate_learning_rate=gate_learning_rate,
+        weight_decay=weight_decay,
+        warmup_share=warmup_share,
+        bf16=bf16,
+        gradient_checkpointing=gradient_checkpointing,
+        seed=seed,
+        save_every=save_every,
+        eval_every=eval_every,
+        chunk=chunk,
+        dtype=None if dtype is DType.auto else dtype.value,
+        arguments=parse_training_arguments(settings or ()),
+    )
+    shape, overrides = changed_config(find_config(preset), config or ())
+    options.run_shown(
+        functools.partial(
+            train_from_scratch,
+            shape,
+            settings=wanted,
+            tokenizer=tokenizer,
+            new_tokenizer=new_tokenizer,
+            name=preset,
+            overrides=overrides,
+        ),
+        target,
+        checkpoints=checkpoints,
+        resume=resume,
+        keep_checkpoints=keep_checkpoints,
+        dry_run=dry_run,
+    )

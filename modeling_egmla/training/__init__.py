@@ -1,0 +1,24 @@
+"""Training: healing of converted models by self-distillation, and training from scratch, on Transformers' Trainer."""
+
+from .arguments import TrainingSettings
+from .healing import heal_checkpoint
+from .losses import distillation_loss
+from .scratch import scratch_settings, train_from_scratch
+from .stages import STAGES, add_lora, lora_targets, merge_lora, set_trainable
+from .trainer import DistillationTrainer, DivergedError
+
+
+__all__ = [
+    "STAGES",
+    "DistillationTrainer",
+    "DivergedError",
+    "TrainingSettings",
+    "add_lora",
+    "distillation_loss",
+    "heal_checkpoint",
+    "lora_targets",
+    "merge_lora",
+    "scratch_settings",
+    "set_trainable",
+    "train_from_scratch",
+]

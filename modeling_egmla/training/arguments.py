@@ -1,0 +1,262 @@
+"""Settings of a run, and what becomes of them as Transformers' TrainingArguments."""
+
+import ast
+import dataclasses
+import difflib
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+
+# Arguments of Trainer that follow from settings of ours.
+RESERVED = {
+    "output_dir": "--checkpoints",
+    "resume_from_checkpoint": "--resume",
+    "max_steps": "--tokens",
+    "num_train_epochs": "--tokens",
+    "per_device_train_batch_size": "--micro-batch-size",
+    "per_device_eval_batch_size": "--micro-batch-size",
+    "gradient_accumulation_steps": "--batch-size and --micro-batch-size",
+    "learning_rate": "--learning-rate",
+    "bf16": "--bf16",
+    "gradient_checkpointing": "--gradient-checkpointing",
+    "activation_checkpointing": "--gradient-checkpointing",
+    "seed": "--seed",
+    "save_steps": "--save-every",
+    "save_strategy": "--save-every",
+    "eval_steps": "--eval-every",
+    "eval_strategy": "--eval-every",
+    "logging_steps": "--save-every",
+    "disable_tqdm": "none: the command shows its own progress",
+    "do_train": "the command itself",
+    "do_eval": "the command itself",
+    "do_predict": "the command itself",
+}
+CHECKPOINTS_KEPT = 2
+MAX_LOGGED = 1000
+
+
+@dataclass
+class TrainingSettings:
+    """Settings of a healing or training run.
+
+    Attributes:
+        data: files, `.jsonl` files or data sets, see `TextSource`.
+        tokens: tokens to train on; more than the data has is read again.
+        eval_data: text to evaluate on; without it a share of the data is held out.
+        eval_share: share of the data's sequences to hold out.
+        eval_tokens: tokens to evaluate on at most.
+        text_field: field of the text in `.jsonl` and data sets.
+        sequence_length: tokens in a sequence.
+        batch_size: sequences of an optimiser step, over all processes.
+        micro_batch_size: sequences in one pass of one process; `None` is all of its share at once.
+        learning_rate, gate_learning_rate: peak rates; `None` is a default of the kind of run.
+        weight_decay: of matrices that are no gates; `None` as above.
+        warmup_share: share of the steps in which the rate rises, before it falls along a cosine.
+        stage: what is trained, one of `STAGES`.
+        kl_weight, ce_weight, temperature: of the loss, see `distillation_loss`.
+        lora_rank: width of LoRA adapters; `None` trains the weights themselves.
+        bf16: compute in bf16, weights and optimiser in fp32.
+        gradient_checkpointing: recompute activations in the backward pass.
+        seed: of the order of the data, and of new weights.
+        save_every, eval_every: optimiser steps between checkpoints and evaluations; `None` is a twentieth and a tenth
+            of the run.
+        chunk: positions whose logits exist at one time.
+        dtype: of the written weights, `None` for that of the model given.
+        arguments: further TrainingArguments by name.
+    """
+
+    data: list[str]
+    tokens: int
+    eval_data: list[str] = field(default_factory=list)
+    eval_share: float = 0.02
+    eval_tokens: int = 65536
+    text_field: str = "text"
+    sequence_length: int = 512
+    batch_size: int = 8
+    micro_batch_size: int | None = None
+    learning_rate: float | None = None
+    gate_learning_rate: float | None = None
+    weight_decay: float | None = None
+    warmup_share: float = 0.05
+    stage: str = "attention"
+    kl_weight: float = 1.0
+    ce_weight: float = 0.0
+    temperature: float = 1.0
+    lora_rank: int | None = None
+    bf16: bool = False
+    gradient_checkpointing: bool = False
+    seed: int = 0
+    save_every: int | None = None
+    eval_every: int | None = None
+    chunk: int = 256
+    dtype: str | None = None
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps: as many as it takes to see the tokens asked for."""
+        return -(-self.tokens // (self.batch_size * self.sequence_length))
+
+
+def check_settings(settings: TrainingSettings, max_length: int) -> None:
+    """Raises `ValueError` for numbers that cannot work; `max_length` is the longest sequence the model takes."""
+    if not settings.data:
+        raise ValueError("There is nothing to train on: name at least one text with data (--data).")
+    for name in ("tokens", "sequence_length", "batch_size", "eval_tokens", "chunk", "save_every", "eval_every"):
+        value = getattr(settings, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{name}={value}: must be at least 1.")
+    if not 2 <= settings.sequence_length <= max_length:
+        raise ValueError(
+            f"sequence_length={settings.sequence_length}: must be from 2 to {max_length}, what the model takes "
+            "(max_position_embeddings)."
+        )
+    for name in ("learning_rate", "gate_learning_rate"):
+        value = getattr(settings, name)
+        if value is not None and not value > 0:
+            raise ValueError(f"{name}={value:g}: must be above 0.")
+    if not 0 <= settings.warmup_share < 1:
+        raise ValueError(f"warmup_share={settings.warmup_share:g}: must be from 0 to below 1.")
+    if not settings.eval_data and not 0 < settings.eval_share <= 0.5:
+        raise ValueError(
+            f"eval_share={settings.eval_share:g}: the share of the data that is held out must be above 0 and at most "
+            "0.5; or name a text of its own with eval_data (--eval-data)."
+        )
+    if settings.eval_tokens < settings.sequence_length:
+        raise ValueError(
+            f"eval_tokens={settings.eval_tokens}: must be at least one sequence of {settings.sequence_length}."
+        )
+
+
+def world_size() -> int:
+    """Processes of this run, as launchers announce them."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def micro_batch(settings: TrainingSettings, processes: int) -> int:
+    """Sequences in one pass of one process.
+
+    Raises:
+        ValueError: when the batch cannot be divided so.
+    """
+    size = settings.micro_batch_size or max(1, settings.batch_size // processes)
+    if size < 1 or settings.batch_size % (size * processes):
+        raise ValueError(
+            f"batch_size={settings.batch_size} cannot be made of passes of {size} sequences on {processes} "
+            f"process{'es' if processes > 1 else ''}; choose a multiple of {size * processes}."
+        )
+    return size
+
+
+def training_arguments(
+    settings: TrainingSettings, folder: Path, defaults: Mapping[str, Any], resuming: bool = False
+) -> TrainingArguments:
+    """Transformers' arguments for a run.
+
+    Args:
+        settings (`TrainingSettings`): ours.
+        folder (`Path`): where checkpoints go.
+        defaults (`Mapping`): of this kind of run: `learning_rate`, `weight_decay`, further arguments, and
+            `gate_factor`, how many times as high the rate of the gates is.
+        resuming (`bool`): a checkpoint is gone on from.
+
+    Raises:
+        ValueError: for a batch that cannot be divided, or arguments Transformers refuses.
+    """
+    processes, steps = world_size(), settings.steps
+    micro = micro_batch(settings, processes)
+    logged = -(-steps // MAX_LOGGED)
+    # A whole number of logged losses between checkpoints: a resumed run then logs what an uninterrupted one does.
+    save = -(-(settings.save_every or max(1, steps // 20)) // logged) * logged
+    values: dict[str, Any] = {
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": round(settings.warmup_share * steps),
+        "save_total_limit": CHECKPOINTS_KEPT,
+        "report_to": "none",
+        "logging_nan_inf_filter": False,
+        "log_level": "error",
+        "use_cpu": not torch.accelerator.is_available(),
+        "dataloader_pin_memory": torch.accelerator.is_available(),
+        **{name: value for name, value in defaults.items() if name != "gate_factor"},
+        "weight_decay": defaults["weight_decay"] if settings.weight_decay is None else settings.weight_decay,
+        **settings.arguments,
+        "output_dir": str(folder),
+        "max_steps": steps,
+        "per_device_train_batch_size": micro,
+        "per_device_eval_batch_size": micro,
+        "gradient_accumulation_steps": settings.batch_size // (micro * processes),
+        "learning_rate": settings.learning_rate or defaults["learning_rate"],
+        "bf16": settings.bf16,
+        "activation_checkpointing": settings.gradient_checkpointing,
+        "seed": settings.seed,
+        "logging_steps": logged,
+        "save_strategy": "steps",
+        "save_steps": save,
+        "eval_strategy": "steps",
+        "eval_steps": settings.eval_every or max(1, steps // 10),
+        "eval_on_start": not resuming,
+        "disable_tqdm": True,
+        "prediction_loss_only": True,
+    }
+    arguments = TrainingArguments(**values)
+    if arguments.n_gpu > 1:
+        raise ValueError(
+            f"{arguments.n_gpu} accelerators are visible to one process: start one process for each with "
+            "`accelerate launch -m egmla ...`, or show it one (CUDA_VISIBLE_DEVICES=0)."
+        )
+    return arguments
+
+
+def parse_training_arguments(pairs: Sequence[str]) -> dict[str, Any]:
+    """TrainingArguments from texts like `lr_scheduler_type=linear`; values are Python literals or plain text.
+
+    Raises:
+        ValueError: for what is no pair, no argument, or has an option of its own here.
+    """
+    known = [item.name for item in dataclasses.fields(TrainingArguments) if item.init]
+    found: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        name = name.strip().replace("-", "_")
+        if not equals:
+            raise ValueError(f"{pair!r}: a setting is written key=value, such as lr_scheduler_type=linear.")
+        if name in RESERVED:
+            raise ValueError(f"{name} follows from other options here: {RESERVED[name]}.")
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=3, cutoff=0.5) or sorted(known)
+            raise ValueError(
+                f"{name!r} is no argument of Transformers' TrainingArguments; there is {', '.join(near)}."
+            )
+        found[name] = parse_value(text)
+    return found
+
+
+def parse_value(text: str) -> Any:
+    """A Python literal, `true`, `false`, or the text itself."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return {"true": True, "false": False}.get(text, text)
+
+
+def parse_count(text: str) -> int:
+    """A number of tokens: 5000000, 5M, 0.5B.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    factors = {"K": 10**3, "M": 10**6, "B": 10**9}
+    number, factor = (text[:-1], factors[text[-1].upper()]) if text[-1:].upper() in factors else (text, 1)
+    try:
+        count = round(float(number) * factor)
+    except (ValueError, OverflowError):
+        count = 0
+    if count < 1:
+        raise ValueError(f"{text!r}: a number of tokens is written 5000000, 5M or 0.5B.")
+    return count

@@ -1,0 +1,143 @@
+"""Healing a converted model: self-distillation from the model it was converted from, or plain cross entropy."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoTokenizer
+
+from egmla import EGMLAConfig, EGMLAForCausalLM
+
+from .arguments import TrainingSettings
+from .report import command_line, public_name, read_report
+from .run import Job, run_job
+from .trainer import check_vocabulary
+from .workspace import Place
+
+
+# Rates for 135M parameters; 2e-5 suits 7B. Gates start at identity and have further to go.
+DEFAULTS = {"learning_rate": 1e-4, "gate_factor": 5.0, "weight_decay": 0.01}
+CONVERSION_REPORT = "conversion_report.json"
+
+
+def heal_checkpoint(
+    converted: str | Path,
+    target: str | Path,
+    settings: TrainingSettings,
+    *,
+    teacher: str | Path | None = None,
+    checkpoints: str | Path | None = None,
+    resume: bool = False,
+    keep_checkpoints: bool = False,
+    dry_run: bool = False,
+    **callbacks: Any,
+) -> dict[str, Any]:
+    """Trains a converted model towards the model it came from, and writes it as a new checkpoint.
+
+    Args:
+        converted (`str` or `Path`): folder or hub id of an EG-MLA checkpoint with its tokenizer.
+        target (`str` or `Path`): a new or empty folder.
+        settings (`TrainingSettings`): data, tokens, stage, loss and the rest.
+        teacher (`str` or `Path`, *optional*): the source: folder, hub id or GGUF file of a causal language model with
+            the same tokenizer. Needed unless `settings.kl_weight` is 0.
+        checkpoints (`str` or `Path`, *optional*): folder for checkpoints, `TARGET.checkpoints` by default.
+        resume (`bool`): go on from the newest checkpoint there; from the beginning where there is none.
+        keep_checkpoints (`bool`): leave that folder there at the end.
+        dry_run (`bool`): check everything, return the plan, write nothing.
+        **callbacks: `progress`, `say` and `show_plan` of `run_job`.
+
+    Returns:
+        `dict`: the training report (also written as `training_report.json`), or with `dry_run` its plan.
+
+    Raises:
+        ValueError, FileNotFoundError, FileExistsError: for bad input, before any long work starts.
+        DivergedError, OSError: as of `run_job`.
+    """
+    place = Place.of(target, checkpoints, resume, keep_checkpoints)
+    config = load_config(converted)
+    tokenizer = load_tokenizer(converted)
+    opened = None if settings.kl_weight == 0 else _open_teacher(teacher, config, tokenizer)
+    folder = Path(converted)
+    earlier = read_report(folder) if folder.is_dir() else None
+    names = {"model": public_name(str(converted)), "teacher": opened and public_name(str(teacher))}
+    options = {"teacher": names["teacher"]}
+    job = Job(
+        "heal",
+        config,
+        tokenizer,
+        build=lambda: EGMLAForCausalLM.from_pretrained(converted, dtype=torch.float32),
+        defaults=DEFAULTS,
+        report={
+            "kind": "heal",
+            "command": command_line(["heal", str(names["model"]), "TARGET"], settings, options),
+            "origin": names,
+            # A model may be healed in stages, each a run of its own.
+            "earlier": [] if earlier is None else [*earlier.pop("earlier", []), earlier],
+        },
+        teacher_config=opened and opened.config,
+        load_teacher=None if opened is None else lambda: _load_teacher(str(teacher)),
+        companions=[file for file in (folder / CONVERSION_REPORT,) if file.is_file()],
+    )
+    return run_job(job, place, settings, dry_run=dry_run, **callbacks)
+
+
+def load_config(model: str | Path) -> EGMLAConfig:
+    """Configuration of an EG-MLA checkpoint.
+
+    Raises:
+        FileNotFoundError: when there is none.
+        ValueError: when it is another kind of model.
+    """
+    path = Path(model)
+    local = path.exists() or str(model).startswith((".", "/", "~")) or str(model).count("/") > 1
+    if local and not (path / "config.json").is_file():
+        raise FileNotFoundError(f"{model} holds no model (no config.json); give the folder of a converted checkpoint.")
+    try:
+        config = AutoConfig.from_pretrained(model)
+    except OSError as error:
+        raise FileNotFoundError(f"{model} is no local folder, and the hub has no model of that name.") from error
+    if config.model_type != "egmla":
+        raise ValueError(
+            f"{model} is a {config.model_type} model; healing trains an EG-MLA model, so convert it first: egmla "
+            f"convert {public_name(str(model))} TARGET --cache 0.5 --calibration FILE."
+        )
+    return config
+
+
+def load_tokenizer(model: str | Path) -> Any:
+    """Tokenizer of a checkpoint.
+
+    Raises:
+        FileNotFoundError: when it has none.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"{model} has no tokenizer that can be read, and training needs it to read text; save the source's there: "
+            f"AutoTokenizer.from_pretrained(SOURCE).save_pretrained({str(model)!r})."
+        ) from error
+
+
+def _open_teacher(teacher: str | Path | None, config: EGMLAConfig, tokenizer: Any) -> Any:
+    from egmla.conversion.sources import open_source
+
+    if teacher is None:
+        raise ValueError(
+            "Self-distillation needs the model this one was converted from: name it as teacher (--teacher SOURCE), or "
+            "train on the text alone with kl_weight=0 and ce_weight=1 (--kl-weight 0 --ce-weight 1)."
+        )
+    opened = open_source(teacher)
+    check_vocabulary(config.vocab_size, opened.config.vocab_size)
+    if opened.tokenizer is not None and opened.tokenizer.get_vocab() != tokenizer.get_vocab():
+        raise ValueError(
+            f"The tokenizer of {teacher} has other tokens than the model's own: what one predicts the other cannot "
+            "learn from. The teacher must be the model this one was converted from, or share its tokenizer."
+        )
+    return opened
+
+
+def _load_teacher(teacher: str) -> Any:
+    from egmla.conversion import load_source
+
+    return load_source(teacher)[0]

@@ -1,0 +1,225 @@
+"""Transformers' Trainer with a loss that sees a teacher, and the guards of a long run."""
+
+import contextlib
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers.trainer_optimizer import is_optimizer_factory
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from .losses import CHUNK, distillation_loss
+from .stages import parameter_groups
+
+
+STATE_NAME = "trainer_state.json"
+
+
+class DivergedError(ValueError):
+    """Loss or gradients were not finite."""
+
+
+class DistillationTrainer(Trainer):
+    """`transformers.Trainer` whose loss is the forward KL divergence to a frozen teacher, cross entropy, or both.
+
+    Evaluation is plain cross entropy, logged with its perplexity. Works without a teacher where `kl_weight` is 0.
+
+    Args:
+        teacher (`PreTrainedModel`, *optional*): model with the student's vocabulary; it is frozen.
+        kl_weight, ce_weight (`float`): weights of the two terms, see `distillation_loss`.
+        temperature (`float`): of the KL term.
+        gate_learning_rate (`float`, *optional*): learning rate of the gates; `args.learning_rate` by default. It
+            follows the same schedule.
+        chunk (`int`): positions whose logits exist at one time.
+        **arguments: as of `transformers.Trainer`.
+
+    Raises:
+        ValueError: for weights that leave no loss, or a KL term without a teacher of the same vocabulary.
+    """
+
+    def __init__(
+        self,
+        *arguments: Any,
+        teacher: PreTrainedModel | None = None,
+        kl_weight: float = 1.0,
+        ce_weight: float = 0.0,
+        temperature: float = 1.0,
+        gate_learning_rate: float | None = None,
+        chunk: int = CHUNK,
+        **more: Any,
+    ) -> None:
+        super().__init__(*arguments, **more)
+        check_weights(kl_weight, ce_weight, temperature)
+        if kl_weight and teacher is None:
+            raise ValueError("A KL term needs a teacher; pass one, or kl_weight=0 and ce_weight=1 for cross entropy.")
+        if teacher is not None and kl_weight:
+            check_vocabulary(self.causal_model.config.vocab_size, teacher.config.vocab_size)
+            teacher = teacher.eval().requires_grad_(False).to(self.args.device)
+        self.teacher = teacher if kl_weight else None
+        self.kl_weight, self.ce_weight, self.temperature, self.chunk = kl_weight, ce_weight, temperature, chunk
+        self.gate_learning_rate = self.args.learning_rate if gate_learning_rate is None else gate_learning_rate
+
+    @property
+    def causal_model(self) -> PreTrainedModel:
+        """The language model itself, out of the wrappers of accelerate and PEFT."""
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Mean loss per predicted token; over the tokens of a whole optimiser step where Trainer gives their number.
+
+        The model is called through its wrapper, so that DDP and FSDP see the call, for one position's logits; the
+        others are made from the last hidden state in chunks.
+        """
+        labels = inputs["labels"]
+        given = {name: value for name, value in inputs.items() if name != "labels"}
+        student = self.causal_model
+        with _last_hidden_state(student.base_model) as captured:
+            # A cache would be filled and thrown away.
+            model(**given, logits_to_keep=1, use_cache=False)
+        training = student.training and torch.is_grad_enabled()
+        teacher_hidden = None
+        if training and self.teacher is not None:
+            with torch.no_grad():
+                teacher_hidden = self.teacher.base_model(**given, use_cache=False).last_hidden_state
+        # Accelerate's mixed precision covers the model's own forward, and not what is called of it from here.
+        with self.accelerator.autocast():
+            total = distillation_loss(
+                student.get_output_embeddings(),
+                captured[0],
+                labels,
+                None if self.teacher is None else self.teacher.get_output_embeddings(),
+                teacher_hidden,
+                kl_weight=self.kl_weight if training else 0.0,
+                ce_weight=self.ce_weight if training else 1.0,
+                temperature=self.temperature,
+                chunk=self.chunk,
+            )
+        if training and num_items_in_batch is not None:
+            # DDP averages gradients over its ranks, and the number is that of all ranks together.
+            ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+            loss = total * ranks / num_items_in_batch
+        else:
+            loss = total / (labels[:, 1:] != -100).sum()
+        return (loss, {"loss": loss}) if return_outputs else loss
+
+    def training_step(self, *arguments, **more):
+        """As in `Trainer`; stops at a loss that is not finite, before it reaches the weights.
+
+        Raises:
+            DivergedError: names the step.
+        """
+        loss = super().training_step(*arguments, **more)
+        if not torch.isfinite(loss):
+            raise DivergedError(f"The loss of optimiser step {self.state.global_step + 1} is {loss.item()}.")
+        return loss
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        # Called by Trainer after clipping and before the optimiser's step.
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if norm is not None and not math.isfinite(norm) and not self.accelerator.scaler:
+            raise DivergedError(f"The gradient of optimiser step {self.state.global_step + 1} has the norm {norm}.")
+        return norm
+
+    def create_optimizer(self, model=None):
+        """Optimiser with the gates in a group of their own: own learning rate, no weight decay."""
+        model = self.model if model is None else model
+        if self.optimizer is not None:
+            return self.optimizer
+        optimizer_class, keywords = self.get_optimizer_cls_and_kwargs(self.args, model)
+        if is_optimizer_factory(optimizer_class) or {"params", "model", "optimizer_dict"} & set(keywords):
+            raise ValueError(
+                f"optim={self.args.optim} makes its own groups of parameters, so gates would have no learning rate of "
+                "their own; use one that takes groups, such as adamw_torch or adafactor."
+            )
+        groups = parameter_groups(
+            model,
+            set(self.get_decay_parameter_names(model)),
+            self.args.weight_decay,
+            self.args.learning_rate,
+            self.gate_learning_rate,
+        )
+        self.optimizer = optimizer_class(groups, **keywords)
+        return self.optimizer
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As in `Trainer`; an evaluation's loss comes with its perplexity."""
+        if "eval_loss" in logs:
+            logs["eval_perplexity"] = math.exp(min(logs["eval_loss"], 700.0))
+        super().log(logs, start_time)
+
+
+def check_weights(kl_weight: float, ce_weight: float, temperature: float) -> None:
+    """Raises `ValueError` for weights that are negative or all zero, or a temperature that is not positive."""
+    if kl_weight < 0 or ce_weight < 0 or not kl_weight + ce_weight > 0:
+        raise ValueError(
+            f"kl_weight={kl_weight:g} and ce_weight={ce_weight:g}: neither may be negative, and one must be above 0."
+        )
+    if not temperature > 0:
+        raise ValueError(f"temperature={temperature:g}: must be above 0; 1 compares the distributions as they are.")
+
+
+def check_vocabulary(student: int, teacher: int) -> None:
+    """Raises `ValueError` when two vocabulary sizes differ."""
+    if student != teacher:
+        raise ValueError(
+            f"The teacher has a vocabulary of {teacher:,} and the student one of {student:,}: their predictions "
+            "cannot be compared. The teacher must be the model this one was converted from, or a larger one with the "
+            "same tokenizer."
+        )
+
+
+@contextlib.contextmanager
+def _last_hidden_state(base_model: nn.Module) -> Iterator[list[torch.Tensor]]:
+    """A list that takes up the last hidden state of each call of a base model."""
+    captured: list[torch.Tensor] = []
+    hook = base_model.register_forward_hook(lambda module, args, output: captured.append(output[0]))
+    try:
+        yield captured
+    finally:
+        hook.remove()
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that was written whole; a kill or a full disk leaves unfinished ones behind."""
+    found = [
+        (int(path.name.rpartition("-")[2]), path)
+        for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+        if path.name.rpartition("-")[2].isdecimal() and _is_whole(path)
+    ]
+    return max(found)[1] if found else None
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:  # Trainer writes this file last
+        return json.loads((checkpoint / STATE_NAME).read_text(encoding="utf-8"))["global_step"] > 0
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+class ProgressReport(TrainerCallback):
+    """Tells a function of (stage, done, total) how far training is, and another what evaluations found.
+
+    Args:
+        progress, say (*optional*): the two functions.
+        tokens_per_step (`int`): tokens of an optimiser step.
+    """
+
+    def __init__(self, progress, say, tokens_per_step: int) -> None:
+        self.progress, self.say, self.tokens_per_step = progress, say, tokens_per_step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.progress is not None and state.is_world_process_zero:
+            self.progress("train", state.global_step, state.max_steps)
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        if self.say is not None and state.is_world_process_zero:
+            losses = [row["loss"] for row in state.log_history if "loss" in row]
+            loss = f", training loss {losses[-1]:.4f}" if losses else ""
+            perplexity = math.exp(min(kwargs["metrics"]["eval_loss"], 700.0))
+            self.say(f"{state.global_step * self.tokens_per_step:,} tokens: perplexity {perplexity:.3f}{loss}")

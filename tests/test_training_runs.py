@@ -1,0 +1,503 @@
+"""Whole runs of `egmla heal` and `egmla train`: what they leave and refuse, kills, full disks, two processes."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from cases import difference
+from test_commands import SHAPE, run
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from egmla import EGMLAConfig, EGMLAForCausalLM
+from egmla.conversion import convert_checkpoint
+from egmla.evaluation import sample_text
+from egmla.evaluation.perplexity import perplexity, recovered_share
+from egmla.model_cards import write_card
+from egmla.publishing.checks import check_folder
+from egmla.training import DivergedError, TrainingSettings, heal_checkpoint, scratch_settings, train_from_scratch
+from egmla.training.data import TextSource, packed_sequences
+from egmla.training.scratch import train_tokenizer
+from egmla.training.trainer import DistillationTrainer
+
+
+pytest.importorskip("matplotlib")
+VOCABULARY = 320
+# 12 steps of 4 sequences of 32 tokens, a checkpoint every four
+SMALL = {
+    "tokens": 1500,
+    "sequence_length": 32,
+    "batch_size": 4,
+    "learning_rate": 2e-3,
+    "save_every": 4,
+    "eval_every": 6,
+    "eval_tokens": 256,
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> Path:
+    """A folder with a small Llama, its conversions to half the cache, and two texts."""
+    root = tmp_path_factory.mktemp("models")
+    torch.manual_seed(0)
+    (root / "text.txt").write_text(sample_text("calibration")[:80_000])
+    (root / "other.txt").write_text(sample_text("evaluation")[:30_000])
+    shape = {**SHAPE, "vocab_size": VOCABULARY, "initializer_range": 0.3, "max_position_embeddings": 128}
+    LlamaForCausalLM(LlamaConfig(**shape, num_key_value_heads=2, head_dim=8)).save_pretrained(root / "source")
+    train_tokenizer(TrainingSettings([str(root / "text.txt")], 1), VOCABULARY).save_pretrained(root / "source")
+    convert_checkpoint(
+        root / "source",
+        root / "half",
+        kv_lora_rank=12,
+        qk_rope_head_dim=4,
+        calibration=root / "text.txt",
+        calibration_tokens=4096,
+    )
+    # Dropout draws random numbers, so that a resumed run shows whether their state came back.
+    config = json.loads((root / "half" / "config.json").read_text())
+    (root / "half" / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.1}))
+    return root
+
+
+def settings(models: Path, **changes) -> TrainingSettings:
+    return TrainingSettings(**{"data": [str(models / "text.txt")], **SMALL, **changes})
+
+
+def heal(models: Path, target: Path, *, teacher="source", model="half", places=None, **changes) -> dict:
+    teacher = None if teacher is None else models / teacher
+    return heal_checkpoint(models / model, target, settings(models, **changes), teacher=teacher, **(places or {}))
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return EGMLAForCausalLM.from_pretrained(folder).state_dict()
+
+
+def same_weights(left: Path, right: Path) -> bool:
+    one, two = weights(left), weights(right)
+    return one.keys() == two.keys() and all(torch.equal(tensor, two[name]) for name, tensor in one.items())
+
+
+# healing
+
+
+def test_heal_leaves_a_model_and_a_report(models, tmp_path):
+    target = tmp_path / "healed"
+    said = []
+    report = heal(models, target, eval_data=[str(models / "other.txt")], places={"say": said.append})
+    assert json.loads((target / "training_report.json").read_text()) == json.loads(json.dumps(report, default=str))
+    assert (target / "training_loss.png").read_bytes().startswith(b"\x89PNG")
+    assert (target / "conversion_report.json").is_file()
+    assert not list(tmp_path.glob("*.checkpoints"))
+    assert not list(target.glob("*.bin"))
+    check_folder(target)  # code, safetensors, no paths of this machine
+    assert report["command"].startswith("egmla heal half TARGET --teacher source --data text.txt --tokens 1500")
+    assert "--eval-data other.txt" in report["command"]
+    # 12 steps of 4 x 32; perplexities are those of `egmla.evaluation` on the same sequences.
+    assert (report["plan"]["steps"], report["tokens"], len(report["losses"])) == (12, 1536, 12)
+    assert [row["step"] for row in report["evaluations"]] == [0, 6, 12]
+    tokenizer = AutoTokenizer.from_pretrained(target)
+    sequences = list(packed_sequences(TextSource(str(models / "other.txt")), tokenizer, 32))[:8]
+    windows = torch.stack([torch.from_numpy(ids).long() for ids in sequences])
+    for name, folder in (("0 tokens", models / "half"), ("trained", target), ("teacher", models / "source")):
+        measured = perplexity(AutoModelForCausalLM.from_pretrained(folder).eval(), windows)
+        assert report["perplexity"][name] == pytest.approx(measured, rel=1e-5), name
+    assert any(line.startswith("0 tokens: perplexity") for line in said)
+    trained, before = weights(target), weights(models / "half")
+    changed = {name for name in trained if not torch.equal(trained[name], before[name])}
+    assert any("kv_gate_norm" in name for name in changed)
+    assert not any("mlp." in name or "embed_tokens" in name or "lm_head" in name for name in changed)
+    config = EGMLAConfig.from_pretrained(target)
+    assert config.use_cache
+    assert config.to_diff_dict() == EGMLAConfig.from_pretrained(models / "half").to_diff_dict()
+
+
+def test_healing_brings_the_student_nearer_and_cross_entropy_needs_no_teacher(models, tmp_path):
+    other = [str(models / "other.txt")]
+    distilled = heal(models, tmp_path / "kl", tokens=20_000, eval_every=100, eval_data=other)
+    losses = [row["loss"] for row in distilled["losses"]]
+    assert sum(losses[-20:]) < 0.85 * sum(losses[3:23])
+    plain = heal(models, tmp_path / "ce", teacher=None, kl_weight=0.0, ce_weight=1.0, eval_data=other)
+    assert plain["perplexity"]["teacher"] is None
+    assert plain["perplexity"]["0 tokens"] == pytest.approx(distilled["perplexity"]["0 tokens"], rel=1e-5)
+
+
+def test_recovered_share_is_of_the_log_perplexity():
+    assert recovered_share(10.0, 40.0, 20.0) == pytest.approx(0.5)
+    assert recovered_share(10.0, 9.0, 8.0) is None
+    assert recovered_share(None, 40.0, 20.0) is None
+
+
+def test_lora_healing_is_merged_and_a_second_healing_remembers_the_first(models, tmp_path):
+    first = heal(models, tmp_path / "lora", lora_rank=4, gate_learning_rate=0.02, dtype="bfloat16")
+    trained = weights(tmp_path / "lora")
+    assert trained.keys() == weights(models / "half").keys()
+    assert {tensor.dtype for tensor in trained.values() if tensor.is_floating_point()} == {torch.bfloat16}
+    assert first["plan"]["trained_parameters"] < first["plan"]["parameters"] / 2
+    assert first["dtype"] == "bfloat16"
+    second = heal(models, tmp_path / "again", model=str(tmp_path / "lora"), stage="gate")
+    assert [report["origin"]["model"] for report in second["earlier"]] == ["half"]
+    assert second["origin"]["model"] == "lora"
+    assert second["perplexity"]["0 tokens"] == pytest.approx(first["perplexity"]["trained"], rel=0.02)
+
+
+def test_dry_run_writes_and_loads_nothing(models, tmp_path, monkeypatch):
+    monkeypatch.setattr(EGMLAForCausalLM, "from_pretrained", None)
+    plan = heal(models, tmp_path / "healed", places={"dry_run": True})
+    assert plan["tokens"] == 1536
+    assert plan["flops"] > 0
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_card_of_a_healed_model_has_the_figures_of_its_report(models, tmp_path):
+    """0-token figures beside healed ones, every stage with its command; what is no longer true is not said."""
+    heal(models, tmp_path / "first", stage="gate")
+    report = heal(models, tmp_path / "second", model=str(tmp_path / "first"), dtype="bfloat16", lora_rank=2)
+    card = write_card(tmp_path / "second")[-1].read_text()
+    section = card.partition("\n## Healing\n")[2].partition("\n## ")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines() if line.startswith("|")]
+    perplexity = {name: f"{value:.3f}" for name, value in report["perplexity"].items()}
+    assert rows[2:] == [
+        ["teacher", "", perplexity["teacher"]],
+        ["before the last stage", "1,536", perplexity["0 tokens"]],
+        ["this model", "3,072", perplexity["trained"]],
+    ]
+    assert section.count("egmla heal ") == 2
+    assert "stage `gate`" in section and "LoRA of rank 2" in section and "rounded to bfloat16" in section
+    assert report["data"][0]["sha256"] in section
+    assert "at identity" not in card and "Nothing was trained" not in card
+    assert "(bfloat16)" in card
+    check_folder(tmp_path / "second")
+    first = write_card(tmp_path / "first")[-1].read_text()
+    assert "| converted | 0 |" in first and "rounded to" not in first
+    (tmp_path / "first" / "training_report.json").write_text("{}")
+    with pytest.raises(ValueError, match="lacks command, commit, data"):
+        write_card(tmp_path / "first")
+
+
+# interruptions
+
+KILLED = """
+import os, signal, sys
+import torch
+torch.set_num_threads(1)
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+from egmla.training.trainer import ProgressReport
+from test_training_runs import heal
+
+def kill(self, args, state, control, **kwargs):
+    if state.global_step == {step}:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+ProgressReport.on_step_end = kill
+heal(Path({models!r}), Path({target!r}), **{changes!r})
+"""
+
+
+@pytest.mark.parametrize("changes", [{}, {"lora_rank": 3, "micro_batch_size": 2}], ids=["weights", "adapters"])
+def test_a_killed_run_goes_on_bit_for_bit(models, tmp_path, changes):
+    whole = heal(models, tmp_path / "whole", **changes)
+    target = tmp_path / "killed"
+    script = KILLED.format(
+        tests=str(Path(__file__).parent), models=str(models), target=str(target), changes=changes, step=10
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=600)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    work = tmp_path / "killed.checkpoints"
+    assert not target.exists()
+    assert {path.name for path in work.glob("checkpoint-*")} == {"checkpoint-4", "checkpoint-8"}
+    # What a kill in the middle of a save leaves behind.
+    (work / "checkpoint-12").mkdir()
+    (work / "checkpoint-12" / "model.safetensors").write_bytes(b"half of it")
+    report = heal(models, target, places={"resume": True}, **changes)
+    assert report["resumed_at_step"] == 8
+    assert report["losses"] == whole["losses"]
+    assert report["evaluations"] == whole["evaluations"]
+    assert report["perplexity"] == whole["perplexity"]
+    assert same_weights(target, tmp_path / "whole")
+
+
+def test_resume_wants_the_same_run(models, tmp_path, monkeypatch):
+    target, work = tmp_path / "healed", tmp_path / "healed.checkpoints"
+    monkeypatch.setattr("egmla.training.run._write_target", fail_with(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        heal(models, target)
+    assert {path.name for path in work.glob("checkpoint-*")} == {"checkpoint-8", "checkpoint-12"}
+    with pytest.raises(FileExistsError, match="holds an interrupted run"):
+        heal(models, target)
+    with pytest.raises(ValueError, match=r"other settings \(seed; seed was 0 and is 1\)"):
+        heal(models, target, places={"resume": True}, seed=1)
+    with pytest.raises(ValueError, match=r"other settings \(data"):
+        heal(models, target, places={"resume": True}, data=[str(models / "other.txt")])
+    monkeypatch.undo()
+    report = heal(models, target, places={"resume": True})  # all steps were done, what was left is to write
+    assert report["resumed_at_step"] == 12
+    assert len(report["losses"]) == 12
+    assert not work.exists()
+
+
+def test_resume_without_anything_to_go_on_from_starts(models, tmp_path):
+    assert heal(models, tmp_path / "healed", places={"resume": True})["resumed_at_step"] == 0
+
+
+def fail_with(error: BaseException):
+    def fail(*args, **kwargs):
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_loss_that_is_not_finite_stops_before_the_weights(models, tmp_path, monkeypatch, where):
+    factor = torch.nan if where == "loss" else 1.0
+    monkeypatch.setattr(DistillationTrainer, "compute_loss", poisoned(DistillationTrainer.compute_loss, factor))
+    with pytest.raises(DivergedError, match=r"optimiser step 7 .*checkpoint-4") as caught:
+        heal(models, tmp_path / "healed")
+    assert isinstance(caught.value, ValueError)
+    assert not (tmp_path / "healed").exists()
+    checkpoint = tmp_path / "healed.checkpoints" / "checkpoint-4"
+    assert all(tensor.isfinite().all() for tensor in weights(checkpoint).values())
+    AutoTokenizer.from_pretrained(checkpoint)
+
+
+class InfiniteGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * torch.inf
+
+
+def poisoned(compute, factor: float):
+    """A loss that is multiplied by `factor` at the seventh step, and has an infinite gradient there."""
+
+    def compute_loss(self, model, inputs, **kwargs):
+        loss = compute(self, model, inputs, **kwargs)
+        return InfiniteGradient.apply(loss) * factor if model.training and self.state.global_step == 6 else loss
+
+    return compute_loss
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(models, tmp_path, monkeypatch):
+    whole = heal(models, tmp_path / "whole")
+    save = torch.save
+
+    def full(content, file, *args, **kwargs):
+        if "checkpoint-8" in str(file):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(content, file, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match=r"checkpoint-4.*--resume"):
+        heal(models, tmp_path / "healed")
+    assert not (tmp_path / "healed").exists()
+    monkeypatch.undo()
+    report = heal(models, tmp_path / "healed", places={"resume": True})
+    assert report["resumed_at_step"] == 4
+    assert report["losses"] == whole["losses"]
+
+
+# bad input
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--tokens", "some"), "a number of tokens is written"),
+        (("--sequence-length", "999"), "sequence_length=999: must be from 2 to 128"),
+        (("--sequence-length", "128", "--batch-size", "2000"), "at least 2000 (one batch)"),
+        (("--batch-size", "6", "--micro-batch-size", "4"), "choose a multiple of 4"),
+        (("--kl-weight", "0"), "one must be above 0"),
+        (("--lora-rank", "0"), "lora_rank=0: must be at least 1"),
+        (("--data", "nowhere.txt"), "nowhere.txt does not exist"),
+        (("--set", "max_steps=4"), "max_steps follows from other options"),
+        (("--set", "lr_scheduler_type=zigzag"), "zigzag"),
+        (("--eval-share", "0"), "eval_share=0"),
+        (("--eval-data", "TEXT"), "evaluated on and trained on"),
+        (("--eval-data", "COPY"), "occur word for word"),
+        (("--warmup-share", "1.5"), "warmup_share=1.5"),
+        (("--learning-rate", "0"), "learning_rate=0: must be above 0"),
+        (("--temperature", "0"), "temperature=0: must be above 0"),
+        (("--teacher", "OTHER"), "vocabulary of 40"),
+        (("--teacher", "NONE"), "no folder"),
+    ],
+)
+def test_heal_refuses(models, tmp_path, options, message):
+    LlamaForCausalLM(LlamaConfig(**{**SHAPE, "vocab_size": 40}, num_key_value_heads=2)).save_pretrained(
+        tmp_path / "other"
+    )
+    copy = tmp_path / "copy.txt"
+    copy.write_text("Foreword. " + (models / "text.txt").read_text()[:9000])
+    names = {
+        "TEXT": models / "text.txt",
+        "COPY": copy,
+        "OTHER": tmp_path / "other",
+        "NONE": "./nowhere",
+    }
+    given = ["--data", models / "text.txt", "--tokens", 1500, "--sequence-length", 32, "--batch-size", 4]
+    given += ["--teacher", models / "source", *(names.get(option, option) for option in options)]
+    result = run("heal", models / "half", tmp_path / "healed", *given)
+    assert result.exit_code == 1
+    assert message in result.stderr
+    assert "Traceback" not in result.output
+    assert not list(tmp_path.glob("healed*"))
+
+
+def test_heal_refuses_other_models_and_a_full_target(models, tmp_path):
+    common = ("--data", models / "text.txt", "--tokens", 1500)
+    assert "healing trains an EG-MLA model" in run("heal", models / "source", tmp_path / "healed", *common).stderr
+    assert "is not empty" in run("heal", models / "half", models / "source", *common).stderr
+    assert "name it as teacher" in run("heal", models / "half", tmp_path / "healed", *common).stderr
+    bare = tmp_path / "bare"
+    EGMLAForCausalLM.from_pretrained(models / "half").save_pretrained(bare)
+    assert "has no tokenizer" in run("heal", bare, tmp_path / "healed", *common).stderr
+    assert not (tmp_path / "healed").exists()
+
+
+def test_heal_refuses_a_teacher_with_other_tokens(models, tmp_path):
+    LlamaForCausalLM.from_pretrained(models / "source").save_pretrained(tmp_path / "teacher")
+    tokenizer = AutoTokenizer.from_pretrained(models / "source")
+    tokenizer.add_tokens(["something"])
+    tokenizer.save_pretrained(tmp_path / "teacher")
+    with pytest.raises(ValueError, match="has other tokens"):
+        heal(models, tmp_path / "healed", teacher=str(tmp_path / "teacher"))
+
+
+def test_heal_refuses_a_disk_without_room(models, tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 2**20})())
+    with pytest.raises(OSError, match=r"needs about .* GiB left; free space"):
+        heal(models, tmp_path / "healed", tokens=2_000_000)
+
+
+# training from scratch
+
+TINY = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "kv_lora_rank": 12,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+    "kv_gate_embedding_dim": 6,
+}
+
+
+def test_train_from_a_preset(models, tmp_path):
+    """The command, with a tokenizer made on the way; the result answers and its report says how it came about."""
+    fields = [word for key, value in TINY.items() for word in ("--config", f"{key}={value}")]
+    target = tmp_path / "trained"
+    numbers = ("--tokens", "40K", "--sequence-length", 32, "--batch-size", 8, "--learning-rate", 0.005)
+    options = ("--new-tokenizer", 300, "--data", models / "text.txt", *numbers, "--set", "max_grad_norm=0.5")
+    result = run("train", "egmla-kv64-120m", target, *fields, *options)
+    assert result.exit_code == 0, result.output
+    assert "after 40,192 tokens" in result.stdout
+    assert "operations, about" in result.stderr
+    report = json.loads((target / "training_report.json").read_text())
+    assert report["kind"] == "train"
+    assert report["perplexity"]["0 tokens"] > 1.5 * report["perplexity"]["trained"]
+    assert "--new-tokenizer 300" in report["command"]
+    assert "--config kv_lora_rank=12" in report["command"]
+    assert "--set max_grad_norm=0.5" in report["command"]
+    assert "kl" not in report["command"]
+    config = EGMLAConfig.from_pretrained(target)
+    assert (config.vocab_size, config.eos_token_id, config.kv_gate_embedding_dim) == (300, 0, 6)
+    tokenizer = AutoTokenizer.from_pretrained(target)
+    text = (models / "text.txt").read_text()[:500]
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    assert run("generate", target, "--prompt", "Alice", "--max-new-tokens", 3).exit_code == 0
+    check_folder(target)
+
+
+def scratch(models, target, places=None, **changes):
+    values = {"data": [str(models / "text.txt")], **SMALL, **changes}
+    config = EGMLAConfig(**TINY, vocab_size=VOCABULARY, attention_dropout=0.1)
+    options = {"tokenizer": str(models / "source"), **(places or {})}
+    return train_from_scratch(config, target, scratch_settings(**values), **options)
+
+
+def test_train_is_repeatable(models, tmp_path):
+    one, two, other = (
+        scratch(models, tmp_path / name, seed=seed) for name, seed in (("one", 0), ("two", 0), ("other", 1))
+    )
+    assert one["losses"] == two["losses"]
+    assert same_weights(tmp_path / "one", tmp_path / "two")
+    assert one["losses"] != other["losses"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ((), "Training needs a tokenizer"),
+        (("--new-tokenizer", "100"), "must be at least 257"),
+        (("--new-tokenizer", "9000"), "tokens only, and 9000 were asked for"),
+        (("--tokenizer", "SOURCE", "--config", "vocab_size=50"), f"--config vocab_size={VOCABULARY}"),
+        (("--tokenizer", "SOURCE", "--config", "hiden_size=50"), "there is hidden_size"),
+        (("--tokenizer", "SOURCE", "--config", "hidden_size"), "written key=value"),
+        (("--tokenizer", "SOURCE", "--config", "kv_lora_rank=0"), "must be a positive number"),
+    ],
+)
+def test_train_refuses(models, tmp_path, options, message):
+    options = [models / "source" if option == "SOURCE" else option for option in options]
+    common = ("--data", models / "text.txt", "--tokens", 1500, "--sequence-length", 32)
+    result = run("train", "egmla-kv16-120m", tmp_path / "trained", *common, *options)
+    assert result.exit_code == 1
+    assert message in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+# processes
+
+
+def test_two_processes_train_as_one(models, tmp_path):
+    """`accelerate launch` with two gloo ranks: the same losses and weights within rounding."""
+    (tmp_path / "half").mkdir()
+    for file in (models / "half").iterdir():
+        (tmp_path / "half" / file.name).write_bytes(file.read_bytes())
+    config = json.loads((tmp_path / "half" / "config.json").read_text())
+    (tmp_path / "half" / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.0}))
+    one = heal(models, tmp_path / "one", model=str(tmp_path / "half"), tokens=20 * 128)
+    target = tmp_path / "two"
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    command = ["heal", tmp_path / "half", target, "--teacher", models / "source", "--data", models / "text.txt"]
+    for name, value in {**SMALL, "tokens": 20 * 128}.items():
+        command += [f"--{name.replace('_', '-')}", value]
+    done = subprocess.run(
+        [*launch, "-m", "egmla", *map(str, command)],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    two = json.loads((target / "training_report.json").read_text())
+    assert two["settings"]["processes"] == 2
+    assert [row["loss"] for row in two["losses"]] == pytest.approx([row["loss"] for row in one["losses"]], rel=1e-4)
+    assert two["perplexity"]["trained"] == pytest.approx(one["perplexity"]["trained"], rel=1e-4)
+    left, right = weights(tmp_path / "one"), weights(target)
+    assert max(difference(tensor, right[name]) for name, tensor in left.items()) < 1e-4
+
+
+def test_healed_models_load_without_the_package(models, tmp_path, clean_python):
+    heal(models, tmp_path / "healed")
+    script = (
+        "import sys, torch; from transformers import AutoModelForCausalLM as A, AutoTokenizer as T; "
+        f"m = A.from_pretrained({str(tmp_path / 'healed')!r}, trust_remote_code=True); "
+        f"T.from_pretrained({str(tmp_path / 'healed')!r}); "
+        "print(m(torch.arange(5)[None]).logits.double().sum().item(), 'egmla' in sys.modules)"
+    )
+    done = subprocess.run([clean_python, "-c", script], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    total, imported = done.stdout.split()[-2:]
+    model = EGMLAForCausalLM.from_pretrained(tmp_path / "healed")
+    assert imported == "False"
+    assert float(total) == pytest.approx(model(torch.arange(5)[None]).logits.double().sum().item(), rel=1e-5)
