@@ -125,7 +125,7 @@ def render_card(
 
     `scores` are those of `read_scores`, by default what an earlier card took along.
     """
-    from huggingface_hub import ModelCard
+    from jinja2 import Template
 
     folder = Path(folder)
     config, conversion, training = _config(folder), _read_conversion(folder), _read_training(folder)
@@ -138,9 +138,10 @@ def render_card(
         license, license_name = origin.get("license"), license_name or origin.get("license_name")
     base_model = base_model or origin.get("base_model")
     title = folder.resolve().name
-    card = ModelCard.from_template(
-        _card_data(conversion, license, license_name, base_model, _model_index(title, results)),
-        template_path=str(TEMPLATE),
+    data = _card_data(conversion, license, license_name, base_model, _model_index(title, results))
+    # As `ModelCard.from_template`, which would parse the metadata again and merge tasks on one data set.
+    return Template(TEMPLATE.read_text(encoding="utf-8"), keep_trailing_newline=True).render(
+        card_data=data.to_yaml(),
         title=title,
         summary=_summary(config, conversion, base_model, training is not None),
         dtype=(training or conversion)["dtype"],
@@ -157,7 +158,6 @@ def render_card(
         limits=_limits(conversion, results, training, _changed(folder, training or conversion)),
         licence=_licence(license, license_name, base_model or origin["label"]),
     )
-    return str(card)
 
 
 def _stated_before(card: str) -> dict[str, str]:
@@ -367,7 +367,7 @@ def _score_table(results, source_results, comparison, perplexity: bool) -> str:
         return ""
     source = {_key(row): row for row in flat_scores(source_results)} if source_results else {}
     paired = {_key(row): row for row in comparison["scores"] if row["model"] == "this model"} if comparison else {}
-    heads = ["task", "metric", "questions", "examples", "this model"]
+    heads = ["task", "metric", "questions", "shots", "this model"]
     heads += ["source", "difference, paired"] if source else []
     lines = [f"| {' | '.join(heads)} |", f"| --- | --- |{' ---: |' * (len(heads) - 2)}"]
     for row in rows:
