@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from egmla.provenance import software_versions, source_commit, weights_sha256
+from egmla.provenance import software_versions, source_commit
 
 from .arguments import TrainingSettings
 
@@ -105,11 +105,8 @@ def provenance() -> dict[str, Any]:
 
 
 def write_report(folder: Path, report: Mapping[str, Any]) -> None:
-    """Writes a training report into a checkpoint folder whose weights are there already."""
-    text = (
-        json.dumps({**report, "weights_sha256": weights_sha256(folder)}, indent=2, ensure_ascii=False, default=str)
-        + "\n"
-    )
+    """Writes a training report into a checkpoint folder."""
+    text = json.dumps(report, indent=2, ensure_ascii=False, default=str) + "\n"
     (folder / REPORT_NAME).write_text(text, encoding="utf-8")
 
 

@@ -21,6 +21,7 @@ from egmla.conversion.writing import staged_folder
 from egmla.evaluation.accounting import meta_model
 from egmla.evaluation.perplexity import perplexity
 from egmla.evaluation.plots import check_matplotlib
+from egmla.provenance import weights_sha256
 
 from .arguments import TrainingSettings, check_settings, micro_batch, training_arguments, world_size
 from .data import PackedDataset, Progress, TextSource, read_sequences
@@ -313,6 +314,7 @@ def _write_target(
             job.tokenizer.save_pretrained(folder)
             for file in job.companions:
                 shutil.copy(file, folder / file.name)
+            report["weights_sha256"] = weights_sha256(folder)
             write_report(folder, report)
             plot_training(report, folder / PLOT_NAME)
     state.wait_for_everyone()
