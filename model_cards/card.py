@@ -83,8 +83,8 @@ def write_card(
         )
     content = None if scores is None else read_scores(folder, Path(scores))
     stated = {"license": license, "license_name": license_name, "base_model": base_model, "repo_id": repo_id}
-    stated = _stated_before(earlier) | {key: value for key, value in stated.items() if value}
-    text = render_card(folder, scores=content, **stated)
+    known: dict[str, Any] = _stated_before(earlier) | {key: value for key, value in stated.items() if value}
+    text = render_card(folder, scores=content, **known)
     if problems := card_problems(text):
         raise ValueError(f"The card of {folder} would be refused: {' '.join(problems)}")
     # All is known to be right: now the files.
@@ -256,7 +256,9 @@ def _model_index(title: str, results: Mapping[str, Any] | None) -> list[dict[str
     Not `EvalResult`s: huggingface_hub merges those of one data set, and two tasks may ask it in two ways.
     """
     entries: dict[str, dict[str, Any]] = {}
-    for row in _top_scores(results) if results else ():
+    if results is None:
+        return []
+    for row in _top_scores(results):
         task = row["task"]
         entry = entries.setdefault(
             task, {"task": {"type": "text-generation"}, "dataset": _dataset(results, task), "metrics": []}
@@ -378,8 +380,10 @@ def _score_table(results, source_results, comparison, perplexity: bool) -> str:
         if source:
             other, pair = source.get(_key(row)), paired.get(_key(row))
             cells.append(_figure(other["value"], other["stderr"]) if other else "not measured")
-            known = pair is not None and pair["difference"] is not None
-            cells.append(_figure(pair["difference"], pair["difference_stderr"], "+") if known else "not measured")
+            if pair is not None and pair["difference"] is not None:
+                cells.append(_figure(pair["difference"], pair["difference_stderr"], "+"))
+            else:
+                cells.append("not measured")
         lines.append(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |")
     return "\n".join(lines)
 

@@ -121,21 +121,21 @@ def _from_comparison(folder: Path, content: Mapping[str, Any], file: Path) -> di
             f"{file} is of a model that cached {model['cache_elements_per_token']} elements per token, and {folder} "
             f"caches {elements}: compare them again."
         )
-    names = {source["name"]: "source", model["name"]: "this model"}
+    labels = {source["name"]: "source", model["name"]: "this model"}
     return {
         RESULTS: public_results(model["results"], folder.resolve().name),
         SOURCE_RESULTS: public_results(source["results"], _public_name(source["path"])),
         COMPARISON: {
             "models": [
                 {
-                    "name": names[entry["name"]],
+                    "name": labels[entry["name"]],
                     "cache_elements_per_token": entry["cache_elements_per_token"],
                     "cache_bytes_per_token": entry["cache_bytes_per_token"],
                 }
                 for entry in (source, model)
             ],
             "scores": [
-                {**score, "model": names[score["model"]]} for score in content["scores"] if score["model"] in names
+                {**score, "model": labels[score["model"]]} for score in content["scores"] if score["model"] in labels
             ],
             "settings": public_settings(content["settings"]),
         },
