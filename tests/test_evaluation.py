@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, DeepseekV3Config, GPT2Config, LlamaConfig, MambaConfig
 
 from egmla import EGMLAConfig
+from egmla.configuration import load_preset
 from egmla.evaluation import sample_path, sample_text
 from egmla.evaluation.accounting import cache_elements_per_layer, cache_nbytes, count_parameters, meta_model
 from egmla.evaluation.comparison import ComparisonRow, compare, measurement_notes
@@ -78,6 +79,13 @@ def test_token_windows():
 def test_cache_elements_are_counted(kind):
     config, elements = CONFIGS[kind]
     assert cache_elements_per_layer(meta_model(config)) == [elements] * 2
+
+
+def test_counting_leaves_the_configuration_alone():
+    config = load_preset("egmla-kv16-120m")
+    before = config.to_dict()
+    meta_model(config)
+    assert config.to_dict() == before
 
 
 def test_cache_elements_of_an_unlike_cache():

@@ -1,5 +1,6 @@
 """Parameters by part, and cache elements and bytes, of any causal language model; nothing here needs weights."""
 
+import copy
 from collections import Counter
 from typing import Any
 
@@ -14,8 +15,8 @@ PARTS = ("embeddings", "attention", "gate tables", "MLP", "norms and other")
 def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
     """The model of a configuration on the meta device: shapes without memory."""
     with torch.device("meta"):
-        # The grouped products of experts know no other format there.
-        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        # The grouped products of experts know no other format there. A copy: the format is noted in the configuration.
+        return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.bfloat16)
 
 
 def _part(name: str) -> str:

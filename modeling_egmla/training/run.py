@@ -107,8 +107,8 @@ def prepare_model(model: Any, settings: TrainingSettings) -> Any:
 def plan(job: Job, settings: TrainingSettings) -> dict[str, Any]:
     """Parameters, operations and memory of a run, without loading a weight (see `run_plan`)."""
     # Copies, for a model made on the meta device writes its number format into its configuration.
-    model = prepare_model(meta_model(copy.deepcopy(job.config)), settings)
-    teacher: Any = None if job.teacher_config is None else meta_model(copy.deepcopy(job.teacher_config))
+    model = prepare_model(meta_model(job.config), settings)
+    teacher: Any = None if job.teacher_config is None else meta_model(job.teacher_config)
     if teacher is not None:
         teacher = teacher.to(torch.bfloat16 if settings.bf16 else torch.float32)
     size = micro_batch(settings, world_size())
