@@ -309,8 +309,7 @@ def _read_text(path: Path) -> tuple[str, bool]:
     try:
         return data.decode("utf-8"), False
     except UnicodeDecodeError:
-        text = data.decode("latin-1")
-        return text + text.replace("\0", ""), True  # the latter reads UTF-16
+        return data.replace(b"\0", b"").decode("ascii", "replace"), True  # what is ASCII in UTF-16 too
 
 
 def _line(text: str, found: re.Match) -> int:
