@@ -558,9 +558,7 @@ def test_harmless_text(folder):
 
 
 def test_escaped_line_ends_are_no_paths(folder):
-    (folder / "extra.json").write_text(
-        json.dumps({"template": "Q:\nwhy\nA:\nso", "more": "\\\\n\\\\n", "end": "</s>"})
-    )
+    (folder / "extra.json").write_text(json.dumps({"template": "Q:\nwhy\nA:\nso", "more": "\\n\\n", "end": "</s>"}))
     (folder / "chat.jinja").write_text("{{ 'Q:\\nwhy\\n' }}")
     check_folder(folder)
 

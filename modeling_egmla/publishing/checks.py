@@ -296,7 +296,8 @@ def _text_problems(folder: Path, files: list[str], secrets: list[str], allow: se
 
 
 def _first(pattern: re.Pattern, text: str, allow: set[str]) -> re.Match | None:
-    return next((found for found in pattern.finditer(text) if found[0] not in allow), None)
+    matches = pattern.finditer(text)
+    return next((found for found in matches if not any(text.startswith(fine, found.start()) for fine in allow)), None)
 
 
 def _read_text(path: Path) -> tuple[str, bool]:
