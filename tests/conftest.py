@@ -15,6 +15,7 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 import pytest
 import torch
 from cases import MODEL_CASES
+from transformers.utils import logging
 
 
 # Tiny tensors gain nothing from threads, and lose much of a test run to them where cores are shared.
@@ -24,6 +25,14 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def fixed_seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def same_verbosity():
+    """Trainer sets the verbosity of the whole process; what Transformers logs is part of some tests."""
+    before = logging.get_verbosity()
+    yield
+    logging.set_verbosity(before)
 
 
 @pytest.fixture(params=list(MODEL_CASES))
