@@ -40,7 +40,7 @@ class EGMLAConfig(PreTrainedConfig):
         kv_latent_norm (`bool`, *optional*, defaults to `True`):
             RMS-normalise the latent before the gate (`kv_a_layernorm`), as DeepSeek does.
         latent_norm_eps (`float`, *optional*, defaults to 1e-6):
-            Epsilon of `kv_a_layernorm` and `q_a_layernorm` (DeepSeek fixes it at 1e-6).
+            Epsilon of `kv_a_layernorm`, `q_a_layernorm` and `kv_encoder_norm` (DeepSeek fixes it at 1e-6).
         rope_interleave (`bool`, *optional*, defaults to `True`):
             Rotary pairs are neighbours `(0, 1), (2, 3), ...` (DeepSeek) instead of half the width apart (Llama).
         rope_table_dim (`int`, *optional*):
@@ -55,6 +55,19 @@ class EGMLAConfig(PreTrainedConfig):
             RMS-normalise rotary queries and keys, before they turn, in groups of this many dimensions (`q_norm`,
             `k_norm`), as Qwen3 does with its heads. Low-rank queries have `q_a_layernorm` instead of `q_norm`. `None`
             for no such norms.
+        query_norm_dim (`int`, *optional*):
+            RMS-normalise whole queries in groups of this many dimensions (`q_norm`) and take their rotary part from
+            what is normalised: `q_proj` gives `N` dimensions a head, and its rotary pairs are those of them that turn
+            at the frequencies of `rope_slots`, each times a factor per head (`q_rope_scale`). A smaller cache for
+            Qwen3 (groups of one head) and OLMo 2 (all heads). `None` for queries without such a norm.
+        kv_encoder_dim (`int`, *optional*):
+            Width of features between the layer's input and `kv_a_proj_with_mqa`: `kv_encoder_proj`, part of it
+            RMS-normalised by `kv_encoder_norm`. For sources whose keys or latents are normalised, so that a smaller
+            latent is linear in what is normalised only; the cache does not grow. `None` for no such encoder.
+        kv_encoder_norm_dim (`int`, *optional*):
+            Width of a group of features to normalise (epsilon `latent_norm_eps`), required with `kv_encoder_dim`.
+        kv_encoder_norm_groups (`int`, *optional*, defaults to 1):
+            How many such groups, the first features, are normalised; the rest stay as they are.
         post_norm (`bool`, *optional*, defaults to `False`):
             Normalise what attention and MLP give (`post_attention_layernorm`, `post_feedforward_layernorm`), as OLMo 2
             does, instead of what they take.
@@ -67,7 +80,7 @@ class EGMLAConfig(PreTrainedConfig):
             `None` feeds the gate with the model's input embedding; a number gives each layer a table of its own,
             `vocab_size x kv_gate_embedding_dim` (256 in the paper).
         attention_bias (`bool`, *optional*, defaults to `False`):
-            Bias on `q_a_proj`, `kv_a_proj_with_mqa` and `o_proj` (DeepSeek's meaning).
+            Bias on `q_a_proj`, `kv_encoder_proj`, `kv_a_proj_with_mqa` and `o_proj` (DeepSeek's meaning).
         query_bias (`bool`, *optional*, defaults to `False`):
             Bias on `q_proj` (or `q_b_proj`).
         mlp_bias (`bool`, *optional*, defaults to `False`):
@@ -128,6 +141,10 @@ class EGMLAConfig(PreTrainedConfig):
     rope_slots: list[int] | list[list[int]] | None = None
     nope_layers: list[int] | None = None
     qk_norm_dim: int | None = None
+    query_norm_dim: int | None = None
+    kv_encoder_dim: int | None = None
+    kv_encoder_norm_dim: int | None = None
+    kv_encoder_norm_groups: int = 1
     attention_bias: bool = False
     query_bias: bool = False
     mlp_bias: bool = False
@@ -154,10 +171,28 @@ class EGMLAConfig(PreTrainedConfig):
             self.base_model_tp_plan |= {
                 f"layers.*.self_attn.{norm}": "replicated_with_grad_allreduce" for norm in norms
             }
+        if self.query_norm_dim:
+            self._plan_normed_queries()
         # Derived from fields: DeepSeek's configs carry them, and must not set them apart.
         for derived in ("head_dim", "qk_head_dim"):
             kwargs.pop(derived, None)
-        super().__post_init__(**kwargs)
+        try:
+            super().__post_init__(**kwargs)
+        except AttributeError as error:  # Transformers looks the dtype up by its name
+            raise ValueError(
+                f"dtype={self.dtype!r} is no format of PyTorch ({error}); use 'float32', 'bfloat16' or 'float16'."
+            ) from error
+
+    def _plan_normed_queries(self):
+        """Tensor parallelism of `query_norm_dim`: heads are split where no norm spans several, else only the MLP."""
+        if self.qk_nope_head_dim % self.query_norm_dim:
+            plan = self.base_model_tp_plan.items()
+            self.base_model_tp_plan = {name: style for name, style in plan if ".self_attn." not in name}
+            return
+        self.base_model_tp_plan |= {"layers.*.self_attn.q_norm": "replicated_with_grad_allreduce"}
+        if self.qk_rope_head_dim:
+            scale = {"layers.*.self_attn.q_rope_scale": "colwise", "layers.*.self_attn": "local_params"}
+            self.base_model_tp_plan |= scale
 
     @property
     def head_dim(self) -> int:
@@ -216,6 +251,8 @@ class EGMLAConfig(PreTrainedConfig):
                 f"qk_norm_dim={self.qk_norm_dim}: must be a positive divisor of qk_rope_head_dim="
                 f"{self.qk_rope_head_dim}, which is normalised in groups of that size; use None for no such norms."
             )
+        self._validate_encoder()
+        self._validate_normed_queries()
         if any(not 0 <= layer < self.num_hidden_layers for layer in self.nope_layers or []):
             raise ValueError(
                 f"nope_layers={self.nope_layers}: must be numbers of layers, each from 0 to "
@@ -227,6 +264,45 @@ class EGMLAConfig(PreTrainedConfig):
         for name in names:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1.")
+
+    def _validate_encoder(self):
+        width, group, groups = self.kv_encoder_dim, self.kv_encoder_norm_dim, self.kv_encoder_norm_groups
+        if width is None and group is None and groups == 1:
+            return
+        if width is None or group is None or group < 1 or groups < 1 or group * groups > width:
+            raise ValueError(
+                f"kv_encoder_dim={width}, kv_encoder_norm_dim={group} and kv_encoder_norm_groups={groups}: an encoder "
+                "needs a width and positive groups to normalise that are together no wider; use None, None and 1 for "
+                "no encoder."
+            )
+        if self.qk_norm_dim is not None:
+            raise ValueError(
+                f"kv_encoder_dim={width} with qk_norm_dim={self.qk_norm_dim}: keys are normalised either in the "
+                "encoder or behind it; use qk_norm_dim=None."
+            )
+
+    def _validate_normed_queries(self):
+        group = self.query_norm_dim
+        if group is None:
+            return
+        if group < 1 or self.num_attention_heads * self.qk_nope_head_dim % group or not self.qk_nope_head_dim:
+            raise ValueError(
+                f"query_norm_dim={group}: must be a positive divisor of num_attention_heads x qk_nope_head_dim="
+                f"{self.num_attention_heads * self.qk_nope_head_dim}, which are normalised in groups of that size; "
+                "use None for no such norm."
+            )
+        if self.q_lora_rank is not None or self.qk_norm_dim is not None:
+            raise ValueError(
+                f"query_norm_dim={group} with q_lora_rank={self.q_lora_rank} and qk_norm_dim={self.qk_norm_dim}: "
+                "normalised queries are full-rank and have one norm; use None for these two."
+            )
+        if self.qk_rope_head_dim and (self.rope_interleave or self.head_dim > self.qk_nope_head_dim):
+            raise ValueError(
+                f"query_norm_dim={group} with rope_interleave={self.rope_interleave}, a rotary table of width "
+                f"{self.head_dim} and qk_nope_head_dim={self.qk_nope_head_dim}: rotary pairs are taken from the "
+                "normalised query, so they must be half the table apart (rope_interleave=False) and the table no "
+                "wider than qk_nope_head_dim."
+            )
 
     def _validate_rope_slots(self):
         pairs, frequencies = self.qk_rope_head_dim // 2, self.head_dim // 2

@@ -220,6 +220,10 @@ class EGMLAAttention(nn.Module):
         self.rope_interleave = config.rope_interleave
         self.rotates = config.qk_rope_head_dim > 0 and layer_idx not in (config.nope_layers or [])
         self.qk_norm_dim = config.qk_norm_dim
+        self.query_norm_dim = config.query_norm_dim
+        self.rope_table_dim = config.head_dim
+        self.kv_encoder_norm_dim = config.kv_encoder_norm_dim
+        self.kv_encoder_normed = (config.kv_encoder_norm_dim or 0) * config.kv_encoder_norm_groups
         self.attention_dropout = config.attention_dropout
         self.is_causal = True
         self.scaling = config.softmax_scale
@@ -227,13 +231,21 @@ class EGMLAAttention(nn.Module):
             self.scaling = yarn_apply_mscale(config.rope_parameters or {}, self.qk_head_dim**-0.5)
 
         D, R, bias = config.hidden_size, self.kv_lora_rank, config.attention_bias
-        if self.q_lora_rank is None:
+        if self.query_norm_dim is not None:
+            self.q_proj = nn.Linear(D, self.num_heads * self.qk_nope_head_dim, bias=config.query_bias)
+            self.q_norm = EGMLARMSNorm(self.query_norm_dim, eps=config.rms_norm_eps)
+            if self.qk_rope_head_dim:
+                self.q_rope_scale = nn.Parameter(torch.ones(self.num_heads, self.qk_rope_head_dim // 2))
+        elif self.q_lora_rank is None:
             self.q_proj = nn.Linear(D, self.num_heads * self.qk_head_dim, bias=config.query_bias)
         else:
             self.q_a_proj = nn.Linear(D, self.q_lora_rank, bias=bias)
             self.q_a_layernorm = EGMLARMSNorm(self.q_lora_rank, eps=config.latent_norm_eps)
             self.q_b_proj = nn.Linear(self.q_lora_rank, self.num_heads * self.qk_head_dim, bias=config.query_bias)
-        self.kv_a_proj_with_mqa = nn.Linear(D, R + self.qk_rope_head_dim, bias=bias)
+        if config.kv_encoder_dim is not None:
+            self.kv_encoder_proj = nn.Linear(D, config.kv_encoder_dim, bias=bias)
+            self.kv_encoder_norm = EGMLARMSNorm(config.kv_encoder_norm_dim, eps=config.latent_norm_eps)
+        self.kv_a_proj_with_mqa = nn.Linear(config.kv_encoder_dim or D, R + self.qk_rope_head_dim, bias=bias)
         if config.kv_latent_norm:
             self.kv_a_layernorm = EGMLARMSNorm(R, eps=config.latent_norm_eps)
         if config.qk_norm_dim is not None:
@@ -262,6 +274,8 @@ class EGMLAAttention(nn.Module):
 
     def project_queries(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Queries without position `[B, H, T, N]` and rotary queries, not yet turned, `[B, H, T, P]`."""
+        if self.query_norm_dim is not None:
+            return self._project_normed_queries(hidden_states)
         if self.q_lora_rank is None:
             queries = self.q_proj(hidden_states)
         else:
@@ -269,8 +283,29 @@ class EGMLAAttention(nn.Module):
         queries = queries.view(*hidden_states.shape[:-1], -1, self.qk_head_dim).transpose(1, 2)
         return queries.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
 
+    def _project_normed_queries(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        queries = self.q_proj(hidden_states)
+        queries = self.q_norm(queries.unflatten(-1, (-1, self.query_norm_dim))).flatten(-2)
+        queries = queries.unflatten(-1, (-1, self.qk_nope_head_dim)).transpose(1, 2)
+        if not self.qk_rope_head_dim:
+            return queries, queries[..., :0]
+        # A matrix per head behind the norm would be mostly zeros: rotary pairs are pairs of the query, scaled.
+        pairs = queries[..., : self.rope_table_dim].unflatten(-1, (2, -1))  # [B, H, T, 2, head_dim // 2]
+        if self.rope_slots is not None:
+            pairs = pairs[..., self.rope_slots]
+        return queries, (pairs * self.q_rope_scale[:, None, None]).flatten(-2)
+
+    def encode(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Features `[B, T, kv_encoder_dim]` that latents and rotary keys are linear in, the first ones normalised."""
+        features = self.kv_encoder_proj(hidden_states)
+        normed, plain = features.tensor_split([self.kv_encoder_normed], dim=-1)
+        normed = self.kv_encoder_norm(normed.unflatten(-1, (-1, self.kv_encoder_norm_dim))).flatten(-2)
+        return torch.cat((normed, plain), dim=-1)
+
     def project_latents(self, hidden_states, gate_input) -> tuple[torch.Tensor, torch.Tensor]:
         """Gated latents `[B, 1, T, R]` and rotary keys, not yet turned, `[B, 1, T, P]`."""
+        if self.kv_encoder_norm_dim is not None:
+            hidden_states = self.encode(hidden_states)
         compressed = self.kv_a_proj_with_mqa(hidden_states)
         latents, rope_keys = compressed.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
         if self.kv_latent_norm:
@@ -453,8 +488,11 @@ class EGMLAPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, EGMLAGateNorm):
             module.reset_parameters()
-        elif isinstance(module, EGMLAAttention) and module.rope_slots is not None:
-            init.copy_(module.rope_slots, torch.tensor(self.config.layer_rope_slots(module.layer_idx)))
+        elif isinstance(module, EGMLAAttention):
+            if module.rope_slots is not None:
+                init.copy_(module.rope_slots, torch.tensor(self.config.layer_rope_slots(module.layer_idx)))
+            if module.query_norm_dim is not None and module.qk_rope_head_dim:
+                init.ones_(module.q_rope_scale)
 
     def resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None, mean_resizing=True):
         """Resizes the token embeddings, as in `PreTrainedModel`, and every gate table with them."""

@@ -1,6 +1,7 @@
 """The named configurations that every test file walks, and the models made of them."""
 
 import torch
+from transformers import PreTrainedTokenizerFast
 
 from egmla import EGMLAConfig, EGMLAForCausalLM
 
@@ -43,6 +44,27 @@ MODEL_CASES = {
     },
     "qk-norms, nope layer": {"qk_norm_dim": 4, "nope_layers": [1], "rope_slots": [3, 0, 1, 1]},
     "post-norm": {"post_norm": True, "qk_norm_dim": 8, "q_lora_rank": 20, "rope_interleave": False},
+    # Normed keys beside values as they are, queries normed per head: Qwen3 below full width.
+    "encoder, normed queries": {
+        "kv_encoder_dim": 28,
+        "kv_encoder_norm_dim": 8,
+        "kv_encoder_norm_groups": 2,
+        "query_norm_dim": 8,
+        "kv_latent_norm": False,
+        "rope_interleave": False,
+        "rope_table_dim": 8,
+        "rope_slots": [[3, 0, 0, 2], [1, 1, 2, 3]],
+        "attention_bias": True,
+        "query_bias": True,
+    },
+    # One norm over all of them, and no rotary slots: OLMo 2 below full width, a shrunk MLA latent.
+    "encoder of one group": {
+        "kv_encoder_dim": 20,
+        "kv_encoder_norm_dim": 14,
+        "query_norm_dim": 32,
+        "rope_interleave": False,
+        "post_norm": True,
+    },
     "always-absorbed": {"kv_lora_rank": 6, "softmax_scale": 0.4},
 }
 
@@ -131,3 +153,12 @@ def difference(left: torch.Tensor, right: torch.Tensor) -> float:
     if not (torch.isfinite(left).all() and torch.isfinite(right).all()):
         raise AssertionError("not finite")
     return (left.double() - right.double()).abs().max().item()
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per ASCII character, enough to tokenise calibration text."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+
+    tokenizer = Tokenizer(models.WordLevel({chr(code): code for code in range(128)}, unk_token="\x00"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="\x01", chat_template="{{ messages }}")

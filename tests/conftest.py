@@ -14,7 +14,8 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
 import pytest
 import torch
-from cases import MODEL_CASES
+from cases import MODEL_CASES, make_tokenizer
+from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
 
@@ -87,3 +88,30 @@ def calibration(tmp_path_factory):
     path = tmp_path_factory.mktemp("text") / "calibration.txt"
     path.write_text(text)
     return path
+
+
+@pytest.fixture(scope="session")
+def llama_folder(tmp_path_factory) -> Path:
+    """A random Llama with biases, a token per ASCII character: 3 key heads of 8 frequencies, 96 elements a layer."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=128,
+        hidden_size=60,
+        intermediate_size=80,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        num_key_value_heads=3,
+        head_dim=16,
+        max_position_embeddings=256,
+        initializer_range=0.15,
+        attention_bias=True,
+        eos_token_id=1,
+    )
+    model = LlamaForCausalLM(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.3)
+    folder = tmp_path_factory.mktemp("llama")
+    model.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder

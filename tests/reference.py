@@ -6,6 +6,8 @@ z_t = c_t * g_t                           gated latent
 kr_t = RoPE(W_KR x_t, t)
 score_h(t, s) = tau (qn_h . W_UK,h z_s + qr_h . kr_s),  s <= t
 y_t = W_O concat_h(sum_s softmax_s(score_h)(t, s) W_UV,h z_s) (+ b)
+
+With an encoder, W_DKV and W_KR read RMSNorm groups of W_E x_t (+ b) in the place of x_t.
 """
 
 import math
@@ -156,12 +158,33 @@ def _norms(config, weights, name, states):
     return states if name is None else [rms_norm(x, weights[f"{name}.weight"], config.rms_norm_eps) for x in states]
 
 
-def _group_norm(config, weights, name, x):
-    """RMS norm of groups of `qk_norm_dim` elements, where there is such a norm."""
-    if f"{name}.weight" not in weights:
+def _group_norm(weights, name, x, eps):
+    """RMS norm of groups of elements as wide as the norm, where there is such a norm."""
+    weight = weights.get(f"{name}.weight")
+    return x if weight is None else torch.cat([rms_norm(group, weight, eps) for group in x.split(len(weight))])
+
+
+def _features(config, weights, x):
+    """What latents and rotary keys are linear in: the layer's input, or its encoder's output."""
+    if config.kv_encoder_dim is None:
         return x
-    groups = [rms_norm(group, weights[f"{name}.weight"], config.rms_norm_eps) for group in x.split(config.qk_norm_dim)]
-    return torch.cat(groups)
+    features = _linear(weights, "self_attn.kv_encoder_proj", x)
+    normed = config.kv_encoder_norm_dim * config.kv_encoder_norm_groups
+    eps = config.latent_norm_eps
+    return torch.cat((_group_norm(weights, "self_attn.kv_encoder_norm", features[:normed], eps), features[normed:]))
+
+
+def _normed_query(config, weights, x, slots):
+    """Each head's normalised query, and behind it the pairs of it that turn, scaled: `[H, N + P]`."""
+    heads, N, half = config.num_attention_heads, config.qk_nope_head_dim, config.head_dim // 2
+    query = _group_norm(weights, "self_attn.q_norm", _linear(weights, "self_attn.q_proj", x), config.rms_norm_eps)
+    rows = []
+    for h, nope in enumerate(query.view(heads, N)):
+        scale = weights["self_attn.q_rope_scale"][h]
+        first = [scale[i] * nope[slot] for i, slot in enumerate(slots)]
+        second = [scale[i] * nope[slot + half] for i, slot in enumerate(slots)]
+        rows.append(torch.cat((nope, torch.stack(first + second))))
+    return torch.stack(rows)
 
 
 def _mlp(weights, x):
@@ -187,7 +210,7 @@ def _attention(config, layer, weights, inputs, ids, embedding, positions, result
 
     latents, rope_keys, queries = [], [], []
     for x, token, position in zip(inputs, ids, positions, strict=True):
-        compressed = _linear(weights, "self_attn.kv_a_proj_with_mqa", x)
+        compressed = _linear(weights, "self_attn.kv_a_proj_with_mqa", _features(config, weights, x))
         latent, rope_key = compressed[:R], compressed[R:]
         if config.kv_latent_norm:
             latent = rms_norm(latent, weights["self_attn.kv_a_layernorm.weight"], config.latent_norm_eps)
@@ -203,11 +226,13 @@ def _attention(config, layer, weights, inputs, ids, embedding, positions, result
             )
             latent = latent * g
         latents.append(latent)
-        rope_key = _group_norm(config, weights, "self_attn.k_norm", rope_key)
+        rope_key = _group_norm(weights, "self_attn.k_norm", rope_key, config.rms_norm_eps)
         if rotates:
             rope_key = turn(rope_key, position, frequencies, scale, config.rope_interleave)
         rope_keys.append(rope_key)
-        if config.q_lora_rank is None:
+        if config.query_norm_dim is not None:
+            query = _normed_query(config, weights, x, slots or range(P // 2))
+        elif config.q_lora_rank is None:
             query = _linear(weights, "self_attn.q_proj", x)
         else:
             query = _linear(weights, "self_attn.q_a_proj", x)
@@ -222,7 +247,9 @@ def _attention(config, layer, weights, inputs, ids, embedding, positions, result
         joined = []
         for h in range(heads):
             nope = queries[t][h, :N]
-            rope = _group_norm(config, weights, "self_attn.q_norm", queries[t][h, N:])
+            rope = queries[t][h, N:]
+            if config.qk_norm_dim is not None:
+                rope = _group_norm(weights, "self_attn.q_norm", rope, config.rms_norm_eps)
             if rotates:
                 rope = turn(rope, position, frequencies, scale, config.rope_interleave)
             scores = [tau * float(nope @ (up[h, :N] @ latents[s]) + rope @ rope_keys[s]) for s in range(t + 1)]
