@@ -1,9 +1,19 @@
 """Conversion of existing checkpoints into EG-MLA."""
 
-from .closed_form import Recipe
-from .convert import convert_checkpoint, load_source
+from .convert import convert_checkpoint
 from .families import FAMILIES
-from .sources import smollm2_source
+from .recipes import RECIPES, Recipe, find_recipe
+from .refinement import Refinement
+from .sources import load_source, smollm2_source
 
 
-__all__ = ["FAMILIES", "Recipe", "convert_checkpoint", "load_source", "smollm2_source"]
+__all__ = [
+    "FAMILIES",
+    "RECIPES",
+    "Recipe",
+    "Refinement",
+    "convert_checkpoint",
+    "find_recipe",
+    "load_source",
+    "smollm2_source",
+]

@@ -15,34 +15,13 @@ head width, `D` hidden size, `P` rotary width, `R` latent width; `j(h)` is head 
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from .family import AttentionShape, AttentionWeights
+from .recipes import Recipe
 from .statistics import LayerStatistics
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Choices of the closed form; the defaults are the best of those in conversion/README.md.
-
-    Attributes:
-        rope_metric: `"query"` mixes and picks rotary components by the logit energy lost, `"key"` by key energy alone.
-        mean_rotation: stand-in for lost rotation: `"head"` one per head, `"layer"` one for all, `"none"` uses 1.
-        metric: measures the low-rank error on keys and values (`"input"`) or on logits and output (`"output"`).
-        weighting: `"attention"` weighs calibration tokens by the attention they receive, `"uniform"` equally.
-        centred: fold the means of keys and values away before the low rank.
-        balance: weight of the keys' error against the values' (1 is equal energy).
-        damping: share of the mean eigenvalue added to the output metric, against directions it saw too little of.
-    """
-
-    rope_metric: str = "query"
-    mean_rotation: str = "head"
-    metric: str = "input"
-    weighting: str = "attention"
-    centred: bool = True
-    balance: float = 1.0
-    damping: float = 0.01
 
 
 @dataclass(frozen=True)
@@ -57,6 +36,9 @@ class LatentAttention:
         o: `[D, H V]`; o_bias `[D]`.
         slots: frequency numbers, `P / 2`; without meaning where the layer does not turn.
         spectrum: eigenvalues of the latent's second moment, largest first (empty in exact mode).
+        q_rope_scale: `[H, P / 2]` where normalised queries give their rotary part too, `q` then being `[H N, D]`.
+        encoder: `[F, D]`, what the features that `kv_a` reads are made by before their norms, encoder_bias `[F]`;
+            `None` where `kv_a` reads the layer's input.
     """
 
     q: torch.Tensor
@@ -68,6 +50,9 @@ class LatentAttention:
     o_bias: torch.Tensor
     slots: list[int]
     spectrum: torch.Tensor
+    q_rope_scale: torch.Tensor | None = None
+    encoder: torch.Tensor | None = None
+    encoder_bias: torch.Tensor | None = None
 
 
 def exact_attention(weights: AttentionWeights, shape: AttentionShape, interleaved: bool = False) -> LatentAttention:
@@ -122,8 +107,12 @@ def low_rank_attention(
     recipe: Recipe,
     attention_factor: float = 1.0,
     rotates: bool = True,
+    normed: bool = False,
 ) -> LatentAttention:
     """EG-MLA attention of latent width `R` and rotary width `P` closest to the source's on the calibration text.
+
+    All is done on the features `[k; v]` of a token, keys as they are before they turn. Where they are linear in the
+    layer's input, the maps are merged into one; else the source's projections stay before its norms, as an encoder.
 
     Args:
         weights (`AttentionWeights`): the source layer.
@@ -135,43 +124,115 @@ def low_rank_attention(
         attention_factor (`float`): what the rope type multiplies cosines and sines by; what loses its rotation gets
             it here.
         rotates (`bool`): whether this layer turns its queries and keys.
+        normed (`bool`): whether queries and keys are normalised before they turn.
     """
-    H, d, P, R = shape.heads, shape.head_dim, qk_rope_head_dim, kv_lora_rank
+    H, g, d, P, R = shape.heads, shape.kv_heads, shape.head_dim, qk_rope_head_dim, kv_lora_rank
     rotation = _mean_rotation(statistics, recipe) if rotates else torch.ones_like(statistics.rotation)
-    mixings, slots = _rotary_components(shape, statistics, rotation if rotates else None, P // 2, recipe)
-    rope_q, rope_k, nope_k = _decouple(weights, shape, mixings, slots)
+    mixings, strengths = _rotary_components(shape, statistics, rotation if rotates else None, recipe)
+    slots = _choose_slots(strengths, P // 2, shape, recipe)
+    rope_take, rope_down, rest = _decouple(shape, mixings, slots)
     turned = rotation * attention_factor**2 if rotates else rotation
-    nope_q = _turn(weights.q.view(H, d, -1), turned)
-    nope_q_bias = _turn(weights.q_bias.view(H, d, 1), turned)
 
-    key_metric, value_metric = _metrics(weights, shape, statistics, turned, recipe)
     mean = statistics.mean if recipe.centred else torch.zeros_like(statistics.mean)
     moment = statistics.covariance if recipe.centred else statistics.raw_moment
-    down, key_up, value_up, spectrum = _joint_low_rank(
-        nope_k.weight, weights.v, moment, key_metric, value_metric, R, recipe.balance
-    )
-    per_head = lambda up: up.view(shape.kv_heads, d, R).repeat_interleave(shape.group, dim=0)  # noqa: E731
-    # v = W_V x + b_V is rebuilt as up(down(x - mean)) + W_V mean + b_V; the constant goes through o_proj once.
-    value_mean = (weights.v @ mean + weights.v_bias).view(shape.kv_heads, d).repeat_interleave(shape.group, dim=0)
+    project, project_bias = torch.cat((weights.k, weights.v)), torch.cat((weights.k_bias, weights.v_bias))
+    if recipe.metric == "weights":
+        moment = project @ project.T  # that of inputs without any preference
+    rows = torch.block_diag(rest, torch.eye(g * d, dtype=torch.float64))
+    metric = _metric(weights, shape, statistics, turned, rows, moment, recipe)
+    down, up, spectrum = _joint_low_rank(rows, moment, metric, R)
+    key_up, value_up = up.view(2, g, d, R).repeat_interleave(shape.group, dim=1)
+    # v is rebuilt as up(down([k; v] - mean)) + the values' mean; the constant goes through o_proj once.
+    value_mean = mean[g * d :].view(g, d).repeat_interleave(shape.group, dim=0).reshape(-1)
+    down = torch.cat((down, torch.nn.functional.pad(rope_down, (0, g * d))))
+    down_bias = torch.cat((-down[:R] @ mean, torch.zeros(P, dtype=torch.float64)))
+    common = {
+        "o": weights.o,
+        "o_bias": weights.o_bias + weights.o @ value_mean,
+        "slots": [slot.frequency for slot in slots],
+        "spectrum": spectrum,
+    }
+    if normed:
+        # Rotary queries are pairs of the normalised one; the mean rotation goes to the keys, turning them back.
+        return LatentAttention(
+            q=weights.q,
+            q_bias=weights.q_bias,
+            q_rope_scale=rope_take[:, torch.arange(P // 2), common["slots"]],
+            encoder=project,
+            encoder_bias=project_bias,
+            kv_a=down,
+            kv_a_bias=down_bias,
+            kv_b=torch.cat((_turn(key_up, turned.conj()), value_up), dim=1).reshape(-1, R),
+            **common,
+        )
+    queries = _joined(weights.q, weights.q_bias).view(H, d, -1)
+    pairs = queries[:, : shape.rotary_head_dim].unflatten(1, (2, -1))
+    rope_q = torch.einsum("hsf,hcfx->hcsx", rope_take, pairs).flatten(1, 2)
+    q = torch.cat((_turn(queries, turned), rope_q), dim=1).flatten(0, 1)
     return LatentAttention(
-        q=torch.cat((nope_q, rope_q.weight), dim=1).reshape(H * (d + P), -1),
-        q_bias=torch.cat((nope_q_bias, rope_q.bias), dim=1).reshape(-1),
-        kv_a=torch.cat((down, rope_k.weight)),
-        kv_a_bias=torch.cat((-down @ mean, rope_k.bias)),
-        kv_b=torch.cat((per_head(key_up), per_head(value_up)), dim=1).reshape(-1, R),
-        o=weights.o,
-        o_bias=weights.o_bias + weights.o @ value_mean.reshape(-1),
-        slots=[frequency for frequency, _ in slots],
-        spectrum=spectrum,
+        q=q[:, :-1],
+        q_bias=q[:, -1],
+        kv_a=down @ project,
+        kv_a_bias=down @ project_bias + down_bias,
+        kv_b=torch.cat((key_up, value_up), dim=1).reshape(-1, R),
+        **common,
     )
 
 
 @dataclass(frozen=True)
-class _Affine:
-    """A linear map and its bias."""
+class SmallerLatent:
+    """What makes the latent of an MLA layer smaller, fp64.
 
-    weight: torch.Tensor
-    bias: torch.Tensor
+    Attributes:
+        down: `[R, r]`, the smaller latent from the source's; down_bias `[R]`.
+        kv_b: `[H (N + V), R]`.
+        o_bias: `[D]`, what the output loses with the latent's mean.
+        spectrum: eigenvalues of the latent's second moment in the metric, largest first.
+    """
+
+    down: torch.Tensor
+    down_bias: torch.Tensor
+    kv_b: torch.Tensor
+    o_bias: torch.Tensor
+    spectrum: torch.Tensor
+
+
+def smaller_latent(
+    kv_b: torch.Tensor, o: torch.Tensor, nope_dim: int, statistics: LayerStatistics, rank: int, recipe: Recipe
+) -> SmallerLatent:
+    """The `rank` directions of an MLA layer's latent that its keys and values need most.
+
+    Args:
+        kv_b (`torch.Tensor`): the source's up-projections `[H (N + V), r]`.
+        o (`torch.Tensor`): its output projection `[D, H V]`.
+        nope_dim (`int`): `N`.
+        statistics (`LayerStatistics`): its second moments, the latent being the first of the features.
+        rank (`int`): `R`, at most `r`.
+        recipe (`Recipe`): metric, damping, balance, centring.
+    """
+    H, r = statistics.query_moment.shape[0], kv_b.shape[1]
+    key_up, value_up = kv_b.view(H, -1, r).tensor_split([nope_dim], dim=1)
+    mean = statistics.mean[:r] if recipe.centred else torch.zeros(r, dtype=torch.float64)
+    moment = (statistics.covariance if recipe.centred else statistics.raw_moment)[:r, :r]
+    if recipe.metric == "weights":
+        moment = torch.eye(r, dtype=torch.float64)
+    # What an error in the latent costs through all keys, and through all values.
+    if recipe.metric == "output":
+        queries = statistics.query_moment[:, :nope_dim, :nope_dim]
+        outputs = (o.view(-1, H, value_up.shape[1]).transpose(0, 1) @ value_up).flatten(0, 1)
+    else:
+        queries, outputs = torch.eye(nope_dim, dtype=torch.float64), value_up.flatten(0, 1)
+    key_cost, value_cost = (key_up.mT @ queries @ key_up).sum(dim=0), outputs.T @ outputs
+    scale = _key_scale((key_cost @ moment).diagonal(), (value_cost @ moment).diagonal(), recipe)
+    metric = _root(scale**2 * key_cost + value_cost, recipe.damping)
+    down, up, spectrum = _joint_low_rank(torch.eye(r, dtype=torch.float64), moment, metric, rank)
+    return SmallerLatent(
+        down=down,
+        down_bias=-down @ mean,
+        kv_b=kv_b @ up,
+        o_bias=o @ (value_up @ mean).flatten(),
+        spectrum=spectrum,
+    )
 
 
 def _joined(weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
@@ -188,59 +249,88 @@ def _mean_rotation(statistics: LayerStatistics, recipe: Recipe) -> torch.Tensor:
     return statistics.rotation
 
 
-def _rotary_components(shape, statistics, rotation, slots, recipe):
-    """The mixing of each frequency and the components that keep their rotation.
+class _Slot(NamedTuple):
+    """A component that keeps its rotation: which one of which group of frequencies, and the frequency it turns at."""
+
+    frequency: int
+    group: int
+    component: int
+
+
+def _rotary_components(shape, statistics, rotation, recipe):
+    """The mixing of each group of `M = freqfold` frequencies, and what each of its components is worth a slot.
+
+    The members that a group mixes are the pairs `(head, frequency)`, head by head.
 
     Returns:
-        `mixings` `[d / 2, g, g]`, rows are components; the chosen `(frequency, component)` pairs in frequency order.
+        `mixings` `[d / 2 M, g M, g M]`, rows are components; `strengths` `[d / 2 M, g M]`.
     """
     H, g, d, r, F = shape.heads, shape.kv_heads, shape.head_dim, shape.rotary_head_dim, shape.frequencies
-    moment = statistics.key_moment.view(g, d, g, d)[:, :r, :, :r].reshape(g, 2, F, g, 2, F)
+    M = recipe.freqfold
+    groups = F // M
+    moment = statistics.key_moment.view(g, d, g, d)[:, :r, :, :r].reshape(g, 2, groups, M, g, 2, groups, M)
     energy = statistics.query_moment.diagonal(dim1=1, dim2=2)[:, :r].reshape(H, 2, F).sum(dim=1)  # E|q_h,l|^2
     # A component that is represented by rho times itself loses the share 1 - |rho|^2 of its energy. Where nothing
     # turns nothing is lost, and the slots go to the components that carry most.
     known = rotation is not None and recipe.mean_rotation != "none"
     lost = energy * (1 - rotation.abs() ** 2) if known else energy
-    mixings, candidates = [], []
-    for frequency in range(F):
-        keys = sum(moment[:, half, frequency, :, half, frequency] for half in (0, 1))
+    mixings, strengths = [], []
+    for group in range(groups):
+        keys = sum(moment[:, half, group, :, :, half, group] for half in (0, 1)).reshape(g * M, g * M)
+        members = slice(group * M, (group + 1) * M)
+        if recipe.rope_metric == "heads":
+            query_norm = energy[:, members].sqrt().view(g, -1, M).sum(dim=1).flatten()
+            mixings.append(torch.eye(g * M, dtype=torch.float64))
+            strengths.append(query_norm * keys.diagonal().clamp_min(0).sqrt())
+            continue
         if recipe.rope_metric == "query":
-            query_energy = lost[:, frequency].view(g, -1).sum(dim=1)
+            query_energy = lost[:, members].view(g, -1, M).sum(dim=1).flatten()
         else:
-            query_energy = torch.ones(g, dtype=torch.float64)
+            query_energy = torch.ones(g * M, dtype=torch.float64)
         scale = query_energy.clamp_min(1e-12).sqrt()
         values, vectors = torch.linalg.eigh(scale[:, None] * keys * scale)
         mixings.append(vectors.T * scale)
-        candidates += [(float(value), frequency, component) for component, value in enumerate(values)]
-    chosen = sorted(candidates, reverse=True)[:slots]
-    return torch.stack(mixings), sorted((frequency, component) for _, frequency, component in chosen)
+        strengths.append(values)
+    return torch.stack(mixings), torch.stack(strengths)
 
 
-def _decouple(weights, shape, mixings, slots):
-    """Rotary queries `[H, P, D]`, rotary keys `[P, D]`, and keys `[g d, D]` without the components that got slots."""
-    H, g, d, D = shape.heads, shape.kv_heads, shape.head_dim, shape.hidden_size
-    r, F = shape.rotary_head_dim, shape.frequencies
-    all_keys = _joined(weights.k, weights.k_bias).view(g, d, D + 1)
-    keys = all_keys[:, :r].reshape(g, 2, F, D + 1)
-    queries = _joined(weights.q, weights.q_bias).view(H, d, D + 1)[:, :r].reshape(H, 2, F, D + 1)
-    inverse = torch.linalg.inv(mixings)  # M^-1: key heads from components
-    rope_k = torch.zeros(2, len(slots), D + 1, dtype=torch.float64)
-    rope_q = torch.zeros(H, 2, len(slots), D + 1, dtype=torch.float64)
-    remain = torch.eye(g, dtype=torch.float64).repeat(F, 1, 1)
-    for slot, (frequency, component) in enumerate(slots):
-        row, column = mixings[frequency, component], inverse[frequency, :, component]
-        rope_k[:, slot] = torch.einsum("j,jsx->sx", row, keys[:, :, frequency])
-        rope_q[:, :, slot] = column.repeat_interleave(shape.group)[:, None, None] * queries[:, :, frequency]
-        remain[frequency] -= torch.outer(column, row)
-    rest = torch.einsum("fij,jsfx->isfx", remain, keys).reshape(g, r, D + 1)
-    nope_k = torch.cat((rest, all_keys[:, r:]), dim=1).reshape(g * d, D + 1)
-    split = lambda rows: _Affine(rows[..., :-1], rows[..., -1:])  # noqa: E731
-    rope_k_rows = rope_k.view(-1, D + 1)
-    return (
-        split(rope_q.view(H, -1, D + 1)),
-        _Affine(rope_k_rows[:, :-1], rope_k_rows[:, -1]),
-        split(nope_k),
-    )
+def _choose_slots(strengths, count, shape, recipe) -> list[_Slot]:
+    """The `count` components that keep their rotation, in order of frequency; `strengths` as of the components."""
+    groups, M = len(strengths), recipe.freqfold
+    if count and recipe.slots == "uniform":
+        # The frequencies of a rotary key of this width: every so many-th one of the source's.
+        stride = shape.frequencies // count
+        order = strengths.argsort(dim=1, descending=True)[:, : M // stride].tolist()
+        return [_Slot(i * M + m * stride, i, component) for i in range(groups) for m, component in enumerate(order[i])]
+    if recipe.slots == "heads":
+        order = strengths.argsort(dim=0, descending=True)[: count // shape.kv_heads]
+        return sorted(
+            _Slot(frequency, frequency, head) for head, of in enumerate(order.T.tolist()) for frequency in of
+        )
+    ranked = [(float(value), i, component) for i, row in enumerate(strengths) for component, value in enumerate(row)]
+    return sorted(_Slot(i, i, component) for _, i, component in sorted(ranked, reverse=True)[:count])
+
+
+def _decouple(shape, mixings, slots):
+    """What the slots take: of each head's query pairs `[H, P / 2, d / 2]`, and rotary keys from keys `[P, g d]`.
+
+    The third result is what the slots leave of the keys, `[g d, g d]`.
+    """
+    g, d, F = shape.kv_heads, shape.head_dim, shape.frequencies
+    M = F // len(mixings)
+    inverse = torch.linalg.inv(mixings)  # M^-1: members from components
+    take = torch.zeros(g, len(slots), F, dtype=torch.float64)
+    rope = torch.zeros(2, len(slots), g, d, dtype=torch.float64)
+    rest = torch.eye(g * d, dtype=torch.float64).view(g, d, g, d)
+    for number, (_, group, component) in enumerate(slots):
+        row, column = mixings[group, component].view(g, M), inverse[group, :, component].view(g, M)
+        members = slice(group * M, group * M + M)
+        take[:, number, members] = column
+        for half in (0, 1):
+            members = slice(half * F + group * M, half * F + group * M + M)
+            rope[half, number, :, members] = row
+            rest[:, members, :, members] -= torch.einsum("im,jn->imjn", column, row)
+    return take.repeat_interleave(shape.group, dim=0), rope.reshape(-1, g * d), rest.reshape(g * d, g * d)
 
 
 def _turn(rows: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
@@ -254,18 +344,37 @@ def _turn(rows: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
     return torch.cat((first * real - second * imaginary, second * real + first * imaginary, rest), dim=1)
 
 
-def _metrics(weights, shape, statistics, rotation, recipe):
-    """Square roots of what errors in keys and in values cost, block-diagonal over key/value heads, `[g d, g d]`."""
+def _metric(weights, shape, statistics, rotation, rows, moment, recipe):
+    """Square root `[2 g d, 2 g d]` of what errors in the rows, keys before values, cost."""
     g, n, d = shape.kv_heads, shape.group, shape.head_dim
-    if recipe.metric == "input":
-        identity = torch.eye(g * d, dtype=torch.float64)
-        return identity, identity
-    turned = _turn(_turn(statistics.query_moment, rotation).transpose(1, 2), rotation)  # E of turned queries
-    outputs = weights.o.view(-1, shape.heads, d).permute(1, 0, 2)
-    key_cost = turned.view(g, n, d, d).sum(dim=1)
-    value_cost = (outputs.transpose(1, 2) @ outputs).view(g, n, d, d).sum(dim=1)
-    roots = [torch.block_diag(*(_root(block, recipe.damping) for block in cost)) for cost in (key_cost, value_cost)]
-    return roots[0], roots[1]
+    keys = values = torch.eye(g * d, dtype=torch.float64)
+    if recipe.metric == "output":
+        turned = _turn(_turn(statistics.query_moment, rotation).transpose(1, 2), rotation)  # E of turned queries
+        outputs = weights.o.view(-1, shape.heads, d).permute(1, 0, 2)
+        costs = turned, outputs.transpose(1, 2) @ outputs
+        # Block-diagonal over key/value heads.
+        keys, values = (
+            torch.block_diag(*(_root(block, recipe.damping) for block in cost.view(g, n, d, d).sum(dim=1)))
+            for cost in costs
+        )
+    moment = rows @ moment @ rows.T
+    key_energy = (keys @ moment[: g * d, : g * d] @ keys.T).diagonal()
+    value_energy = (values @ moment[g * d :, g * d :] @ values.T).diagonal()
+    return torch.block_diag(keys * _key_scale(key_energy, value_energy, recipe), values)
+
+
+def _key_scale(key_energy: torch.Tensor, value_energy: torch.Tensor, recipe: Recipe) -> torch.Tensor:
+    """What the keys' errors are multiplied by beside the values', so that neither takes all of the latent.
+
+    The energies are of single dimensions.
+    """
+    key_energy, value_energy = key_energy.clamp_min(0), value_energy.clamp_min(0)
+    # Keys that carry nothing (all rotation kept) stay as they are: scaling them up would be scaling rounding errors.
+    if recipe.balance_by == "none" or key_energy.sum() <= 1e-12 * value_energy.sum():
+        return torch.ones((), dtype=torch.float64)
+    if recipe.balance_by == "norm":
+        return recipe.balance * value_energy.sqrt().mean() / key_energy.sqrt().mean()
+    return (recipe.balance * value_energy.sum() / key_energy.sum()).sqrt()
 
 
 def _root(matrix: torch.Tensor, damping: float) -> torch.Tensor:
@@ -276,20 +385,13 @@ def _root(matrix: torch.Tensor, damping: float) -> torch.Tensor:
     return (vectors * values.sqrt()) @ vectors.T
 
 
-def _joint_low_rank(keys, values, moment, key_metric, value_metric, rank, balance):
-    """Leading `rank` directions of keys `[g d, D]` and values `[g d, D]` together.
+def _joint_low_rank(rows, moment, metric, rank):
+    """Leading `rank` directions of `rows` `[m, F]` of features with second moment `[F, F]`, in the metric `[m, m]`.
 
     Returns:
-        `down` `[R, D]`, `key_up` and `value_up` `[g d, R]`, and the spectrum.
+        `down` `[R, F]`, `up` `[m, R]`, and the spectrum.
     """
-    energy = lambda metric, rows: torch.trace(metric @ rows @ moment @ rows.T @ metric.T)  # noqa: E731
-    key_energy, value_energy = energy(key_metric, keys), energy(value_metric, values)
-    # Keys that carry nothing (all rotation kept) stay as they are: scaling them up would be scaling rounding errors.
-    scale = (balance * value_energy / key_energy).sqrt() if key_energy > 1e-12 * value_energy else torch.ones(())
-    metric = torch.block_diag(key_metric * scale, value_metric)
-    weighted = metric @ torch.cat((keys, values))
+    weighted = metric @ rows
     eigenvalues, vectors = torch.linalg.eigh(weighted @ moment @ weighted.T)
     leading = vectors.flip(1)[:, :rank]
-    up = torch.linalg.solve(metric, leading)
-    width = keys.shape[0]
-    return leading.T @ weighted, up[:width], up[width:], eigenvalues.flip(0)
+    return leading.T @ weighted, torch.linalg.solve(metric, leading), eigenvalues.flip(0)

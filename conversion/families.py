@@ -7,13 +7,14 @@
 | qwen2         | the same                       | q, k, v       | a window must not bite                           |
 | phi3          | rows of qkv_proj; o_proj       | none          | rows of gate_up_proj; partial rotation; longrope |
 | smollm3       | as llama                       | optional, all | layers without rotation (`nope_layers`)          |
-| qwen3         | as llama, q_norm, k_norm       | optional, all | exact only: its keys are not linear in the input |
-| olmo2         | the same                       | optional, all | exact only; norms behind attention and MLP       |
-| deepseek_v3   | copied under their names       | optional      | dense layers only; exact only                    |
+| qwen3         | as llama, q_norm, k_norm       | optional, all | smaller with an encoder: keys are not linear     |
+| olmo2         | the same                       | optional, all | the same; norms behind attention and MLP         |
+| deepseek_v3   | copied under their names       | optional      | dense layers only; smaller with an encoder       |
 | deepseek_v2   | copied                         | optional      | the same; pairs always interleaved               |
-| youtu         | copied                         | optional      | exact only                                       |
-| minicpm3      | copied                         | optional      | exact only; multipliers go into the weights      |
-| glm4_moe_lite | copied                         | optional      | dense layers only; exact only                    |
+| youtu         | copied                         | optional      | smaller with an encoder                          |
+| minicpm3      | copied                         | optional      | the same; multipliers go into the weights        |
+| glm4_moe_lite | copied                         | optional      | dense layers only; smaller with an encoder       |
+| egmla         | copied                         | optional      | gate at identity; an encoder only for its norm   |
 
 A family is an entry of `FAMILIES`: `Family` (which is llama) or a subclass that says what differs. Names outside of
 attention are the same in source and target unless `copied` or `mlp` say otherwise.
@@ -21,13 +22,17 @@ attention are the same in source and target unless `copied` or `mlp` say otherwi
 
 import difflib
 import math
+from dataclasses import replace
+from typing import Any
 
-from transformers import PreTrainedConfig
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from egmla import EGMLAConfig
+from egmla.modeling_egmla import EGMLAAttention
 
 from .family import KEPT_FIELDS, AttentionShape, AttentionWeights, Family, unchanged
-from .sources import Rows
+from .sources import Rows, Source
 
 
 class Mistral(Family):
@@ -61,6 +66,9 @@ class Phi3(Family):
             "o": Rows(f"{prefix}o_proj.weight"),
         }
 
+    def probes(self, config: PreTrainedConfig) -> tuple[str, ...]:
+        return ("qkv_proj",)
+
     def mlp(self, config: PreTrainedConfig, prefix: str) -> dict[str, Rows]:
         fused, width = f"{prefix}mlp.gate_up_proj.weight", config.intermediate_size
         return {
@@ -78,13 +86,9 @@ class SmolLM3(Family):
 
 
 class Qwen3(Family):
-    """Queries and keys are RMS-normalised per head before they turn; the model does that with `qk_norm_dim`."""
+    """Queries and keys are RMS-normalised per head before they turn, by `qk_norm_dim` or `kv_encoder_dim`."""
 
     window_per_layer = True
-    exact_only = (
-        "normalises each key before it turns, so its keys are not linear in the layer's input and no smaller linear "
-        "latent holds them (conversion/README.md)"
-    )
     qk_norm = "head"
 
 
@@ -94,7 +98,7 @@ class Olmo2(Qwen3):
     window_per_layer = False
     qk_norm = "all"
 
-    def layer_norms(self) -> tuple[str, ...]:
+    def layer_norms(self, config: PreTrainedConfig) -> tuple[str, ...]:
         return "post_attention_layernorm", "post_feedforward_layernorm"
 
     def target_config(self, config: PreTrainedConfig, **attention) -> EGMLAConfig:
@@ -102,14 +106,15 @@ class Olmo2(Qwen3):
 
 
 class MLA(Family):
-    """A source that already is multi-head latent attention: every tensor is copied, the gate starts at identity.
+    """A source that already is multi-head latent attention: tensors are copied, the gate starts at identity.
+
+    Its latent is made smaller behind its norm, which stays as an encoder.
 
     Args:
         rope_interleave (`bool`): how its class pairs rotary dimensions when its configuration does not say.
     """
 
     latent = True
-    exact_only = "already caches a latent, and making that smaller is not built yet"
 
     def __init__(self, rope_interleave: bool = True):
         self.rope_interleave = rope_interleave
@@ -144,6 +149,14 @@ class MLA(Family):
         else:
             names += ["q_a_layernorm.weight", "q_b_proj.weight", *(f"q_a_proj.{kind}" for kind in biased)]
         return unchanged(*(f"model.layers.{layer_idx}.self_attn.{name}" for name in names))
+
+    def shape(self, config: PreTrainedConfig) -> AttentionShape:
+        """Queries of the source's width; no keys beside the latent, so none that turn or could be mixed."""
+        query_dim = config.qk_nope_head_dim + config.qk_rope_head_dim
+        return AttentionShape(config.num_attention_heads, 0, query_dim, config.hidden_size, rotary_dim=0)
+
+    def probes(self, config: PreTrainedConfig) -> tuple[str, ...]:
+        return "q_proj" if config.q_lora_rank is None else "q_b_proj", "kv_a_layernorm"
 
     def target_config(self, config: PreTrainedConfig, **attention) -> EGMLAConfig:
         names = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "attention_bias")
@@ -180,6 +193,76 @@ class MiniCPM3(MLA):
         return {name: Rows(name, scale=scale) if projection in name else rows for name, rows in parts.items()}
 
 
+class EGMLA(MLA):
+    """An EG-MLA checkpoint whose gate is at identity: its latent is made smaller, with a fresh gate."""
+
+    def check(self, config: PreTrainedConfig) -> None:
+        super().check(config)
+        if config.qk_rope_head_dim == 0:
+            raise ValueError(
+                "This egmla checkpoint has no rotary key (qk_rope_head_dim=0), which conversion requires."
+            )
+        if config.kv_latent_norm and (config.kv_encoder_dim is not None or isinstance(config.kv_lora_rank, list)):
+            raise ValueError(
+                f"This egmla checkpoint normalises latents (kv_latent_norm) with kv_lora_rank={config.kv_lora_rank}, "
+                f"kv_encoder_dim={config.kv_encoder_dim}. That norm would be in the encoder, which must not be there "
+                "already and has one width for all layers; convert the checkpoint it was made of instead."
+            )
+
+    def gate(self, config: PreTrainedConfig, layer_idx: int) -> tuple[str, ...]:
+        return tuple(name for name in self._names(config, layer_idx) if ".kv_gate_" in name)
+
+    def check_weights(self, source: Source) -> None:
+        for layer_idx in range(source.config.num_hidden_layers):
+            for name in self.gate(source.config, layer_idx):
+                identity = {"kv_gate_norm.weight": 0, "kv_gate_norm.bias": 1}.get(name.partition("self_attn.")[2])
+                if identity is not None and not (source.tensor(name) == identity).all():
+                    raise ValueError(
+                        f"The gate of layer {layer_idx} of {source.label} is trained ({name} is not {identity}): a "
+                        "smaller latent would have no such gate. Convert a checkpoint whose gate is at identity."
+                    )
+
+    def attention(self, config: PreTrainedConfig, layer_idx: int) -> dict[str, Rows]:
+        return unchanged(*(name for name in self._names(config, layer_idx) if ".kv_gate_" not in name))
+
+    def _names(self, config: Any, layer_idx: int) -> list[str]:
+        with torch.device("meta"):
+            names = EGMLAAttention(config, layer_idx).state_dict()
+        return [f"model.layers.{layer_idx}.self_attn.{name}" for name in names]
+
+    def layer_norms(self, config: PreTrainedConfig) -> tuple[str, ...]:
+        return FAMILIES["olmo2" if config.post_norm else "llama"].layer_norms(config)
+
+    def latent_norm(self, config: PreTrainedConfig) -> bool:
+        return config.kv_latent_norm
+
+    def shape(self, config: PreTrainedConfig) -> AttentionShape:
+        if config.query_norm_dim is None:
+            return super().shape(config)
+        return replace(super().shape(config), head_dim=config.qk_nope_head_dim)
+
+    def probes(self, config: PreTrainedConfig) -> tuple[str, ...]:
+        queries, latents = super().probes(config)
+        if config.query_norm_dim is not None:
+            queries = "q_norm"
+        return queries, latents if config.kv_latent_norm else "kv_a_proj_with_mqa"
+
+    def skeleton(self, config: PreTrainedConfig) -> PreTrainedModel:
+        model = super().skeleton(EGMLAConfig(**{**config.to_dict(), "kv_gate": None, "kv_gate_embedding_dim": None}))
+        for module in model.modules():
+            if isinstance(module, EGMLAAttention) and module.rope_slots is not None:  # in no checkpoint
+                slots = torch.tensor(config.layer_rope_slots(module.layer_idx))
+                module.register_buffer("rope_slots", slots, persistent=False)
+        return model
+
+    def context(self, tables: tuple[torch.Tensor, torch.Tensor]) -> dict[str, Any]:
+        halves = [table[..., : table.shape[-1] // 2].unsqueeze(1) for table in tables]
+        return {"position_embeddings": tuple(halves), "gate_input": None}
+
+    def target_config(self, config: PreTrainedConfig, **attention) -> EGMLAConfig:
+        return EGMLAConfig(**{**config.to_dict(), "kv_gate_embedding_dim": None, **attention})
+
+
 FAMILIES: dict[str, Family] = {
     "llama": Family(),
     "mistral": Mistral(),
@@ -193,6 +276,7 @@ FAMILIES: dict[str, Family] = {
     "youtu": MLA(),
     "minicpm3": MiniCPM3(rope_interleave=False),
     "glm4_moe_lite": MLA(),
+    "egmla": EGMLA(),
 }
 
 # Architectures people ask for: the nearest supported one, and what EG-MLA or its conversion lacks for them.

@@ -4,9 +4,10 @@
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from transformers import PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from egmla import EGMLAConfig
 
@@ -101,14 +102,12 @@ class Family:
         partial_rotary: heads may be turned in part.
         window_per_layer: the class applies a sliding window to the layers that `layer_types` names, not to all.
         qk_norm: queries and keys are RMS-normalised before they turn: each `"head"`, or `"all"` heads as one vector.
-        exact_only: why only exact mode works for this family; empty when a smaller cache works too.
     """
 
     latent = False
     partial_rotary = False
     window_per_layer = False
     qk_norm: str | None = None
-    exact_only = ""
 
     def check(self, config: PreTrainedConfig) -> None:
         """Raises `ValueError` for a variant of the architecture that cannot be converted."""
@@ -121,6 +120,14 @@ class Family:
                 f"of {config.max_position_embeddings}, which EG-MLA does not have. Use a checkpoint without one "
                 "(Mistral 7B v0.2 and later), or set sliding_window to null in its config.json to convert it for "
                 "contexts no longer than the window."
+            )
+        # A constant in the keys moves all scores of a query alike, and so is left out: a cap would not let it.
+        cap = getattr(config, "attn_logit_softcapping", None)
+        if cap is not None:
+            raise ValueError(
+                f"This {config.model_type} checkpoint caps its attention logits (attn_logit_softcapping={cap}), which "
+                f"neither EG-MLA nor Transformers' own {config.model_type} does; remove the field from its "
+                "config.json only if the model was trained without."
             )
         partial = (getattr(config, "rope_parameters", None) or {}).get("partial_rotary_factor", 1.0)
         if partial not in (None, 1.0) and not self.partial_rotary:
@@ -167,6 +174,10 @@ class Family:
         names = {role: Rows(f"{prefix}{role}_proj.weight") for role in "qkvo"}
         return names | {f"{role}_bias": Rows(f"{prefix}{role}_proj.bias") for role in self.bias_roles(config)}
 
+    def probes(self, config: PreTrainedConfig) -> tuple[str, ...]:
+        """Attention modules, in order of use, that give all queries and then the features a latent is linear in."""
+        return ("q_norm", "k_norm", "v_proj") if self.qk_norm else ("q_proj", "k_proj", "v_proj")
+
     def norms(self, layer_idx: int) -> dict[str, str]:
         """Names of the norms of queries and keys by role, `q` and `k`; empty where there are none."""
         return {role: f"model.layers.{layer_idx}.self_attn.{role}_norm.weight" for role in "qk" if self.qk_norm}
@@ -182,12 +193,32 @@ class Family:
             head = [] if config.tie_word_embeddings else ["lm_head.weight"]
             return unchanged("model.embed_tokens.weight", "model.norm.weight", *head)
         prefix = f"model.layers.{layer_idx}."
-        norms = unchanged(*(f"{prefix}{norm}.weight" for norm in self.layer_norms()))
+        norms = unchanged(*(f"{prefix}{norm}.weight" for norm in self.layer_norms(config)))
         return norms | self.mlp(config, prefix)
 
-    def layer_norms(self) -> tuple[str, ...]:
+    def layer_norms(self, config: PreTrainedConfig) -> tuple[str, ...]:
         """Names of the norms of a layer outside of its attention."""
         return "input_layernorm", "post_attention_layernorm"
+
+    def gate(self, config: PreTrainedConfig, layer_idx: int) -> tuple[str, ...]:
+        """Names of the tensors of a layer's gate, which conversion leaves out; empty where there is none."""
+        return ()
+
+    def check_weights(self, source: Source) -> None:
+        """Raises `ValueError` for weights of a supported architecture that cannot be converted."""
+
+    def latent_norm(self, config: PreTrainedConfig) -> bool:
+        """Whether the latent of an MLA source is normalised."""
+        return self.latent
+
+    def skeleton(self, config: PreTrainedConfig) -> PreTrainedModel:
+        """The source's model without weights, whose layers calibration runs."""
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
+
+    def context(self, tables: Any) -> dict[str, Any]:
+        """What a layer is called with beside hidden states and mask; `tables` are the rotary embedding's."""
+        return {"position_embeddings": tables}
 
     def read_attention(self, source: Source, layer_idx: int) -> AttentionWeights:
         """Reads a layer's attention weights, biases zero where the source has none."""

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedConfig
 
 from .family import AttentionShape
+from .recipes import Recipe
 
 
 @dataclass(frozen=True)
@@ -38,50 +39,45 @@ def plan_conversion(
     kv_lora_rank: int | list[int] | None = None,
     qk_rope_head_dim: int | None = None,
     cache: float | None = None,
+    recipe: Recipe | None = None,
 ) -> Plan:
     """Checks the widths asked for against the source and fills in those left open.
 
     Raises:
         ValueError: for widths the source does not allow, or contradictory ones.
     """
-    layers, width = config.num_hidden_layers, shape.rope_width
+    layers, width, recipe = config.num_hidden_layers, shape.rope_width, recipe or Recipe()
     full = 2 * shape.kv_width
     if exact:
         _no_widths(full - width, width, kv_lora_rank, qk_rope_head_dim, cache)
         return Plan(True, [full - width] * layers, width, full * layers, full * layers)
     if cache is not None:
-        if kv_lora_rank is not None:
-            raise ValueError("Give either cache or kv_lora_rank: each decides the size of the cache.")
-        if not 0 < cache <= 1:
-            raise ValueError(f"cache={cache}: the share of the source's cache to keep must be above 0 and at most 1.")
-        elements = round(cache * full)
+        elements = _elements_kept(cache, kv_lora_rank, full)
         if qk_rope_head_dim is None:
-            qk_rope_head_dim = _default_rope_dim(shape, elements)
+            # A third of the cache: best of three at 50 % and 31 % (conversion/README.md).
+            qk_rope_head_dim = _default_rope_dim(shape, elements // 3, recipe)
         kv_lora_rank = elements - qk_rope_head_dim
     if kv_lora_rank is None:
         raise ValueError("Say how small the cache shall be: kv_lora_rank and qk_rope_head_dim, or cache, or exact.")
     if qk_rope_head_dim is None:
         rank = max(kv_lora_rank) if isinstance(kv_lora_rank, list) else kv_lora_rank
-        qk_rope_head_dim = min(shape.rotary_head_dim, width, 2 * (rank // 2))
+        qk_rope_head_dim = _default_rope_dim(shape, rank, recipe)
     if qk_rope_head_dim < 0 or qk_rope_head_dim % 2 or qk_rope_head_dim > width:
         raise ValueError(
             f"qk_rope_head_dim={qk_rope_head_dim}: must be even and from 0 to {width}, the width of all keys of this "
             f"source that turn ({shape.kv_heads} key heads of {shape.rotary_head_dim})."
         )
-    ranks = kv_lora_rank if isinstance(kv_lora_rank, list) else [kv_lora_rank] * layers
-    if len(ranks) != layers:
+    if qk_rope_head_dim not in (allowed := recipe.rope_widths(shape)):
         raise ValueError(
-            f"kv_lora_rank has {len(ranks)} entries and the source {layers} layers; give one number or {layers}."
+            f"qk_rope_head_dim={qk_rope_head_dim}: with slots={recipe.slots!r} and freqfold={recipe.freqfold} it must "
+            f"be one of {', '.join(map(str, allowed))} for this source."
         )
-    largest = full - qk_rope_head_dim
-    for rank in ranks:
-        if not 1 <= rank <= largest:
-            raise ValueError(
-                f"kv_lora_rank={rank}: must be from 1 to {largest}, what keys and values of this source hold beside "
-                f"qk_rope_head_dim={qk_rope_head_dim} ({shape.kv_heads} key/value heads of {shape.head_dim}: {full} "
-                "elements). For the source's own function use exact."
-            )
-    return Plan(False, list(ranks), qk_rope_head_dim, full * layers, sum(ranks) + layers * qk_rope_head_dim)
+    holds = (
+        f"what keys and values of this source hold beside qk_rope_head_dim={qk_rope_head_dim} ({shape.kv_heads} "
+        f"key/value heads of {shape.head_dim}: {full} elements)"
+    )
+    ranks = _layer_ranks(kv_lora_rank, [full - qk_rope_head_dim] * layers, holds)
+    return Plan(False, ranks, qk_rope_head_dim, full * layers, sum(ranks) + layers * qk_rope_head_dim)
 
 
 def full_widths(shape: AttentionShape) -> tuple[int, int]:
@@ -89,18 +85,63 @@ def full_widths(shape: AttentionShape) -> tuple[int, int]:
     return 2 * shape.kv_width - shape.rope_width, shape.rope_width
 
 
-def plan_copy(config: PreTrainedConfig, kv_lora_rank, qk_rope_head_dim, cache) -> Plan:
-    """The plan of an MLA source: its own widths.
+def plan_latent(
+    config: PreTrainedConfig,
+    exact: bool = False,
+    kv_lora_rank: int | list[int] | None = None,
+    qk_rope_head_dim: int | None = None,
+    cache: float | None = None,
+) -> Plan:
+    """The plan of an MLA source: its own widths, or a smaller latent beside its rotary key.
 
     Raises:
-        ValueError: when widths are given.
+        ValueError: for widths the source does not allow, or contradictory ones.
     """
-    rank, rope_dim, layers = config.kv_lora_rank, config.qk_rope_head_dim, config.num_hidden_layers
-    _no_widths(rank, rope_dim, kv_lora_rank, qk_rope_head_dim, cache)
-    return Plan(True, [rank] * layers, rope_dim, layers * (rank + rope_dim), layers * (rank + rope_dim))
+    rope_dim, layers = config.qk_rope_head_dim, config.num_hidden_layers
+    own = config.kv_lora_rank if isinstance(config.kv_lora_rank, list) else [config.kv_lora_rank] * layers
+    elements = sum(own) + layers * rope_dim
+    if exact:
+        _no_widths(config.kv_lora_rank, rope_dim, kv_lora_rank, qk_rope_head_dim, cache)
+        return Plan(True, own, rope_dim, elements, elements)
+    if qk_rope_head_dim not in (None, rope_dim):
+        raise ValueError(
+            f"qk_rope_head_dim={qk_rope_head_dim}: the rotary key of an MLA source stays as it is, {rope_dim} wide; "
+            "leave it out."
+        )
+    if cache is not None:
+        kv_lora_rank = [_elements_kept(cache, kv_lora_rank, rank + rope_dim) - rope_dim for rank in own]
+    if kv_lora_rank is None:
+        raise ValueError("Say how small the cache shall be: kv_lora_rank, or cache, or exact.")
+    ranks = _layer_ranks(kv_lora_rank, own, f"the latent of this source beside its {rope_dim} rotary elements")
+    return Plan(False, ranks, rope_dim, elements, sum(ranks) + layers * rope_dim)
 
 
-def _no_widths(rank: int, rope_dim: int, kv_lora_rank, qk_rope_head_dim, cache) -> None:
+def _elements_kept(cache: float, kv_lora_rank: int | list[int] | None, full: int) -> int:
+    """Elements per token and layer that a share of `full` elements is."""
+    if kv_lora_rank is not None:
+        raise ValueError("Give either cache or kv_lora_rank: each decides the size of the cache.")
+    if not 0 < cache <= 1:
+        raise ValueError(f"cache={cache}: the share of the source's cache to keep must be above 0 and at most 1.")
+    return round(cache * full)
+
+
+def _layer_ranks(kv_lora_rank: int | list[int], largest: list[int], holds: str) -> list[int]:
+    """One rank per layer, each checked against the largest of its layer; `holds` says what that is."""
+    layers = len(largest)
+    ranks = kv_lora_rank if isinstance(kv_lora_rank, list) else [kv_lora_rank] * layers
+    if len(ranks) != layers:
+        raise ValueError(
+            f"kv_lora_rank has {len(ranks)} entries and the source {layers} layers; give one number or {layers}."
+        )
+    for rank, most in zip(ranks, largest, strict=True):
+        if not 1 <= rank <= most:
+            raise ValueError(
+                f"kv_lora_rank={rank}: must be from 1 to {most}, {holds}. For the source's own function use exact."
+            )
+    return list(ranks)
+
+
+def _no_widths(rank: int | list[int], rope_dim: int, kv_lora_rank, qk_rope_head_dim, cache) -> None:
     if kv_lora_rank is not None or qk_rope_head_dim is not None or cache is not None:
         raise ValueError(
             f"exact mode keeps everything (kv_lora_rank={rank}, qk_rope_head_dim={rope_dim}); leave --kv-lora-rank, "
@@ -108,6 +149,7 @@ def _no_widths(rank: int, rope_dim: int, kv_lora_rank, qk_rope_head_dim, cache) 
         )
 
 
-def _default_rope_dim(shape: AttentionShape, elements: int) -> int:
-    """A third of the cache, at most one head's width: best of three at 50 % and 31 % (conversion/README.md)."""
-    return min(shape.rotary_head_dim, shape.rope_width, elements // 6 * 2)
+def _default_rope_dim(shape: AttentionShape, most: int, recipe: Recipe) -> int:
+    """The widest rotary key of the recipe of at most `most` dimensions and one head's width; its narrowest if none."""
+    widths = recipe.rope_widths(shape)
+    return max((width for width in widths if width <= min(most, shape.rotary_head_dim)), default=widths[0])

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedConfig
 
@@ -92,6 +93,12 @@ class Source:
         with safe_open(str(self.files[name]), framework="pt") as file:
             return tuple(file.get_slice(name).get_shape())
 
+    def fingerprint(self) -> dict[str, Any]:
+        """What tells this checkpoint from others: its configuration, and names, sizes and times of its files."""
+        files = sorted(set(self.files.values()) or {Path(self.label)})
+        stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        return {"config": self.config.to_diff_dict(), "files": stats}
+
     def read(self, rows: Rows) -> torch.Tensor:
         """Reads rows of a tensor in its stored dtype; as `tensor`."""
         part = self.tensor(rows.name)[rows.start : rows.stop]
@@ -115,9 +122,13 @@ def open_source(source: str | Path) -> Source:
         raise FileNotFoundError(
             f"{path} has no config.json; give the folder of a Transformers checkpoint, or a .gguf file."
         )
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (StrictDataclassError, AttributeError) as error:  # the latter for a dtype that PyTorch does not have
+        raise ValueError(f"{path}/config.json has a value that does not work ({error}); correct it.") from error
     opened = Source(
         label=str(source),
-        config=AutoConfig.from_pretrained(path),
+        config=config,
         tokenizer=_tokenizer(path),
         generation_config=_generation_config(path),
         files=_weight_files(path),
@@ -130,6 +141,22 @@ def open_source(source: str | Path) -> Source:
             "reading)."
         )
     return opened
+
+
+def load_source(source: str | Path) -> tuple[Any, Any]:
+    """Loads a source as a Transformers model in fp32, with its tokenizer; GGUF files too.
+
+    Returns:
+        The model in evaluation mode and the tokenizer (or `None`).
+    """
+    opened = open_source(source)
+    if not opened.tensors:
+        folder = next(iter(opened.files.values())).parent
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), opened.tokenizer
+    model = AutoModelForCausalLM.from_config(opened.config, dtype=torch.float32)
+    model.load_state_dict(opened.tensors)
+    model.generation_config = opened.generation_config
+    return model.eval(), opened.tokenizer
 
 
 def _download(repository: str) -> Path:

@@ -1,41 +1,87 @@
-"""Writing a checkpoint so that it is either whole or not there: shards as they fill, everything renamed at the end."""
+"""Writing a checkpoint so that it is either whole or not there, and so that what was done can be taken up again.
+
+Everything goes into a hidden staging folder beside the target: a part for each finished layer, the hidden states
+behind the last one, and a journal that says what is done. At the end the parts become shards, and the folder the
+target.
+"""
 
 import errno
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 
 
-MAX_SHARD_BYTES = 2 * 1024**3
+MAX_SHARD_BYTES = 1024**3
+LOCK = ".lock"
+JOURNAL = "journal.json"
 
 
 def check_target(target: Path) -> None:
-    """Raises `FileExistsError` when the target is a file, or a folder with something in it."""
+    """Looks at a target before there is work to lose.
+
+    Raises:
+        FileExistsError: when it is a file, or a folder with something in it.
+        PermissionError: when it cannot be written.
+    """
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
         raise FileExistsError(
             f"{target} exists and is not empty; a new or empty folder is needed. Choose another target or remove it."
         )
+    # What is written is renamed into place, so the folder around it counts.
+    existing = next(parent for parent in target.absolute().parents if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise PermissionError(
+            f"{target} cannot be written: {existing} is no folder with write permission; choose another target."
+        )
+
+
+def staging_path(target: Path) -> Path:
+    """Where an unfinished target lies."""
+    return target.parent / f".{target.name}.partial"
 
 
 @contextmanager
-def staged_folder(target: Path) -> Iterator[Path]:
+def staged_folder(target: Path, keep: bool = False) -> Iterator[Path]:
     """A hidden folder beside `target` to write into; it takes the target's name when the block ends without an error.
 
-    On an error or an interruption the hidden folder is removed, so that nothing is left that looks like a model.
+    On an error or an interruption the hidden folder is removed, so that nothing is left that looks like a model; with
+    `keep` it is taken over if it is there, and stays once a journal in it has a finished layer.
+
+    Raises:
+        BlockingIOError: when another process is writing the same target.
+        OSError: when the target cannot be written.
     """
     check_target(target)
-    staging = target.parent / f".{target.name}.partial"
-    if staging.exists():
-        shutil.rmtree(staging)
-    staging.mkdir(parents=True)
+    staging = staging_path(target)
+    staging.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(staging / LOCK, blocking=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise BlockingIOError(f"Another process is writing {target}; wait for it or choose another target.") from None
+    if not keep:
+        _remove_content(staging)
+
+    def leave() -> str:
+        lock.release()
+        if keep and (staging / JOURNAL).is_file():
+            return f"the layers finished wait in {staging}, and the same command goes on from there"
+        shutil.rmtree(staging, ignore_errors=True)
+        return "nothing was left there"
+
     try:
         yield staging
+        lock.release()
+        (staging / LOCK).unlink(missing_ok=True)
         if target.is_dir():
             # An empty folder may be the current one or a mount point, so it stays; config.json makes it a model and
             # comes last.
@@ -45,67 +91,196 @@ def staged_folder(target: Path) -> Iterator[Path]:
         else:
             staging.rename(target)
     except OSError as error:
-        shutil.rmtree(staging, ignore_errors=True)
+        left = leave()
         if error.errno is None:
             raise
         raise OSError(
-            error.errno,
-            f"Writing {target} failed ({error.strerror}); nothing was left there. Free space or choose another disk.",
+            error.errno, f"Writing {target} failed ({error.strerror}); {left}. Free space or choose another disk."
         ) from error
-    except BaseException:
+    except ValueError:  # bad input: going on from here would end in the same place
+        lock.release()
         shutil.rmtree(staging, ignore_errors=True)
+        raise
+    except BaseException:
+        leave()
         raise
 
 
+class Journal:
+    """What of a conversion is done: its settings, what is known of each finished layer, the hidden states behind it.
+
+    A layer counts as finished once the journal says so: its part and the states are written before.
+
+    Args:
+        folder (`Path`): the staging folder.
+        settings (`dict`): everything the result depends on, in types that JSON keeps.
+        resume (`bool`): take up what is there; otherwise start over.
+
+    Attributes:
+        layers: what is known of each finished layer.
+    """
+
+    def __init__(self, folder: Path, settings: dict[str, Any], resume: bool = True):
+        self.folder, self.settings = folder, settings
+        self.layers: list[dict[str, Any]] = []
+        if resume and (folder / JOURNAL).is_file():
+            self.layers = json.loads((folder / JOURNAL).read_text())["layers"]
+        else:
+            _remove_content(folder)
+
+    def states(self) -> dict[str, torch.Tensor]:
+        """The hidden states behind the last finished layer; empty before the first and where none were needed."""
+        file = self._states(len(self.layers))
+        return load_file(file) if file.is_file() else {}
+
+    def finish_layer(self, layer: dict[str, Any], states: dict[str, torch.Tensor]) -> None:
+        """Notes that the tensors of one more layer are written, and what `states` it leaves to the next."""
+        count = len(self.layers) + 1
+        if states:
+            save_tensors(states, self._states(count))
+        self.layers.append(layer)
+        waiting = self.folder / f"{JOURNAL}.waiting"
+        waiting.write_text(json.dumps({"settings": self.settings, "layers": self.layers}))
+        waiting.replace(self.folder / JOURNAL)
+        self._states(count - 1).unlink(missing_ok=True)
+
+    def remove(self) -> None:
+        """Removes the journal and its states: the folder is about to become a model."""
+        self._states(len(self.layers)).unlink(missing_ok=True)
+        (self.folder / JOURNAL).unlink(missing_ok=True)
+
+    def _states(self, count: int) -> Path:
+        return self.folder / f"states-{count:05d}.safetensors"
+
+
 class ShardWriter:
-    """Collects tensors and writes them as safetensors shards of at most `max_bytes`, or of one larger tensor.
+    """Writes tensors as safetensors parts, and at the end as shards of at most `max_bytes`, or of one larger part.
 
     Args:
         folder (`Path`): where to write.
+        parts (`int`): parts of an earlier run that are there and stay.
         max_bytes (`int`): size of a shard.
     """
 
-    def __init__(self, folder: Path, max_bytes: int = MAX_SHARD_BYTES):
-        self.folder, self.max_bytes = folder, max_bytes
+    def __init__(self, folder: Path, parts: int = 0, max_bytes: int = MAX_SHARD_BYTES):
+        self.folder, self.parts, self.max_bytes = folder, parts, max_bytes
         self.pending: dict[str, torch.Tensor] = {}
-        self.pending_bytes = 0
-        self.shards: list[list[str]] = []
-        self.total_bytes = 0
         self.shapes: dict[str, torch.Size] = {}
+        for number in range(parts):
+            with safe_open(str(self._part(number)), framework="pt") as file:
+                self.shapes |= {name: torch.Size(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Adds a tensor; writes the shard before it when it would grow too large."""
+        """Adds a tensor to the part being collected."""
         if name in self.shapes:
             raise ValueError(f"Tensor {name} was written twice.")
-        size = tensor.numel() * tensor.element_size()
-        if self.pending and self.pending_bytes + size > self.max_bytes:
-            self._flush()
         self.pending[name] = tensor.contiguous()
-        self.pending_bytes += size
-        self.total_bytes += size
         self.shapes[name] = tensor.shape
 
+    def end_part(self) -> None:
+        """Writes what was added since the last part."""
+        if self.pending:
+            save_tensors(self.pending, self._part(self.parts))
+            self.parts, self.pending = self.parts + 1, {}
+
     def finish(self) -> None:
-        """Writes what is left, gives the shards their final names and writes the index when there are several."""
-        self._flush()
-        count = len(self.shards)
+        """Joins the parts to shards under their final names, and writes the index when there are several.
+
+        Parts stay until all shards are there: an interruption here costs the joining only.
+        """
+        self.end_part()
+        groups: list[list[_Part]] = [[]]
+        for part in (_Part(self._part(number)) for number in range(self.parts)):
+            size = sum(other.size for other in groups[-1])
+            # A tensor must begin at a multiple of its elements' width.
+            if groups[-1] and (size + part.size > self.max_bytes or size % 8):
+                groups.append([])
+            groups[-1].append(part)
         weight_map: dict[str, str] = {}
-        for number, names in enumerate(self.shards, start=1):
-            final = "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
-            self._part(number).rename(self.folder / final)
-            weight_map |= dict.fromkeys(names, final)
-        if count > 1:
-            index = {"metadata": {"total_size": self.total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+        for number, group in enumerate(groups, start=1):
+            many = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+            shard = many if len(groups) > 1 else "model.safetensors"
+            _join(group, self.folder / shard)
+            weight_map |= dict.fromkeys((name for part in group for name in part.tensors), shard)
+        if len(groups) > 1:
+            total = sum(part.size for group in groups for part in group)
+            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
             (self.folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+    def remove_parts(self) -> None:
+        """Removes the parts, which are all in shards."""
+        for number in range(self.parts):
+            self._part(number).unlink()
 
     def _part(self, number: int) -> Path:
         return self.folder / f"part-{number:05d}.safetensors"
 
-    def _flush(self) -> None:
-        if self.pending:
-            self.shards.append(list(self.pending))
-            try:
-                save_file(self.pending, str(self._part(len(self.shards))), metadata={"format": "pt"})
-            except SafetensorError as error:  # how a full disk shows here
-                raise OSError(errno.EIO, str(error)) from error
-            self.pending, self.pending_bytes = {}, 0
+
+class _Part:
+    """A safetensors file: `tensors` is its header (type, shape and place of each), `size` the bytes of its data.
+
+    Source: the format's description, https://github.com/huggingface/safetensors: eight bytes with the length of a JSON
+    header, the header, the data.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            self.tensors = json.loads(file.read(length))
+        self.tensors.pop("__metadata__", None)
+        self.start = 8 + length
+        self.size = path.stat().st_size - self.start
+
+
+def _join(parts: list[_Part], path: Path) -> None:
+    """One safetensors file of several, copied without holding a tensor in memory."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for part in parts:
+        for name, tensor in part.tensors.items():
+            header[name] = tensor | {"data_offsets": [offset + place for place in tensor["data_offsets"]]}
+        offset += part.size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as joined:
+        joined.write(len(text).to_bytes(8, "little") + text)
+        for part in parts:
+            with part.path.open("rb") as file:
+                file.seek(part.start)
+                shutil.copyfileobj(file, joined, length=2**24)
+
+
+def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Writes a safetensors file.
+
+    Raises:
+        OSError: also where safetensors has an error of its own for a full disk.
+    """
+    try:
+        save_file(tensors, str(path), metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(errno.EIO, str(error)) from error
+
+
+def _remove_content(folder: Path) -> None:
+    """Empties a folder, except for the lock that is held."""
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != LOCK:
+            path.unlink()
+
+
+def check_unfinished(target: Path, settings: dict[str, Any]) -> None:
+    """Raises `ValueError` where an unfinished conversion into `target` was begun under other settings."""
+    folder = staging_path(target)
+    if not (folder / JOURNAL).is_file():
+        return
+    found = json.loads((folder / JOURNAL).read_text())["settings"]
+    if different := [name for name in settings if settings[name] != found.get(name)]:
+        raise ValueError(
+            f"{folder} holds an unfinished conversion with other settings: "
+            + "; ".join(f"{name} was {found.get(name)} and is {settings[name]}" for name in different)
+            + ". Give the same ones to finish it, or --no-resume (resume=False) to start over."
+        )

@@ -254,10 +254,11 @@ def test_convert_exact_and_generate(llama, tmp_path):
 
 
 def test_convert_to_half_the_cache(llama, text, tmp_path):
-    result = run(
-        "convert", llama, tmp_path / "half", "--kv-lora-rank", "8,12", "--qk-rope-head-dim", 6, "--calibration", text
-    )
+    options = "--kv-lora-rank", "8,12", "--qk-rope-head-dim", 6, "--calibration", text, "--calibration-tokens", 4096
+    result = run("convert", llama, tmp_path / "half", *options, "--refine-steps", 2)
     assert result.exit_code == 0, result.output
+    report = json.loads((tmp_path / "half" / "conversion_report.json").read_text())
+    assert report["refinement"]["steps"] == 2 and "--refine-steps 2" in report["command"]
     assert "64 -> 32" in result.stdout
     assert "8 to 12, one per layer" in result.stdout
     assert EGMLAConfig.from_pretrained(tmp_path / "half").kv_lora_rank == [8, 12]

@@ -9,6 +9,7 @@ import time
 
 import pytest
 import torch
+from cases import make_tokenizer
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -17,18 +18,21 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
-    PreTrainedTokenizerFast,
 )
 
 from egmla import EGMLACache
-from egmla.conversion import Recipe, convert_checkpoint
-from egmla.conversion.closed_form import exact_attention, low_rank_attention
+from egmla.conversion import Recipe, Refinement, convert_checkpoint
+from egmla.conversion.closed_form import exact_attention, low_rank_attention, smaller_latent
 from egmla.conversion.families import AttentionShape, AttentionWeights
+from egmla.conversion.refinement import ConvertedRun as refinement_run
 from egmla.conversion.statistics import LayerStatistics
 
 
 # fp32 sums in another order than the source's: a few units in the last place of logits of size 10.
 EXACT_TOLERANCE = 1e-4
+
+CLOSED_FORM = Refinement(steps=0)
+SHRUNK = {"kv_lora_rank": 12, "qk_rope_head_dim": 6, "calibration_tokens": 4096, "refinement": Refinement(steps=3)}
 
 SMALL = {
     "vocab_size": 128,
@@ -57,15 +61,6 @@ SOURCES = {
     "llama-yarn": (LlamaForCausalLM, LlamaConfig, {"rope_parameters": YARN_ROPE}),
     "mistral-wide-heads": (MistralForCausalLM, MistralConfig, {"head_dim": 16, "sliding_window": None}),
 }
-
-
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per ASCII character, enough to tokenise calibration text."""
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-
-    tokenizer = Tokenizer(models.WordLevel({chr(code): code for code in range(128)}, unk_token="\x00"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="\x01", chat_template="{{ messages }}")
 
 
 @pytest.fixture(scope="module")
@@ -113,10 +108,15 @@ def test_exact_conversion_is_the_source(make_source, tmp_path, name):
 def test_calibrated_conversion_is_whole_and_exact_at_full_rank(make_source, calibration, tmp_path):
     source, folder = make_source("llama-biases")
     report = convert_checkpoint(
-        folder, tmp_path / "full", kv_lora_rank=30, qk_rope_head_dim=30, calibration=calibration
+        folder,
+        tmp_path / "full",
+        kv_lora_rank=30,
+        qk_rope_head_dim=30,
+        calibration=calibration,
+        refinement=CLOSED_FORM,
     )
     smaller = convert_checkpoint(
-        folder, tmp_path / "small", kv_lora_rank=5, qk_rope_head_dim=4, calibration=calibration
+        folder, tmp_path / "small", kv_lora_rank=5, qk_rope_head_dim=4, calibration=calibration, refinement=CLOSED_FORM
     )
     assert report["plan"]["target_elements"] == 120 and smaller["plan"]["target_elements"] == 18
     ids = torch.tensor([list(calibration.read_text()[:200].encode())])
@@ -160,11 +160,11 @@ def test_calibration_starts_as_the_tokenizer_does(make_source, calibration, tmp_
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="\x02 $A", special_tokens=[("\x02", 2)])
     tokenizer.save_pretrained(folder)
     seen = []
-    collect = convert.collect_statistics
-    monkeypatch.setattr(
-        convert, "collect_statistics", lambda *args, **kwargs: seen.append(args[2]) or collect(*args, **kwargs)
+    run = convert.SourceRun
+    monkeypatch.setattr(convert, "SourceRun", lambda *args: seen.append(args[2]) or run(*args))
+    convert_checkpoint(
+        folder, tmp_path / "t", kv_lora_rank=8, qk_rope_head_dim=4, calibration=calibration, refinement=CLOSED_FORM
     )
-    convert_checkpoint(folder, tmp_path / "t", kv_lora_rank=8, qk_rope_head_dim=4, calibration=calibration)
     assert (seen[0][:, 0] == 2).all() and not (seen[0][:, 1:] == 2).any()
 
 
@@ -198,13 +198,14 @@ def random_layer(shape: AttentionShape) -> tuple[AttentionWeights, LayerStatisti
         rand(H * d, D), rand(g * d, D), rand(g * d, D), rand(D, H * d), rand(H * d), rand(g * d), rand(g * d), rand(D)
     )
     inputs = rand(500, D) @ rand(D, D) + rand(D)
-    keys = inputs @ weights.k.T + weights.k_bias
+    keys, values = inputs @ weights.k.T + weights.k_bias, inputs @ weights.v.T + weights.v_bias
+    features = torch.cat((keys, values), dim=1)
     queries = (inputs @ weights.q.T + weights.q_bias).view(-1, H, d).transpose(0, 1)
     statistics = LayerStatistics(
         key_moment=keys.T @ keys / 500,
         query_moment=queries.transpose(1, 2) @ queries / 500,
-        mean=inputs.mean(dim=0),
-        raw_moment=inputs.T @ inputs / 500,
+        mean=features.mean(dim=0),
+        raw_moment=features.T @ features / 500,
         rotation=torch.polar(torch.rand(H, d // 2, generator=generator, dtype=torch.float64), rand(H, d // 2)),
     )
     return weights, statistics, inputs
@@ -252,6 +253,46 @@ def test_low_rank_is_optimal_in_its_metric():
     assert lost == pytest.approx(float(new.spectrum[R:].sum()), rel=1e-6)
 
 
+def test_smaller_latent_is_optimal_in_its_metric():
+    """Eckart-Young again: what is lost of an MLA layer's logits and outputs is the sum of the eigenvalues left out."""
+    generator = torch.Generator().manual_seed(5)
+    rand = lambda *size: torch.randn(*size, generator=generator, dtype=torch.float64)  # noqa: E731
+    H, N, V, r, R, T = 3, 8, 6, 24, 9, 400
+    kv_b, o = rand(H * (N + V), r), rand(20, H * V)
+    latents, queries = rand(T, r) @ rand(r, r) + 3 * rand(r), rand(H, T, N + 4) @ rand(H, N + 4, N + 4)
+    mean = latents.mean(dim=0)
+    statistics = LayerStatistics(
+        key_moment=torch.empty(0, 0),
+        query_moment=queries.mT @ queries / T,
+        mean=mean,
+        raw_moment=latents.T @ latents / T,
+        rotation=torch.empty(H, 0),
+    )
+
+    def energies(expanded: torch.Tensor) -> tuple[float, float]:
+        """Of logits and outputs that keys and values `[T, H (N + V)]` make."""
+        keys, values = expanded.view(T, H, N + V).split([N, V], dim=-1)
+        logits = torch.einsum("hqn,thn->hqt", queries[..., :N], keys).square().sum() / T**2
+        # Heads attend to different tokens, so their errors do not cancel: each counts by itself.
+        outputs = torch.einsum("thv,ohv->tho", values, o.view(20, H, V)).square().sum() / T
+        return float(logits), float(outputs)
+
+    logits, outputs = energies((latents - mean) @ kv_b.T)
+
+    def lost(down: torch.Tensor, up: torch.Tensor) -> float:
+        lost_logits, lost_outputs = energies((latents - mean) @ (kv_b - up @ down).T)
+        return outputs / logits * lost_logits + lost_outputs  # balance 1: equal energy
+
+    best = smaller_latent(kv_b, o, N, statistics, R, Recipe(metric="output", damping=0.0))
+    plain = torch.linalg.svd(kv_b)[2][:R]
+    on_input = smaller_latent(kv_b, o, N, statistics, R, Recipe(metric="input"))
+    assert lost(best.down, best.kv_b) == pytest.approx(float(best.spectrum[R:].sum()), rel=1e-6)
+    assert 1.1 * lost(best.down, best.kv_b) < lost(on_input.down, on_input.kv_b) < lost(plain, kv_b @ plain.T)
+    torch.testing.assert_close(best.down_bias, -best.down @ mean)
+    values = kv_b.view(H, N + V, r)[:, N:] @ mean
+    torch.testing.assert_close(best.o_bias, o @ values.flatten())
+
+
 def test_exact_attention_needs_equal_blocks():
     shape = AttentionShape(heads=4, kv_heads=2, head_dim=6, hidden_size=20)
     weights, _, _ = random_layer(shape)
@@ -283,13 +324,62 @@ def test_dry_run_writes_nothing(make_source, calibration, tmp_path):
         folder, tmp_path / "t", kv_lora_rank=20, qk_rope_head_dim=6, calibration=calibration, dry_run=True
     )
     assert plan["plan"]["target_elements"] == 52 and plan["plan"]["source_elements"] == 240
+    assert plan["estimate"]["seconds"] > 0 and plan["estimate"]["memory_bytes"] > 0
     assert list(tmp_path.iterdir()) == []
+
+
+def test_refinement_lowers_the_error_on_text_it_was_not_trained_on(make_source, calibration, tmp_path):
+    _, folder = make_source("llama-gqa-tied")
+    refinement = Refinement(steps=40, dtype="float32")
+    report = convert_checkpoint(
+        folder, tmp_path / "t", **{**SHRUNK, "refinement": refinement}, calibration=calibration
+    )
+    assert report["refinement"]["steps"] == 40
+    for layer in report["layers"]:
+        assert layer["attention_error"]["after"] < 0.9 * layer["attention_error"]["before"]
+    # The gate was not asked to take part.
+    norms = [v for k, v in load_file(tmp_path / "t/model.safetensors").items() if "kv_gate_norm.weight" in k]
+    assert len(norms) == 2 and all(norm.abs().max() == 0 for norm in norms)
+
+
+def test_refinement_keeps_the_closed_form_where_it_is_better(make_source, calibration, tmp_path):
+    _, folder = make_source("llama-gqa-tied")
+    for name, refinement in (("a", CLOSED_FORM), ("b", Refinement(steps=2, learning_rate=10.0, dtype="float32"))):
+        convert_checkpoint(folder, tmp_path / name, **{**SHRUNK, "refinement": refinement}, calibration=calibration)
+    a, b = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_refined_gate_leaves_identity(make_source, calibration, tmp_path):
+    _, folder = make_source("llama-gqa-tied")
+    settings = {**SHRUNK, "refinement": Refinement(steps=3, gate=True)}
+    convert_checkpoint(folder, tmp_path / "t", **settings, calibration=calibration)
+    norms = [v for k, v in load_file(tmp_path / "t/model.safetensors").items() if "kv_gate_norm.weight" in k]
+    assert all(norm.abs().max() > 0 for norm in norms)
+
+
+def test_refined_states_are_those_of_the_written_model(make_source, calibration, tmp_path, monkeypatch):
+    """What the next layer is refined on is what the model gives when it is loaded, gate and rotation included."""
+    from egmla.conversion import convert
+
+    _, folder = make_source("llama-yarn")
+    runs = []
+    monkeypatch.setattr(convert, "ConvertedRun", lambda *args: runs.append(refinement_run(*args)) or runs[-1])
+    settings = {**SHRUNK, "refinement": Refinement(steps=3, gate=True, dtype="float32")}
+    convert_checkpoint(folder, tmp_path / "t", **settings, calibration=calibration, dtype="float32")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "t").eval()
+    embeddings = runs[0].embeddings
+    seen = []
+    model.model.norm.register_forward_hook(lambda module, args, output: seen.append(args[0]))
+    with torch.no_grad():
+        model(inputs_embeds=embeddings[:2])
+    torch.testing.assert_close(seen[0], runs[0].states[:2], atol=2e-4, rtol=1e-4)
 
 
 def test_two_conversions_are_identical(make_source, calibration, tmp_path):
     _, folder = make_source("llama-gqa-tied")
     for name in ("a", "b"):
-        convert_checkpoint(folder, tmp_path / name, kv_lora_rank=12, qk_rope_head_dim=6, calibration=calibration)
+        convert_checkpoint(folder, tmp_path / name, **SHRUNK, calibration=calibration)
     assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
 
 
@@ -407,6 +497,82 @@ def test_full_disk_leaves_nothing(make_source, tmp_path):
     assert done.returncode != 0
     assert "nothing was left there" in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+RESUMED = (
+    "import sys, time\n"
+    "from egmla.conversion import Refinement, convert_checkpoint\n"
+    "def progress(stage, done, total):\n"
+    "    if done / total > float(sys.argv[4]):\n"
+    "        print('there', flush=True)\n"
+    "        time.sleep(60)\n"
+    "convert_checkpoint(sys.argv[1], sys.argv[2], kv_lora_rank=12, qk_rope_head_dim=6, calibration=sys.argv[3],"
+    " calibration_tokens=4096, refinement=Refinement(steps=3), progress=progress)\n"
+)
+
+
+@pytest.mark.parametrize("share", [0.6, 0.85])
+def test_killed_conversion_resumes_to_the_same_bytes(make_source, calibration, tmp_path, share):
+    """Killed in the second layer: in its calibration, and in its refinement."""
+    _, folder = make_source("llama-gqa-tied")
+    target = tmp_path / "t"
+    command = [sys.executable, "-c", RESUMED, str(folder), str(target), str(calibration), str(share)]
+    # One thread, as here: sums in another order are other numbers.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    assert child.stdout is not None and child.stdout.readline() == "there\n"
+    child.kill()
+    child.wait()
+    assert not target.exists()
+    assert not list(tmp_path.rglob("config.json")) and not list(tmp_path.rglob("model*.safetensors"))
+
+    with pytest.raises(ValueError, match=r"unfinished conversion with other settings: .*Refinement|refinement was"):
+        convert_checkpoint(folder, target, **{**SHRUNK, "refinement": CLOSED_FORM}, calibration=calibration)
+    layers = []
+    report = convert_checkpoint(
+        folder, target, **SHRUNK, calibration=calibration, progress=lambda _, done, total: layers.append(done / total)
+    )
+    assert min(layers) >= 0.5, "the first layer was done again"
+    convert_checkpoint(folder, tmp_path / "whole", **SHRUNK, calibration=calibration)
+    assert (target / "model.safetensors").read_bytes() == (tmp_path / "whole/model.safetensors").read_bytes()
+    whole = json.loads((tmp_path / "whole/conversion_report.json").read_text())
+    assert report["layers"] == whole["layers"] and report["weights_sha256"] == whole["weights_sha256"]
+    assert {path.name for path in target.iterdir()} == {path.name for path in (tmp_path / "whole").iterdir()}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["t", "whole"]
+
+
+def test_two_processes_do_not_write_one_target(make_source, tmp_path):
+    from egmla.conversion.writing import staged_folder
+
+    _, folder = make_source("llama-mha")
+    with staged_folder(tmp_path / "t") as staging:
+        with pytest.raises(BlockingIOError, match="Another process is writing"):
+            convert_checkpoint(folder, tmp_path / "t", exact=True)
+        assert staging.is_dir()
+
+
+def test_peak_memory_does_not_grow_with_depth(calibration, tmp_path):
+    """Four times the layers, in processes of their own."""
+    script = (
+        "import sys, torch\n"
+        "torch.set_num_threads(1)\n"
+        "from egmla.conversion import Refinement, convert_checkpoint\n"
+        "convert_checkpoint(sys.argv[1], sys.argv[2], kv_lora_rank=64, qk_rope_head_dim=16, calibration=sys.argv[3],"
+        " calibration_tokens=1024, refinement=Refinement(steps=1))\n"
+        # Not ru_maxrss, which a new process inherits from the one that started it.
+        "print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))\n"
+    )
+    shape = {**SMALL, "hidden_size": 512, "intermediate_size": 3072, "num_attention_heads": 8}
+    peaks = []
+    for layers in (4, 16):  # 92 and 370 MB of weights
+        source = tmp_path / f"source-{layers}"
+        config = LlamaConfig(**{**shape, "num_hidden_layers": layers}, num_key_value_heads=4)
+        LlamaForCausalLM(config).save_pretrained(source, max_shard_size="50MB")
+        make_tokenizer().save_pretrained(source)
+        command = [sys.executable, "-c", script, str(source), str(tmp_path / f"t-{layers}"), str(calibration)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        peaks.append(int(done.stdout.splitlines()[-1]))
+    assert peaks[1] < 1.1 * peaks[0], peaks
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])

@@ -5,16 +5,18 @@ import json
 
 import pytest
 import torch
+from cases import make_tokenizer
 from safetensors.torch import load_file
-from test_conversion import EXACT_TOLERANCE, LLAMA3_ROPE, SMALL, YARN_ROPE, make_tokenizer, random_layer
+from test_conversion import EXACT_TOLERANCE, LLAMA3_ROPE, SMALL, YARN_ROPE, random_layer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
 from egmla import EGMLACache, EGMLAConfig
-from egmla.conversion import FAMILIES, Recipe, convert_checkpoint
+from egmla.conversion import FAMILIES, Recipe, Refinement, convert, convert_checkpoint
 from egmla.conversion.closed_form import low_rank_attention
 from egmla.conversion.families import MISSING, AttentionShape, find_family
+from egmla.conversion.refinement import ConvertedRun
 from egmla.conversion.sources import open_source
-from egmla.conversion.statistics import collect_statistics
+from egmla.conversion.statistics import SourceRun
 
 
 LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 1000.0, "factor": 3.0}
@@ -100,7 +102,38 @@ LATENT = {
         {"q_lora_rank": None, "attention_bias": True, "mlp_layer_types": ["dense", "dense"]},
     ),
 }
+# EG-MLA checkpoints, to be made smaller again: a latent with a norm, one per layer without, one behind an encoder.
+LATENT |= {
+    "egmla": ("egmla", {"q_lora_rank": 18}),
+    "egmla, ranks and slots per layer": (
+        "egmla",
+        {
+            "kv_latent_norm": False,
+            "kv_lora_rank": [20, 14],
+            "rope_table_dim": 8,
+            "rope_slots": [[3, 0, 1], [2, 2, 0]],
+            "nope_layers": [1],
+            "query_bias": True,
+            "kv_gate_embedding_dim": 7,
+        },
+    ),
+    "egmla with encoder": (
+        "egmla",
+        {
+            "kv_latent_norm": False,
+            "kv_encoder_dim": 30,
+            "kv_encoder_norm_dim": 10,
+            "kv_encoder_norm_groups": 2,
+            "query_norm_dim": 8,
+            "rope_interleave": False,
+            "post_norm": True,
+            "kv_gate": None,
+            **UNTIED,
+        },
+    ),
+}
 ALL = {**GROUPED, **NORMED, **LATENT}
+QUICK = {"calibration_tokens": 4096, "refinement": Refinement(steps=0)}
 
 
 def source_config(model_type: str, special: dict) -> PreTrainedConfig:
@@ -122,8 +155,8 @@ def make_source(tmp_path_factory):
             torch.manual_seed(0)
             model = AutoModelForCausalLM.from_config(source_config(*ALL[name])).eval()
             with torch.no_grad():
-                for parameter in model.parameters():
-                    if parameter.ndim == 1:
+                for parameter_name, parameter in model.named_parameters():
+                    if parameter.ndim == 1 and "kv_gate" not in parameter_name:
                         parameter.add_(0.3 * torch.randn(parameter.shape))
             folder = tmp_path_factory.mktemp(name.partition(" ")[0])
             model.save_pretrained(folder)
@@ -136,9 +169,10 @@ def make_source(tmp_path_factory):
 
 
 @torch.no_grad()
-def differences(model, source, length: int = 100) -> tuple[float, float]:
+def differences(model, source, length: int = 100, ids: torch.Tensor | None = None) -> tuple[float, float]:
     """Largest difference of logits, all tokens at once and, with a cache, the last ones one by one."""
-    ids = torch.randint(2, 128, (2, length))
+    ids = torch.randint(2, 128, (2, length)) if ids is None else ids
+    length = ids.shape[1]
     whole = (model(ids).logits - source(ids).logits).abs().max()
     caches, steps = (EGMLACache(model.config), None), []
     for one, cache in zip((model, source), caches, strict=True):
@@ -172,26 +206,30 @@ def test_exact_conversion_is_the_source(make_source, tmp_path, name):
     assert report["plan"]["target_elements"] == report["plan"]["source_elements"]
 
 
-@pytest.mark.parametrize("name", GROUPED)
+def widths(config: PreTrainedConfig, share: float) -> dict:
+    """Full latent and rotary widths of a source (`share` 1), or that share of its latent and little rotary key."""
+    if FAMILIES[config.model_type].latent:
+        ranks = config.kv_lora_rank
+        return {"kv_lora_rank": [int(share * r) for r in ranks] if isinstance(ranks, list) else int(share * ranks)}
+    shape = FAMILIES[config.model_type].shape(config)
+    rope = shape.rope_width if share == 1 else 2
+    return {"kv_lora_rank": int(share * 2 * shape.kv_width) - rope, "qk_rope_head_dim": rope}
+
+
+@pytest.mark.parametrize("name", ALL)
 def test_full_width_closed_form_is_the_source(make_source, calibration, tmp_path, name):
     """Every key that turns keeps its rotation and the latent holds the rest: nothing is lost on the way there."""
     source, folder = make_source(name)
-    config, family = source.config, FAMILIES[source.config.model_type]
-    shape = family.shape(config)
-    full, rope = 2 * shape.kv_width, shape.rope_width
-    widths = {"kv_lora_rank": full - rope, "qk_rope_head_dim": rope}
-    convert_checkpoint(folder, tmp_path / "full", **widths, calibration=calibration, calibration_tokens=4096)
-    smaller = {"kv_lora_rank": full // 4, "qk_rope_head_dim": 2}
-    convert_checkpoint(folder, tmp_path / "small", **smaller, calibration=calibration, calibration_tokens=4096)
-    ids = tokenized(folder, calibration)
-    with torch.no_grad():
-        expected = source(ids).logits
-        lost = [
-            float((AutoModelForCausalLM.from_pretrained(tmp_path / kind).eval()(ids).logits - expected).abs().max())
-            for kind in ("full", "small")
-        ]
-    print(f"{name}: full width {lost[0]:.1e}, small {lost[1]:.1e}")
-    assert lost[0] < EXACT_TOLERANCE and lost[1] > 100 * lost[0]
+    ids, lost = tokenized(folder, calibration), []
+    for share in (1, 0.3):
+        asked = widths(source.config, share)
+        report = convert_checkpoint(folder, tmp_path / str(share), **asked, calibration=calibration, **QUICK)
+        converted = AutoModelForCausalLM.from_pretrained(tmp_path / str(share)).eval()
+        assert converted.config.cache_elements_per_token == report["plan"]["target_elements"]
+        assert converted.config.kv_lora_rank == asked["kv_lora_rank"]
+        lost.append(differences(converted, source, ids=ids))
+    print(f"{name}: full width {lost[0]}, small {lost[1]}")
+    assert max(lost[0]) < EXACT_TOLERANCE and lost[1][0] > 100 * lost[0][0]
 
 
 @pytest.mark.parametrize("name", ["phi3 partial tied", "smollm3 yarn biases"])
@@ -203,7 +241,7 @@ def test_part_of_the_rotation_loses_less_than_none(make_source, calibration, tmp
     lost = []
     for rope in (shape.rope_width // 4 * 2, 0):
         widths = {"kv_lora_rank": 2 * shape.kv_width - rope, "qk_rope_head_dim": rope}
-        convert_checkpoint(folder, tmp_path / str(rope), **widths, calibration=calibration, calibration_tokens=4096)
+        convert_checkpoint(folder, tmp_path / str(rope), **widths, calibration=calibration, **QUICK)
         converted = AutoModelForCausalLM.from_pretrained(tmp_path / str(rope)).eval()
         with torch.no_grad():
             lost.append(float((converted(ids).logits - source(ids).logits).square().mean()))
@@ -215,7 +253,7 @@ def test_layers_without_rotation_need_no_rotary_key(make_source, calibration, tm
     """Nothing turns, so nothing is lost without a rotary part: the latent alone is the source."""
     source, folder = make_source("smollm3 without rotation")
     widths = {"kv_lora_rank": 2 * FAMILIES["smollm3"].shape(source.config).kv_width, "qk_rope_head_dim": 0}
-    convert_checkpoint(folder, tmp_path / "t", **widths, calibration=calibration, calibration_tokens=4096)
+    convert_checkpoint(folder, tmp_path / "t", **widths, calibration=calibration, **QUICK)
     ids = tokenized(folder, calibration)
     converted = AutoModelForCausalLM.from_pretrained(tmp_path / "t").eval()
     assert (converted(ids).logits - source(ids).logits).abs().max() < EXACT_TOLERANCE
@@ -231,20 +269,47 @@ def test_slots_of_a_layer_without_rotation_go_to_what_carries_most():
     torch.testing.assert_close(still.q, by_energy.q)
 
 
-@pytest.mark.parametrize("name", GROUPED)
+@pytest.mark.parametrize("name", ALL)
 @torch.no_grad()
 def test_calibration_runs_the_source(make_source, name):
-    """Inputs of the last attention, measured layer by layer, are those in the real class."""
+    """Queries, features and outputs of the last attention, measured layer by layer, are those in the real class."""
     source, folder = make_source(name)
     ids = torch.randint(2, 128, (3, 40))
-    inputs = []
-    source.model.layers[-1].input_layernorm.register_forward_hook(lambda *args: inputs.append(args[2].double()))
+    family, seen, attended = FAMILIES[source.config.model_type], [], []
+    source.model.layers[-1].self_attn.register_forward_hook(lambda *args: attended.append(args[2][0]))
+    for probe in family.probes(source.config):
+        module = source.model.layers[-1].self_attn.get_submodule(probe)
+        module.register_forward_hook(lambda *args: seen.append(args[2].double().reshape(120, -1)))
     source(ids)
-    family = FAMILIES[source.config.model_type]
-    *_, last = collect_statistics(open_source(folder), family, ids, weighting="uniform")
-    tokens = inputs[0].flatten(0, 1)
-    torch.testing.assert_close(last.mean, tokens.mean(dim=0), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(last.raw_moment, tokens.T @ tokens / len(tokens), atol=1e-4, rtol=1e-4)
+    run = SourceRun(open_source(folder), family, ids, weighting="uniform")
+    *_, last = (run.measure(layer_idx) for layer_idx in range(source.config.num_hidden_layers))
+    outputs, statistics = last.outputs, last.statistics
+    scale = source.config.scale_depth / 2**0.5 if source.config.model_type == "minicpm3" else 1.0
+    torch.testing.assert_close(outputs, scale * attended[0], atol=1e-4, rtol=1e-4)
+    shape, seen = family.shape(source.config), torch.cat(seen, dim=1)
+    queries, features = seen.split([shape.heads * shape.head_dim, seen.shape[1] - shape.heads * shape.head_dim], 1)
+    close = {"atol": 1e-4, "rtol": 1e-4}
+    torch.testing.assert_close(statistics.mean, features.mean(dim=0), **close)
+    torch.testing.assert_close(statistics.raw_moment, features.T @ features / 120, **close)
+    queries = queries.view(120, shape.heads, -1)
+    expected = torch.einsum("thx,thy->hxy", queries, queries) / 120
+    torch.testing.assert_close(statistics.query_moment, expected, **close)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "olmo2", "minicpm3 tied", "egmla with encoder"])
+def test_refined_states_are_those_of_the_written_model(make_source, calibration, tmp_path, monkeypatch, name):
+    """Encoders, norms behind attention and scaled branches are in what the next layer is refined on."""
+    source, folder = make_source(name)
+    runs = []
+    monkeypatch.setattr(convert, "ConvertedRun", lambda *args: runs.append(ConvertedRun(*args)) or runs[-1])
+    settings = {**QUICK, "refinement": Refinement(steps=20, dtype="float32"), "dtype": "float32"}
+    asked = widths(source.config, 0.4)
+    convert_checkpoint(folder, tmp_path / "t", **asked, calibration=calibration, **settings)
+    model, seen = AutoModelForCausalLM.from_pretrained(tmp_path / "t").eval(), []
+    model.model.norm.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    with torch.no_grad():
+        model(inputs_embeds=runs[0].embeddings[:2])
+    torch.testing.assert_close(seen[0], runs[0].states[:2], atol=2e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["phi3 partial, odd heads", "smollm3", "qwen3", "olmo2", "deepseek_v3"])
@@ -270,6 +335,15 @@ def test_gate_is_exactly_one(make_source, tmp_path, name):
     assert torch.equal(gated(ids).logits, plain(ids).logits)
 
 
+def test_trained_gate_is_refused(make_source, calibration, tmp_path):
+    """A latent with a gate that does something cannot be mixed; one at identity is replaced by another."""
+    model, _ = make_source("egmla")
+    torch.nn.init.constant_(model.model.layers[1].self_attn.kv_gate_norm.weight, 0.1)
+    model.save_pretrained(tmp_path / "trained")
+    with pytest.raises(ValueError, match=r"gate of layer 1 of .* is trained .*kv_gate_norm.weight is not 0"):
+        convert_checkpoint(tmp_path / "trained", tmp_path / "t", kv_lora_rank=8, calibration=calibration)
+
+
 def test_longrope_beyond_its_switch(make_source, tmp_path):
     """Above the original context all positions turn at the long frequencies, those generated before it too."""
     source, folder = make_source("phi3 longrope")
@@ -292,7 +366,8 @@ def test_bf16_source_stays_bf16(make_source, tmp_path):
     half.save_pretrained(tmp_path / "source")
     convert_checkpoint(tmp_path / "source", tmp_path / "t", exact=True)
     converted = AutoModelForCausalLM.from_pretrained(tmp_path / "t").eval()
-    assert {tensor.dtype for tensor in load_file(tmp_path / "t/model.safetensors").values()} == {torch.bfloat16}
+    tensors = [tensor for file in (tmp_path / "t").glob("*.safetensors") for tensor in load_file(file).values()]
+    assert {tensor.dtype for tensor in tensors} == {torch.bfloat16}
     ids = torch.randint(2, 128, (1, 20))
     assert (converted(ids).logits - source(ids).logits).abs().max() < 0.05 * source(ids).logits.abs().max()
 
@@ -337,8 +412,28 @@ def change_config(folder, target, **changes):
             r"turns 9 dimensions",
         ),
         ("llama linear", {"num_key_value_heads": 4}, {}, r"num_attention_heads=6 is no multiple of .*heads=4"),
-        ("qwen3", {}, {"exact": False, "cache": 0.5}, r"qwen3 .* exactly only.*not linear in the layer's input"),
-        ("deepseek_v3", {}, {"exact": False, "kv_lora_rank": 8}, r"deepseek_v3 .* already caches a latent"),
+        (
+            "deepseek_v3",
+            {},
+            {"exact": False, "kv_lora_rank": 21},
+            r"kv_lora_rank=21: must be from 1 to 20, the latent",
+        ),
+        ("deepseek_v3", {}, {"exact": False, "cache": 0.2}, r"kv_lora_rank=-1: must be from 1 to 20"),
+        ("deepseek_v3", {}, {"exact": False, "kv_lora_rank": [8]}, r"has 1 entries and the source 2 layers"),
+        (
+            "deepseek_v3",
+            {},
+            {"exact": False, "kv_lora_rank": 8, "qk_rope_head_dim": 4},
+            r"qk_rope_head_dim=4: the rotary key of an MLA source stays as it is, 6 wide",
+        ),
+        (
+            "qwen3",
+            {},
+            {"exact": False, "cache": 0.5, "recipe": Recipe(slots="uniform", freqfold=7)},
+            r"freqfold=7: this qwen3 source normalises its queries",
+        ),
+        ("deepseek_v3", {}, {"exact": False}, r"Say how small the cache shall be: kv_lora_rank, or cache, or exact"),
+        ("deepseek_v3", {}, {"exact": False, "kv_lora_rank": 8}, r"needs calibration text"),
         (
             "deepseek_v3",
             {},
@@ -358,6 +453,8 @@ def change_config(folder, target, **changes):
             r"1 of the 2 layers .* mixtures of experts \(first: layer 1\)",
         ),
         ("glm4_moe_lite", {"mlp_layer_types": ["dense", "sparse"]}, {}, r"experts \(first: layer 1\).*Missing are"),
+        ("egmla", {"kv_encoder_dim": 30, "kv_encoder_norm_dim": 10}, {}, r"normalises latents .* kv_encoder_dim=30"),
+        ("egmla with encoder", {"qk_rope_head_dim": 0}, {}, r"has no rotary key \(qk_rope_head_dim=0\)"),
         (
             "phi3",
             {"num_key_value_heads": 2},

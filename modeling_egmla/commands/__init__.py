@@ -15,6 +15,7 @@ from .heal import heal
 from .inspect import inspect
 from .presets import presets
 from .push import push
+from .sweep import sweep
 from .train import train
 
 
@@ -38,7 +39,7 @@ def options(
     """EG-MLA: language models with a small, gated KV cache for Hugging Face Transformers."""
 
 
-for command in (demo, convert, heal, train, generate, compare, inspect, presets, card, push):
+for command in (demo, convert, sweep, heal, train, generate, compare, inspect, presets, card, push):
     app.command()(command)
 app.command("eval")(evaluate)
 

@@ -1,13 +1,15 @@
 """What the commands share: the way errors are shown, names of models, numbers for people."""
 
+import ast
 import contextlib
 import difflib
 import functools
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from enum import Enum
 from pathlib import Path
+from typing import Any
 
 import typer
 import typer.core
@@ -167,6 +169,24 @@ def quiet_lm_eval() -> Iterator[None]:
 def split_names(text: str) -> list[str]:
     """Names separated by commas."""
     return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def read_settings(pairs: Sequence[str]) -> dict[str, Any]:
+    """Settings from texts like `key=value`; values are Python literals or plain text.
+
+    Raises:
+        ValueError: for what is no pair.
+    """
+    settings: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not equals:
+            raise ValueError(f"{pair!r}: a setting is written key=value, such as balance=0.5.")
+        try:
+            settings[name.strip()] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            settings[name.strip()] = {"true": True, "false": False}.get(text.lower(), text)
+    return settings
 
 
 def read_limit(limit: float | None) -> float | None:

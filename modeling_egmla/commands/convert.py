@@ -26,14 +26,34 @@ def convert(
     calibration: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Plain text to weigh directions by.")
     ] = None,
-    calibration_tokens: Annotated[int, typer.Option(min=1, help="Tokens of it to read at most.")] = 65536,
+    calibration_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of it to read at most; 65,536, or 196,608 with refinement.")
+    ] = None,
+    refine_steps: Annotated[
+        int | None,
+        typer.Option(min=0, help="Training steps of each layer's attention on that text, 0 for none; 300 by default."),
+    ] = None,
+    evaluate: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Other plain text, to measure perplexity on before and after.")
+    ] = None,
+    evaluation_windows: Annotated[int, typer.Option(min=1, help="Windows of it, 2,048 tokens each, at most.")] = 9,
+    recipe: Annotated[
+        str,
+        typer.Option(metavar="NAME", help="Recipe: default, transmla-like or mha2mla-like."),
+    ] = "default",
+    choices: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A choice of the recipe; repeatable.")
+    ] = None,
     dtype: Annotated[DType, typer.Option(help="Format of the written weights; auto is the source's.")] = DType.auto,
+    resume: Annotated[
+        bool, typer.Option("--resume/--no-resume", help="Go on where an interrupted run of this command stopped.")
+    ] = True,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and the sizes; write nothing.")] = False,
 ) -> None:
     """Convert a model with multi-head, grouped-query or latent attention to EG-MLA."""
-    from egmla.conversion import convert_checkpoint
+    from egmla.conversion import Refinement, convert_checkpoint, find_recipe
 
-    from .common import console, progress_bars, quiet_transformers
+    from .common import console, progress_bars, quiet_transformers, read_settings
 
     quiet_transformers()
     with progress_bars() as progress:
@@ -46,7 +66,12 @@ def convert(
             cache=cache,
             calibration=calibration,
             calibration_tokens=calibration_tokens,
+            refinement=None if refine_steps is None else Refinement(steps=refine_steps),
+            evaluate=evaluate,
+            evaluation_windows=evaluation_windows,
+            recipe=find_recipe(recipe, read_settings(choices or ())),
             dtype=None if dtype is DType.auto else dtype.value,
+            resume=resume,
             dry_run=dry_run,
             progress=progress,
         )
@@ -84,6 +109,12 @@ def _print_report(report: dict, title: str) -> None:
     if calibration:
         tokens = calibration["sequences"] * calibration["sequence_length"]
         table.add_row("calibration", f"{tokens:,} tokens of {calibration['file']}")
+    if evaluation := report.get("evaluation"):
+        change = f"{evaluation['source']:.3f} -> {evaluation['converted']:.3f}"
+        table.add_row(f"perplexity, {evaluation['windows']} windows of {evaluation['file']}", change)
+    if estimate := report.get("estimate"):
+        table.add_row("rough time here", f"{estimate['seconds'] / 60:,.0f} minutes")
+        table.add_row("rough peak of memory", f"{estimate['memory_bytes'] / 1e9:,.1f} GB")
     if "seconds" in report:
         table.add_row("weights", report["dtype"])
         table.add_row("seconds", f"{report['seconds']:,}")

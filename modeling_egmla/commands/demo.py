@@ -25,7 +25,8 @@ def demo(
     ),
     question: Annotated[str, typer.Option(help="What the half-cache model is asked.")] = QUESTION,
     full: Annotated[
-        bool, typer.Option("--full", help="Calibrate and measure on the whole samples; takes longer.")
+        bool,
+        typer.Option("--full", help="Refine, calibrate and measure on the whole samples; takes much longer."),
     ] = False,
 ) -> None:
     """Convert SmolLM2-135M-Instruct, compare it with its source, and let it answer a question."""
@@ -86,7 +87,7 @@ def demo(
 
 def _obtain_models(source: str, output: Path, calibration_tokens: int | None, progress):
     """The source and both conversions in float32, converted unless an earlier run left them; and the tokenizer."""
-    from egmla.conversion import convert_checkpoint, load_source
+    from egmla.conversion import Refinement, convert_checkpoint, load_source
     from egmla.evaluation import sample_path
     from egmla.evaluation.streaming import load_model
 
@@ -97,8 +98,8 @@ def _obtain_models(source: str, output: Path, calibration_tokens: int | None, pr
         if not (target / "config.json").is_file():
             if not settings.get("exact"):
                 settings = {**settings, "calibration": sample_path("calibration")}
-                if calibration_tokens is not None:
-                    settings["calibration_tokens"] = calibration_tokens
+                if calibration_tokens is not None:  # quick: the closed form alone, on less text
+                    settings |= {"calibration_tokens": calibration_tokens, "refinement": Refinement(steps=0)}
 
             def advance(stage: str, done: int, total: int, name: str = name) -> None:
                 progress(f"{name}: {stage}", done, total)

@@ -1,0 +1,80 @@
+"""What a conversion will take, from its plan and the speed of this machine; rough, to tell minutes from days."""
+
+import time
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedConfig
+
+from .family import AttentionShape
+from .plan import Plan
+from .refinement import Refinement
+from .statistics import MEASURED_SEQUENCES
+
+
+# Besides matrix products: softmax, norms, copies. From runs of SmolLM2-135M on two cores (conversion/README.md).
+OVERHEAD = 2.0
+# Attention maps are made in several passes over memory; so many multiplications would take as long, for each element.
+MAP_COST = 150
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """
+    Attributes:
+        seconds: rough duration on this machine, idle.
+        memory_bytes: rough peak of memory besides Python's own and, for GGUF files, the source.
+    """
+
+    seconds: float
+    memory_bytes: int
+
+
+def estimate(
+    config: PreTrainedConfig,
+    shape: AttentionShape,
+    plan: Plan,
+    sequences: torch.Tensor,
+    refinement: Refinement,
+) -> Estimate:
+    """Time and memory of a calibrated conversion.
+
+    Args:
+        config: the source's configuration.
+        shape (`AttentionShape`): widths of its attention.
+        plan (`Plan`): what will be done.
+        sequences (`torch.Tensor`): calibration ids `[sequences, T]`.
+        refinement (`Refinement`): its settings.
+    """
+    count, T = sequences.shape
+    D, H, d = shape.hidden_size, shape.heads, shape.head_dim
+    rank, layers = max(plan.ranks), len(plan.ranks)
+    attention = 2 * D * (H + shape.kv_heads) * d
+    mlp = 3 * D * config.intermediate_size
+    converted = H * (2 * d + plan.rope_dim) * D + (rank + plan.rope_dim) * D + rank * H * 2 * d
+    scores = H * d * T  # multiplications per token with the keys, and the same with the values, half of them masked
+
+    measured = min(count, MEASURED_SEQUENCES)
+    source = count * T * (attention + mlp + scores) + measured * T * (H * T * MAP_COST + D * D)
+    trained = converted + H * (d + plan.rope_dim) * T
+    refined = 3 * refinement.steps * refinement.batch_size * T * trained + count * T * (trained + mlp)
+    seconds = source / _speed(torch.float32)
+    if refinement.steps:
+        seconds += refined / _speed(getattr(torch, refinement.dtype))
+    # fp32: embeddings, hidden states of both runs before and after a layer, outputs; fp64: moments and weights.
+    streams = (6 if refinement.steps else 4) * count * T * D * 4
+    moments = 8 * (3 * D * D + 2 * (2 * shape.kv_width) ** 2 + H * d * d)
+    weights = 8 * (attention + converted) + 4 * (2 * mlp + 4 * converted)
+    return Estimate(OVERHEAD * layers * seconds, streams + moments + weights + 4 * config.vocab_size * D)
+
+
+def _speed(dtype: torch.dtype) -> float:
+    """Multiplications with addition a second, in matrices like those of a layer."""
+    left, right = torch.randn(1024, 1024).to(dtype), torch.randn(1024, 1024).to(dtype)
+    left @ right
+    # Time of processors, so that other work on the machine does not count.
+    runs, started, spent = 0, time.process_time(), 0.0
+    while spent < 0.2:
+        left @ right
+        runs, spent = runs + 1, (time.process_time() - started) / torch.get_num_threads()
+    return runs * 1024**3 / spent

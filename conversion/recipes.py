@@ -1,0 +1,163 @@
+"""The choices of the closed form, and named sets of them: ours and those of the projects we compare with.
+
+The peers' recipes run on our statistics and in our model's form; what else is not as in their code is said below.
+Papers: TransMLA, arXiv 2502.07864; MHA2MLA, arXiv 2502.14837.
+"""
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, get_type_hints
+
+from .family import AttentionShape
+
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "rope_metric": ("query", "key", "heads"),
+    "slots": ("lost", "uniform", "heads"),
+    "mean_rotation": ("head", "layer", "none"),
+    "metric": ("input", "output", "weights"),
+    "weighting": ("attention", "uniform"),
+    "balance_by": ("energy", "norm", "none"),
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Choices of the closed form; the defaults are the best of those in conversion/README.md.
+
+    Attributes:
+        rope_metric: `"query"` mixes and ranks rotary components by the logit energy lost, `"key"` by key energy alone;
+            `"heads"` mixes nothing and ranks each head's own pairs by the norms of queries times that of keys.
+        freqfold: neighbouring frequencies that are mixed as if they were one; more than 1 needs uniform slots.
+        slots: rotary slots go to what loses most at any frequency (`"lost"`), in equal numbers to all groups of
+            `freqfold` frequencies (`"uniform"`), or in equal numbers to all key heads (`"heads"`).
+        mean_rotation: stand-in for lost rotation: `"head"` one per head, `"layer"` one for all, `"none"` uses 1.
+        metric: measures the low-rank error on keys and values (`"input"`), on logits and output (`"output"`), or on
+            weights alone, whatever the text (`"weights"`).
+        weighting: `"attention"` weighs calibration tokens by the attention they receive, `"uniform"` equally.
+        sequence_length: calibration tokens in a row, at most the source's context.
+        centred: fold the means of keys and values away before the low rank.
+        balance: weight of the keys' error against the values' (1 is equal).
+        balance_by: what is made equal: `"energy"` all of it, `"norm"` the mean norm of a dimension, `"none"` nothing.
+        damping: share of the mean eigenvalue added to the output metric, against directions it saw too little of.
+
+    Raises:
+        ValueError, TypeError: for unknown choices, or ones that contradict one another.
+    """
+
+    rope_metric: str = "query"
+    freqfold: int = 1
+    slots: str = "lost"
+    mean_rotation: str = "head"
+    metric: str = "input"
+    weighting: str = "attention"
+    sequence_length: int = 1024
+    centred: bool = True
+    balance: float = 1.0
+    balance_by: str = "energy"
+    damping: float = 0.01
+
+    def __post_init__(self):
+        for name, known in CHOICES.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}={getattr(self, name)!r}: must be one of {', '.join(known)}.")
+        if self.freqfold < 1 or (self.freqfold > 1 and self.slots != "uniform"):
+            raise ValueError(
+                f"freqfold={self.freqfold} with slots={self.slots!r}: must be 1, or with slots='uniform' at least 1."
+            )
+        if self.slots == "heads" and self.rope_metric != "heads":
+            raise ValueError(
+                f"slots='heads' with rope_metric={self.rope_metric!r}: slots of a head need components that are one "
+                "head's; use rope_metric='heads'."
+            )
+        if self.sequence_length < 2:
+            raise ValueError(f"sequence_length={self.sequence_length}: at least 2 tokens must follow one another.")
+        if self.balance <= 0 or self.damping < 0:
+            raise ValueError(
+                f"balance={self.balance}, damping={self.damping}: balance must be above 0 and damping not below it."
+            )
+
+    def rope_widths(self, shape: AttentionShape) -> list[int]:
+        """Rotary widths `P` that these slots allow for a source, in rising order.
+
+        Raises:
+            ValueError: when its frequencies cannot be folded like this.
+        """
+        F, g = shape.frequencies, shape.kv_heads
+        if self.slots == "lost":
+            return list(range(0, shape.rope_width + 1, 2))
+        if self.slots == "heads":
+            return list(range(0, shape.rope_width + 1, 2 * g))
+        if F % self.freqfold:
+            raise ValueError(
+                f"freqfold={self.freqfold}: must divide the {F} rotary frequencies of this source; 1 always does."
+            )
+        return sorted(2 * F // stride for stride in range(1, self.freqfold + 1) if self.freqfold % stride == 0)
+
+
+# TransMLA: keys alone decide the rotation; each fold of neighbouring frequencies keeps as many slots, at the stock
+# frequencies of a rotary key of that width; principal components of uncentred activations, keys scaled to the values'
+# mean norm. Different here: one pass of statistics (its second one is behind the rotary step), biases kept exactly.
+TRANSMLA_LIKE = Recipe(
+    rope_metric="key",
+    freqfold=4,
+    slots="uniform",
+    mean_rotation="none",
+    weighting="uniform",
+    centred=False,
+    balance_by="norm",
+)
+
+# MHA2MLA: each key head keeps the pairs with the largest product of query and key norms; one singular value
+# decomposition of the weights of the other keys and all values. Different here: root mean squares for mean norms.
+MHA2MLA_LIKE = Recipe(
+    rope_metric="heads",
+    slots="heads",
+    mean_rotation="none",
+    metric="weights",
+    weighting="uniform",
+    centred=False,
+    balance_by="none",
+)
+
+RECIPES: dict[str, Recipe] = {"default": Recipe(), "transmla-like": TRANSMLA_LIKE, "mha2mla-like": MHA2MLA_LIKE}
+
+
+def find_recipe(recipe: str | Recipe | None, changes: Mapping[str, Any] | None = None) -> Recipe:
+    """A recipe by name, the default for `None`, with some choices changed.
+
+    Raises:
+        ValueError, TypeError: for an unknown name or choice, or a value of another kind.
+    """
+    if isinstance(recipe, str):
+        if recipe not in RECIPES:
+            near = difflib.get_close_matches(recipe, RECIPES, n=1, cutoff=0.4)
+            hint = f"; did you mean {near[0]}?" if near else "."
+            raise ValueError(f"Recipe {recipe!r} is not known: must be one of {', '.join(RECIPES)}{hint}")
+        recipe = RECIPES[recipe]
+    recipe = recipe or Recipe()
+    kinds = get_type_hints(Recipe)
+    for name, value in (changes or {}).items():
+        if name not in kinds:
+            raise ValueError(f"A recipe has no choice {name!r}; it has {', '.join(kinds)}.")
+        allowed = (int, float) if kinds[name] is float else (kinds[name],)
+        if not isinstance(value, allowed) or (isinstance(value, bool) and kinds[name] is not bool):
+            raise TypeError(f"{name}={value!r}: must be of type {kinds[name].__name__}.")
+    return replace(recipe, **(changes or {}))
+
+
+def nearest_recipe(recipe: Recipe) -> str:
+    """The name of the recipe that differs in the fewest choices."""
+    return min(RECIPES, key=lambda name: len(_changes(recipe, name)))
+
+
+def recipe_options(recipe: Recipe) -> list[str]:
+    """The command-line options that give this recipe: the nearest name, then what differs from it."""
+    name = nearest_recipe(recipe)
+    words = [] if name == "default" else ["--recipe", name]
+    return words + [word for key, value in _changes(recipe, name).items() for word in ("--set", f"{key}={value}")]
+
+
+def _changes(recipe: Recipe, name: str) -> dict[str, Any]:
+    return {key: value for key, value in asdict(recipe).items() if value != getattr(RECIPES[name], key)}

@@ -1,0 +1,108 @@
+"""What a conversion leaves beside its weights: `conversion_report.json`, which model cards read, and its figure."""
+
+import json
+import os
+import warnings
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from egmla.evaluation.perplexity import perplexity
+from egmla.evaluation.plots import COLOURS, check_matplotlib
+from egmla.provenance import CONVERSION_FIGURE, CONVERSION_REPORT
+
+from .sources import load_source
+from .texts import EvaluationText
+
+
+Progress = Callable[[str, int, int], None]
+
+
+def write_report(folder: Path, report: Mapping[str, Any]) -> None:
+    """Writes a conversion's report into its folder, whole or not at all."""
+    part = folder / f".{CONVERSION_REPORT}.partial"
+    part.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    os.replace(part, folder / CONVERSION_REPORT)
+
+
+def source_perplexity(source: str | Path, evaluation: EvaluationText, progress: Progress | None = None) -> float:
+    """Perplexity of a conversion's source, in fp32; `progress` is called with (stage, done, total)."""
+    return perplexity(load_source(source)[0], evaluation.windows, _stage("evaluate source", progress))
+
+
+def converted_perplexity(folder: Path, evaluation: EvaluationText, progress: Progress | None = None) -> float:
+    """Perplexity of a converted checkpoint, computed in fp32; `progress` is called with (stage, done, total)."""
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return perplexity(model.eval(), evaluation.windows, _stage("evaluate converted", progress))
+
+
+def _stage(name: str, progress: Progress | None) -> Callable[[int, int], None] | None:
+    return None if progress is None else lambda done, total: progress(name, done, total)
+
+
+def energy_by_rank(spectrum: torch.Tensor) -> list[tuple[int, float]]:
+    """A spectrum `[n]`, largest first, in short: pairs of a rank, powers of two and `n`, and the energy kept at it."""
+    kept = spectrum.cumsum(0) / spectrum.sum()
+    ranks = [2**power for power in range(len(spectrum).bit_length()) if 2**power < len(spectrum)]
+    return [(rank, float(kept[rank - 1])) for rank in [*ranks, len(spectrum)]]
+
+
+def slots_per_frequency(slots: Sequence[Sequence[int]], frequencies: int) -> list[int]:
+    """How many rotary slots of all layers turn at each of a source's frequencies, the fastest first."""
+    counts = Counter(frequency for layer in slots for frequency in layer)
+    return [counts[frequency] for frequency in range(frequencies)]
+
+
+def draw_report(folder: Path, report: Mapping[str, Any]) -> None:
+    """Draws the report of a calibrated conversion into its folder, or warns that matplotlib is missing.
+
+    Panels: the error of each layer's attention where the report has it, the energy its latent keeps, and how many of
+    its rotary slots turn at each frequency.
+    """
+    try:
+        check_matplotlib()
+    except ImportError as error:
+        warnings.warn(f"{CONVERSION_FIGURE} was not drawn. {error}", stacklevel=3)
+        return
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    layers = report["layers"]
+    numbers = [layer["layer"] for layer in layers]
+    refined = all("attention_error" in layer for layer in layers)
+    panels = 1 + refined + bool(report["plan"]["rope_dim"])
+    figure = Figure(figsize=(1 + 4 * panels, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, panels, squeeze=False)[0]
+    if refined:
+        for label, key, colour in (("closed form", "before", COLOURS[0]), ("refined", "after", COLOURS[2])):
+            errors = [layer["attention_error"][key] for layer in layers]
+            axes[0].plot(numbers, errors, marker="o", markersize=4, color=colour, label=label)
+        axes[0].set_title("Attention error", fontsize=12, fontweight="bold", loc="left")
+        axes[0].set_ylabel("relative squared, held-out text", fontsize=10)
+        axes[0].set_ylim(bottom=0)
+        axes[0].legend(frameon=False, fontsize=9)
+    energy = axes[int(refined)]
+    energy.bar(numbers, [layer["energy_kept"] for layer in layers], color=COLOURS[1])
+    energy.set_title("Energy kept", fontsize=12, fontweight="bold", loc="left")
+    energy.set_ylabel("share of the latent's second moment", fontsize=10)
+    for axis in axes[: 1 + refined]:
+        axis.set_xlabel("layer", fontsize=10)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.spines[["top", "right"]].set_visible(False)
+    if report["plan"]["rope_dim"]:
+        frequencies = len(report["slots_per_frequency"])
+        counts = [slots_per_frequency([layer["rope_slots"]], frequencies) for layer in layers]
+        image = axes[-1].imshow(counts, aspect="auto", cmap="Blues", vmin=0, interpolation="nearest")
+        axes[-1].set_title("Rotary slots", fontsize=12, fontweight="bold", loc="left")
+        axes[-1].set_xlabel("frequency, fastest first", fontsize=10)
+        axes[-1].set_ylabel("layer", fontsize=10)
+        for ticks in (axes[-1].xaxis, axes[-1].yaxis):
+            ticks.set_major_locator(MaxNLocator(integer=True))
+        figure.colorbar(image, ax=axes[-1], ticks=MaxNLocator(integer=True))
+    figure.savefig(folder / CONVERSION_FIGURE, dpi=110)

@@ -1,0 +1,234 @@
+"""Several sizes and recipes of one source, each converted and measured, and which of them no other one beats."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from egmla.evaluation.plots import COLOURS, check_matplotlib
+from egmla.provenance import CONVERSION_REPORT, public_name, read_json, software_versions, source_commit
+
+from .convert import CALIBRATION_TOKENS, REFINEMENT_TOKENS_FACTOR, convert_checkpoint
+from .recipes import find_recipe
+from .refinement import Refinement
+from .report import converted_perplexity, source_perplexity, write_report
+from .sources import open_source
+from .texts import MAX_CHARACTERS_PER_TOKEN, open_evaluation, read_text
+
+
+SWEEP_REPORT, SWEEP_FIGURE = "sweep.json", "sweep.png"
+
+Progress = Callable[[str, int, int], None]
+
+
+def sweep(
+    source: str | Path,
+    target: str | Path,
+    caches: Sequence[float],
+    *,
+    calibration: str | Path,
+    evaluate: str | Path,
+    recipes: Sequence[str] = ("default",),
+    choices: Mapping[str, Any] | None = None,
+    calibration_tokens: int | None = None,
+    refinement: Refinement | None = None,
+    evaluation_windows: int = 9,
+    progress: Progress | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Converts a source at each size by each recipe and measures all of them on one text.
+
+    Models that an earlier run finished in the same folder, with the same settings, are not made again.
+
+    Args:
+        source (`str` or `Path`): as of `convert_checkpoint`.
+        target (`str` or `Path`): folder for the models, `sweep.json` and `sweep.png`.
+        caches (`Sequence[float]`): shares of the source's cache to keep.
+        calibration, evaluate (`str` or `Path`): plain texts to calibrate and to measure on.
+        recipes (`Sequence[str]`): names in `RECIPES`.
+        choices (`Mapping`, *optional*): choices changed in each recipe.
+        calibration_tokens, refinement, evaluation_windows: as of `convert_checkpoint`.
+        progress (*optional*): called with (stage, done, total).
+        **options: further arguments of `convert_checkpoint`, the same for all.
+
+    Returns:
+        `dict`: what `sweep.json` holds: settings, the source's figures, a row per model.
+
+    Raises:
+        ValueError, FileNotFoundError, FileExistsError, ImportError: for bad input, before any long work starts.
+    """
+    check_matplotlib()
+    target = Path(target).resolve()
+    if not caches or not recipes:
+        raise ValueError(
+            "A sweep needs at least one size and one recipe, such as caches=[0.5, 0.25] (--cache 0.5,0.25)."
+        )
+    opened = open_source(source)
+    evaluation = open_evaluation(evaluate, opened.tokenizer, opened.config, evaluation_windows)
+    most = calibration_tokens or CALIBRATION_TOKENS * REFINEMENT_TOKENS_FACTOR
+    text = read_text(Path(calibration), "Calibration", MAX_CHARACTERS_PER_TOKEN * most)
+    settings = {
+        "source": public_name(opened.label),
+        "calibration": {
+            "file": Path(calibration).name,
+            "sha256": hashlib.sha256(text.encode()).hexdigest(),
+            "tokens_asked": calibration_tokens,
+        },
+        "evaluation": evaluation.describe(),
+        "choices": dict(choices or {}),
+        "refinement": None if refinement is None else asdict(refinement),
+        "options": {name: value for name, value in options.items() if value is not None},
+    }
+    del opened
+    report = _start(target, settings)
+    arguments = {
+        "calibration": calibration,
+        "calibration_tokens": calibration_tokens,
+        "refinement": refinement,
+        **options,
+    }
+    jobs = {
+        target / f"{recipe}-{cache:g}": {"cache": cache, "recipe": find_recipe(recipe, choices), **arguments}
+        for recipe in recipes
+        for cache in caches
+    }
+    # All of them are checked before the first is made.
+    plans = {
+        folder: convert_checkpoint(source, folder, **job, evaluate=evaluate, dry_run=True)
+        for folder, job in jobs.items()
+        if not _finished(folder)
+    }
+    target.mkdir(parents=True, exist_ok=True)
+    if "perplexity" not in report["source"]:
+        report["source"]["perplexity"] = source_perplexity(source, evaluation, progress)
+        _write(target, report)
+    report["rows"] = []
+    for folder, job in jobs.items():
+        if folder in plans:
+            convert_checkpoint(source, folder, **job, progress=_named(folder.name, progress))
+        made = read_json(folder / CONVERSION_REPORT)
+        if "evaluation" not in made:
+            found = converted_perplexity(folder, evaluation, _named(folder.name, progress))
+            made["evaluation"] = evaluation.describe() | {
+                "source": report["source"]["perplexity"],
+                "converted": found,
+            }
+            write_report(folder, made)
+        report["source"]["elements"] = made["plan"]["source_elements"]
+        report["rows"].append(_row(folder, job["cache"], made))
+        _write(target, report)
+    _mark_best(report["rows"])
+    _write(target, report)
+    _draw(report, target / SWEEP_FIGURE)
+    return report
+
+
+def _start(target: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """The report of an earlier run, or a new one.
+
+    Raises:
+        FileExistsError: when the folder holds something else.
+        ValueError: when the earlier run had other settings.
+    """
+    path = target / SWEEP_REPORT
+    if not path.is_file():
+        if target.is_file() or (target.is_dir() and any(target.iterdir())):
+            raise FileExistsError(f"{target} exists and holds no sweep; choose another folder or remove it.")
+        return {
+            "settings": settings,
+            "source": {"name": settings["source"]},
+            "versions": software_versions(),
+            "commit": source_commit(),
+        }
+    report = read_json(path, "remove it to measure the models in its folder again")
+    settings = json.loads(json.dumps(settings))
+    changed = [name for name, value in settings.items() if report["settings"].get(name) != value]
+    if changed:
+        raise ValueError(
+            f"{target} holds a sweep with other settings ({', '.join(changed)}), and figures of both could not be "
+            "compared; choose another folder or remove it."
+        )
+    return report
+
+
+def _finished(folder: Path) -> bool:
+    return (folder / "config.json").is_file() and (folder / CONVERSION_REPORT).is_file()
+
+
+def _named(name: str, progress: Progress | None) -> Progress | None:
+    return None if progress is None else lambda stage, done, total: progress(f"{name}: {stage}", done, total)
+
+
+def _row(folder: Path, cache: float, made: Mapping[str, Any]) -> dict[str, Any]:
+    plan = made["plan"]
+    return {
+        "recipe": folder.name.removesuffix(f"-{cache:g}"),
+        "cache": cache,
+        "folder": folder.name,
+        "rope_dim": plan["rope_dim"],
+        "ranks": plan["ranks"],
+        "elements": plan["target_elements"],
+        "cache_kept": plan["cache_kept"],
+        "perplexity": made["evaluation"]["converted"],
+        "seconds": made["seconds"],
+        "command": made["command"],
+    }
+
+
+def _mark_best(rows: list[dict[str, Any]]) -> None:
+    """Notes for each row whether no other one is smaller and better at once (the Pareto front)."""
+    for row in rows:
+        size = (row["elements"], row["perplexity"])
+        others = [(other["elements"], other["perplexity"]) for other in rows]
+        row["best"] = not any(a <= size[0] and b <= size[1] and (a, b) != size for a, b in others)
+
+
+def _write(target: Path, report: Mapping[str, Any]) -> None:
+    part = target / f".{SWEEP_REPORT}.partial"
+    part.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    os.replace(part, target / SWEEP_REPORT)
+
+
+def _draw(report: Mapping[str, Any], path: Path) -> None:
+    """Perplexity against cache elements per token, a line per recipe; hollow points are beaten by another one."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    source, evaluation = report["source"], report["settings"]["evaluation"]
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    for number, recipe in enumerate(dict.fromkeys(row["recipe"] for row in report["rows"])):
+        colour = COLOURS[(number + 1) % len(COLOURS)]
+        rows = sorted((row for row in report["rows"] if row["recipe"] == recipe), key=lambda row: row["elements"])
+        axis.plot(
+            [row["elements"] for row in rows],
+            [row["perplexity"] for row in rows],
+            color=colour,
+            label=recipe,
+            zorder=1,
+        )
+        for row in rows:
+            face = colour if row["best"] else "white"
+            axis.scatter(row["elements"], row["perplexity"], s=50, facecolor=face, edgecolor=colour, zorder=2)
+            axis.annotate(
+                f"{row['perplexity']:.2f}",
+                (row["elements"], row["perplexity"]),
+                xytext=(5, 5),
+                textcoords="offset points",
+                fontsize=9,
+            )
+    axis.axhline(source["perplexity"], color=COLOURS[0], linestyle="--", zorder=0)
+    axis.scatter(source["elements"], source["perplexity"], marker="s", color=COLOURS[0], label="source", zorder=2)
+    if max(row["perplexity"] for row in report["rows"]) > 5 * source["perplexity"]:
+        axis.set_yscale("log")
+    axis.set_xlim(0, 1.1 * source["elements"])
+    axis.set_xlabel("cache, elements per token", fontsize=10)
+    axis.set_ylabel(f"perplexity, {evaluation['windows']} windows of {evaluation['file']}", fontsize=10)
+    axis.set_title(source["name"], fontsize=12, fontweight="bold", loc="left")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, fontsize=10)
+    figure.savefig(path, dpi=130)

@@ -1,0 +1,186 @@
+"""Bad input of a conversion: each case is named in words, before any long work, and leaves nothing behind."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_commands import run
+
+from egmla import EGMLAConfig
+from egmla.conversion import convert, convert_checkpoint
+from egmla.evaluation import sample_text
+from egmla.evaluation.harness import check_model_args
+
+
+def change_config(**fields):
+    def change(folder):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | fields))
+
+    return change
+
+
+def change_tensors(change):
+    def spoil(folder):
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return spoil
+
+
+def lose_a_shard(folder):
+    weight_map = dict.fromkeys(load_file(folder / "model.safetensors"), "model-00001-of-00002.safetensors")
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    weight_map["model.norm.weight"] = "model-00002-of-00002.safetensors"
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+BIAS = "model.layers.1.self_attn.k_proj.bias"
+LAST = "model.layers.1.mlp.down_proj.weight"
+
+# What is done to the source; arguments other than those of a good conversion, names of files in place of paths; what
+# the message must contain: what was given, what is required, what to do.
+CASES = {
+    "ranks of too few layers": (None, {"kv_lora_rank": [8]}, ["1 entries and the source 2 layers", "give one number"]),
+    "rank zero": (None, {"kv_lora_rank": 0}, ["kv_lora_rank=0", "from 1 to 88"]),
+    "rank too large": (None, {"kv_lora_rank": 89}, ["kv_lora_rank=89", "from 1 to 88", "use exact"]),
+    "one rank too large": (None, {"kv_lora_rank": [8, 200]}, ["kv_lora_rank=200", "from 1 to 88"]),
+    "odd rotary width": (None, {"qk_rope_head_dim": 7}, ["qk_rope_head_dim=7", "must be even and from 0 to 48"]),
+    "rotary width too large": (None, {"qk_rope_head_dim": 50}, ["qk_rope_head_dim=50", "3 key heads of 16"]),
+    "cache of nothing": (None, {"kv_lora_rank": None, "cache": 0.0}, ["cache=0.0", "above 0 and at most 1"]),
+    "cache in percent": (None, {"kv_lora_rank": None, "cache": 50}, ["cache=50", "above 0 and at most 1"]),
+    "cache and rank": (None, {"cache": 0.5}, ["either cache or kv_lora_rank"]),
+    "no size": (None, {"kv_lora_rank": None}, ["Say how small the cache shall be"]),
+    "unknown recipe": (None, {"recipe": "mha2mla"}, ["Recipe 'mha2mla' is not known", "did you mean mha2mla-like"]),
+    "unknown dtype": (None, {"dtype": "float99"}, ["dtype='float99'", "must be one of float32, bfloat16, float16"]),
+    "no calibration": (None, {"calibration": None}, ["needs calibration text", "--calibration FILE"]),
+    "calibration missing": (None, {"calibration": "none.txt"}, ["none.txt does not exist", "give a plain text file"]),
+    "calibration empty": (None, {"calibration": "empty.txt"}, ["empty.txt is empty"]),
+    "calibration binary": (None, {"calibration": "binary.txt"}, ["binary.txt is a binary file"]),
+    "calibration not UTF-8": (None, {"calibration": "latin.txt"}, ["latin.txt is no UTF-8 text", "convert it"]),
+    "calibration too short": (
+        None,
+        {"calibration": "short.txt"},
+        ["short.txt gives 500 calibration tokens", "at least 1024", "longer text"],
+    ),
+    "calibration is evaluation": (
+        None,
+        {"calibration": "book.txt", "evaluate": "copy.txt"},
+        ["book.txt and evaluation text copy.txt have text in common", "on other text"],
+    ),
+    "evaluation too short": (None, {"evaluate": "tiny.txt"}, ["has 4 tokens and one window needs 256"]),
+    "target is there": (None, {"target": "full"}, ["full exists and is not empty", "Choose another target"]),
+    "target below a file": (
+        None,
+        {"target": "short.txt/model"},
+        ["short.txt/model cannot be written", "another target"],
+    ),
+    "source missing": (None, {"source": "./nothing"}, ["./nothing is no folder", "give a local checkpoint folder"]),
+    "source without config": (lambda folder: (folder / "config.json").unlink(), {}, ["has no config.json"]),
+    "shard missing": (lose_a_shard, {}, ["lacks model-00002-of-00002.safetensors", "download the checkpoint again"]),
+    "NaN in the last layer": (
+        change_tensors(lambda tensors: tensors[LAST][0, :2].fill_(float("nan"))),
+        {},
+        [f"Tensor {LAST} in", "has 2 values that are NaN", "Use an intact copy"],
+    ),
+    "infinite": (
+        change_tensors(lambda tensors: tensors[LAST][0, :1].fill_(float("inf"))),
+        {},
+        ["has 1 values that are NaN or infinite"],
+    ),
+    "quantised": (
+        change_config(quantization_config={"quant_method": "gptq", "bits": 4}),
+        {},
+        ["has quantised weights (gptq)", "Use the unquantised checkpoint"],
+    ),
+    "biases on some": (
+        change_tensors(lambda tensors: tensors.pop(BIAS)),
+        {},
+        ["has model.layers.1.self_attn.q_proj.bias and no", BIAS, "the missing ones as zeros"],
+    ),
+    "attention sinks": (
+        change_tensors(lambda tensors: tensors.update({"model.layers.0.self_attn.sinks": torch.zeros(6)})),
+        {},
+        ["has attention sinks (model.layers.0.self_attn.sinks)", "use a checkpoint without"],
+    ),
+    "soft-capped logits": (
+        change_config(attn_logit_softcapping=50.0),
+        {},
+        ["caps its attention logits (attn_logit_softcapping=50.0)", "remove the field"],
+    ),
+    "config of unknown dtype": (
+        change_config(dtype="float99"),
+        {},
+        ["config.json has a value that does not work", "float99", "correct it"],
+    ),
+    "odd head width": (
+        change_config(head_dim=15),
+        {},
+        ["config.json has a value", "even rotary dimension", "head_dim`=15"],
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("texts")
+    book = sample_text("evaluation")[:5000].encode("ascii", "ignore")
+    contents = {
+        "empty": b"",
+        "binary": b"\x00\x01",
+        "latin": "Größe ".encode("latin-1") * 2000,
+        "short": b"abcd " * 100,
+    }
+    contents |= {"book": book, "copy": b" ".join(book.upper().split()), "tiny": b"tiny"}
+    for name, content in contents.items():
+        (folder / f"{name}.txt").write_bytes(content)
+    (folder / "full").mkdir()
+    (folder / "full" / "mine").write_text("mine")
+    return folder
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bad_input(llama_folder, calibration, texts, tmp_path, monkeypatch, name):
+    def long_work(*args, **kwargs):
+        raise AssertionError("the long work began")
+
+    monkeypatch.setattr(convert, "SourceRun", long_work)
+    spoil, changes, fragments = CASES[name]
+    source = llama_folder
+    if spoil is not None:
+        source = shutil.copytree(llama_folder, tmp_path / "source")
+        spoil(source)
+    arguments = {"kv_lora_rank": 8, "qk_rope_head_dim": 8, "calibration": calibration, "target": tmp_path / "t"}
+    for key, value in changes.items():
+        arguments[key] = texts / value if key in ("calibration", "evaluate", "target") and value else value
+    before = sorted(path.name for path in texts.rglob("*"))
+    with pytest.raises((ValueError, OSError)) as error:
+        convert_checkpoint(arguments.pop("source", source), arguments.pop("target"), **arguments)
+    missing = [fragment for fragment in fragments if fragment not in str(error.value)]
+    assert not missing, f"{missing} not in: {error.value}"
+    assert not (tmp_path / "t").exists() and sorted(path.name for path in texts.rglob("*")) == before
+    assert {path.name for path in tmp_path.iterdir()} <= {"source"}
+
+
+def test_the_good_input_behind_them(llama_folder, calibration, tmp_path):
+    """What the cases change is right as it is."""
+    convert_checkpoint(
+        llama_folder, tmp_path / "t", kv_lora_rank=8, qk_rope_head_dim=8, calibration=calibration, dry_run=True
+    )
+
+
+def test_unknown_dtypes_elsewhere(llama_folder, tmp_path):
+    """Of a checkpoint, as `egmla push` and all that load it see it, and of `egmla eval`."""
+    with pytest.raises(ValueError, match=r"dtype='float99' is no format of PyTorch.*use 'float32'"):
+        EGMLAConfig(dtype="float99")
+    convert_checkpoint(llama_folder, tmp_path / "t", exact=True)
+    change_config(dtype="float99")(tmp_path / "t")
+    result = run("push", tmp_path / "t", "me/model", "--dry-run")
+    assert result.exit_code == 1 and "float99" in result.stderr and "Traceback" not in result.output
+    with pytest.raises(ValueError, match=r"dtype=float99 among the model arguments: PyTorch has no such format"):
+        check_model_args({"dtype": "float99"})
+    for dtype in ("auto", "float16", "torch.bfloat16", torch.float32):
+        check_model_args({"dtype": dtype})
