@@ -6,7 +6,6 @@ training_report.json      what was trained after the conversion, where something
 evaluation/*.json         scores (`scores.py`)
 """
 
-import json
 import os
 import shlex
 import tempfile
@@ -18,15 +17,14 @@ from egmla import EGMLAConfig
 from egmla.evaluation.harness import scores as flat_scores
 from egmla.evaluation.harness import task_leaves, write_json
 from egmla.evaluation.score_comparison import metric_name, plot_scores, with_error
-from egmla.provenance import weights_sha256
+from egmla.provenance import CONVERSION_FIGURE, CONVERSION_REPORT, TRAINING_REPORT, read_json, weights_sha256
 
 from .figure import FIGURE_NAME, draw_architecture
-from .healing import TRAINING_REPORT, check_training, healing_section
+from .healing import check_training, healing_section
 from .scores import COMPARISON, PLOT, RESULTS, SCORES_FOLDER, SOURCE_RESULTS, comparison_to_plot, read_scores
 
 
 CARD_NAME = "README.md"
-CONVERSION_REPORT = "conversion_report.json"
 TEMPLATE = Path(__file__).with_name("template.md")
 MARK = "<!-- Made by `egmla card`"
 PLACEHOLDER = "your-name/"
@@ -131,13 +129,17 @@ def render_card(
     config, conversion, training = _config(folder), _read_conversion(folder), _read_training(folder)
     if scores is None:
         paths = [folder / SCORES_FOLDER / name for name in (RESULTS, SOURCE_RESULTS, COMPARISON)]
-        scores = {path.name: _read_json(path) for path in paths if path.is_file()}
+        scores = {path.name: read_json(path) for path in paths if path.is_file()}
     results, source_results, comparison = (scores.get(name) for name in (RESULTS, SOURCE_RESULTS, COMPARISON))
     origin = conversion["source"]
     if license is None:
         license, license_name = origin.get("license"), license_name or origin.get("license_name")
     base_model = base_model or origin.get("base_model")
     title = folder.resolve().name
+    perplexities = (
+        _score_table(results, source_results, comparison, perplexity=True),
+        _conversion_perplexity(conversion, training is not None),
+    )
     data = _card_data(conversion, license, license_name, base_model, _model_index(title, results))
     # As `ModelCard.from_template`, which would parse the metadata again and merge tasks on one data set.
     return Template(TEMPLATE.read_text(encoding="utf-8"), keep_trailing_newline=True).render(
@@ -147,14 +149,14 @@ def render_card(
         dtype=(training or conversion)["dtype"],
         cache=_cache_rows(config, conversion, (training or conversion)["dtype"]),
         cache_note=_cache_note(comparison),
-        perplexity=_score_table(results, source_results, comparison, perplexity=True),
+        perplexity="\n\n".join(filter(None, perplexities)),
         scores=_score_table(results, source_results, comparison, perplexity=False),
         score_note=_score_note(results, comparison),
         plot=comparison is not None,
         healing=healing_section(training, folder),
         repo_id=repo_id or f"{PLACEHOLDER}{title}",
         transformers=conversion["versions"]["transformers"],
-        made=_made(conversion),
+        made=_made(conversion, folder),
         limits=_limits(conversion, results, training, _changed(folder, training or conversion)),
         licence=_licence(license, license_name, base_model or origin["label"]),
     )
@@ -182,20 +184,10 @@ def _changed(folder: Path, report: Mapping[str, Any]) -> bool:
 def _config(folder: Path) -> EGMLAConfig:
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} has no config.json, so it holds no model; check the path.")
-    content = _read_json(folder / "config.json")
+    content = read_json(folder / "config.json")
     if content.get("model_type") != "egmla":
         raise ValueError(f"{folder} holds a {content.get('model_type')} model: cards are made for EG-MLA models only.")
     return EGMLAConfig.from_pretrained(folder)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no valid JSON ({error}); write it again.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object.")
-    return content
 
 
 def _read_conversion(folder: Path) -> dict[str, Any]:
@@ -206,7 +198,7 @@ def _read_conversion(folder: Path) -> dict[str, Any]:
             f"{folder} has no {CONVERSION_REPORT}, and a card states nothing that no report says; convert the model "
             "with `egmla convert`, which writes it."
         )
-    conversion = _read_json(report)
+    conversion = read_json(report)
     wanted = {"source", "plan", "recipe", "calibration", "command", "commit", "dtype", "versions"}
     if missing := sorted(wanted - set(conversion)):
         raise ValueError(
@@ -224,7 +216,7 @@ def _read_training(folder: Path) -> dict[str, Any] | None:
     path = folder / TRAINING_REPORT
     if not path.is_file():
         return None
-    report = _read_json(path)
+    report = read_json(path)
     for stage in (report, *report.get("earlier", ())):
         check_training(stage, path)
     return report
@@ -438,7 +430,23 @@ def _score_command(results: Mapping[str, Any], settings: Mapping[str, Any], loca
     return shlex.join([*words, *(["--data-dir", "FOLDER"] if local else [])])
 
 
-def _made(conversion: dict) -> str:
+def _conversion_perplexity(conversion: dict, trained: bool) -> str:
+    """What `egmla convert --evaluate` measured; empty where it did not."""
+    evaluation = conversion.get("evaluation")
+    if evaluation is None:
+        return ""
+    name = "converted, not yet trained" if trained else "this model"
+    lines = ["| | perplexity |", "| --- | ---: |", f"| source | {evaluation['source']:.3f} |"]
+    lines += [f"| {name} | {evaluation['converted']:.3f} |", ""]
+    lines.append(
+        f"Measured when it was converted, in float32, on {evaluation['windows']:,} windows of "
+        f"{evaluation['window']:,} tokens of `{evaluation['file']}` (SHA-256 of the text read "
+        f"`{evaluation['sha256']}`)."
+    )
+    return "\n".join(lines)
+
+
+def _made(conversion: dict, folder: Path) -> str:
     origin, calibration, recipe = conversion["source"], conversion["calibration"], conversion["recipe"]
     lines = [f"```bash\n{conversion['command']}\n```\n"]
     lines.append(f"- source: `{origin['label']}` ({origin['model_type']})")
@@ -454,6 +462,8 @@ def _made(conversion: dict) -> str:
     lines.append("- versions: " + ", ".join(f"{name} {value}" for name, value in conversion["versions"].items()))
     commit = conversion["commit"]
     lines.append(f"- commit of egmla: {f'`{commit}`' if commit else 'not known, an installed package made it'}")
+    if (folder / CONVERSION_FIGURE).is_file():
+        lines.append(f"\n![How each layer fared in the conversion]({CONVERSION_FIGURE})")
     return "\n".join(lines)
 
 

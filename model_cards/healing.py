@@ -7,7 +7,6 @@ from typing import Any
 from egmla.evaluation.perplexity import recovered_share
 
 
-TRAINING_REPORT = "training_report.json"
 LOSS_PLOT = "training_loss.png"
 WANTED = {"command", "commit", "data", "dtype", "evaluation", "perplexity", "settings", "tokens", "versions"}
 

@@ -1,12 +1,16 @@
-"""What made a result: versions of the software, and the commit where the package runs from its repository."""
+"""What made a result, for the reports beside it: versions, commit, hash of the weights, names without folders."""
 
 import hashlib
+import json
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 
 HASH_BLOCK = 2**20
+CONVERSION_REPORT, TRAINING_REPORT = "conversion_report.json", "training_report.json"
+CONVERSION_FIGURE = "conversion_report.png"
 PACKAGES = ("egmla", "torch", "transformers", "safetensors", "huggingface_hub")
 
 
@@ -40,7 +44,7 @@ def source_commit() -> str | None:
 
 def weights_sha256(folder: Path) -> str | None:
     """SHA-256 of a checkpoint's safetensors files, names included; None when it has none."""
-    files = sorted(folder.glob("*.safetensors"))
+    files = sorted(folder.glob("model*.safetensors"))
     digest = hashlib.sha256()
     for path in files:
         digest.update(path.name.encode())
@@ -48,3 +52,23 @@ def weights_sha256(folder: Path) -> str | None:
             while block := file.read(HASH_BLOCK):
                 digest.update(block)
     return digest.hexdigest() if files else None
+
+
+def public_name(label: str) -> str:
+    """A model's or file's name without the folders it lies in: reports are published."""
+    return Path(label).name if Path(label).exists() else label
+
+
+def read_json(path: Path, remedy: str = "write it again") -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        ValueError: when there is none; the message ends with `remedy`.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no valid JSON ({error}); {remedy}.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object.")
+    return content

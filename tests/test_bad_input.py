@@ -35,6 +35,35 @@ BAD_CONFIGS = {
         ["qk_norm_dim=3", "positive divisor of qk_rope_head_dim=8", "use None for no such norms"],
     ),
     "norm groups of nothing": ({"qk_norm_dim": 4, "qk_rope_head_dim": 0}, ["qk_norm_dim=4", "positive divisor"]),
+    "encoder without groups": (
+        {"kv_encoder_dim": 20},
+        ["kv_encoder_dim=20, kv_encoder_norm_dim=None", "needs a width and positive groups", "for no encoder"],
+    ),
+    "groups without encoder": ({"kv_encoder_norm_groups": 2}, ["kv_encoder_dim=None", "kv_encoder_norm_groups=2"]),
+    "groups wider than the encoder": (
+        {"kv_encoder_dim": 20, "kv_encoder_norm_dim": 7, "kv_encoder_norm_groups": 3},
+        ["kv_encoder_norm_dim=7 and kv_encoder_norm_groups=3", "together no wider"],
+    ),
+    "keys normed twice": (
+        {"kv_encoder_dim": 20, "kv_encoder_norm_dim": 4, "qk_norm_dim": 4},
+        ["kv_encoder_dim=20 with qk_norm_dim=4", "use qk_norm_dim=None"],
+    ),
+    "query groups": (
+        {"query_norm_dim": 5, "rope_interleave": False},
+        ["query_norm_dim=5", "positive divisor of num_attention_heads x qk_nope_head_dim=32"],
+    ),
+    "normed low-rank queries": (
+        {"query_norm_dim": 8, "q_lora_rank": 20, "rope_interleave": False},
+        ["query_norm_dim=8 with q_lora_rank=20", "use None for these two"],
+    ),
+    "normed queries, neighbouring pairs": (
+        {"query_norm_dim": 8},
+        ["query_norm_dim=8 with rope_interleave=True", "half the table apart"],
+    ),
+    "normed queries narrower than the table": (
+        {"query_norm_dim": 8, "qk_rope_head_dim": 12, "rope_interleave": False},
+        ["a rotary table of width 12 and qk_nope_head_dim=8", "no wider than qk_nope_head_dim"],
+    ),
     "layer without rotation": ({"nope_layers": [0, 2]}, ["nope_layers=[0, 2]", "each from 0 to 1", "use None"]),
     "gate unknown": (
         {"kv_gate": "expanded"},

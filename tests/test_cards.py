@@ -16,7 +16,7 @@ from test_commands import SHAPE, run, save_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from egmla import EGMLAConfig
-from egmla.conversion import convert_checkpoint
+from egmla.conversion import Refinement, convert_checkpoint
 from egmla.model_cards import render_card, write_card
 from egmla.publishing import check_folder
 from egmla.publishing.checks import card_problems
@@ -101,7 +101,15 @@ def converted(tmp_path_factory) -> Path:
     (source / "README.md").write_text(SOURCE_CARD)
     text = folder / "text.txt"
     text.write_text("the cat and the dog " * 2000)
-    convert_checkpoint(source, folder / "small", kv_lora_rank=12, qk_rope_head_dim=4, calibration=text)
+    convert_checkpoint(
+        source,
+        folder / "small",
+        kv_lora_rank=12,
+        qk_rope_head_dim=4,
+        calibration=text,
+        calibration_tokens=8192,
+        refinement=Refinement(steps=2),
+    )
     return folder / "small"
 
 

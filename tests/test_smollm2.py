@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from egmla import EGMLACache
-from egmla.conversion import convert_checkpoint, load_source, smollm2_source
+from egmla.conversion import Refinement, convert_checkpoint, load_source, smollm2_source
 from egmla.evaluation import sample_path, sample_text
 from egmla.evaluation.perplexity import perplexity, token_windows
 
@@ -63,6 +63,7 @@ def test_half_the_cache_keeps_the_language(source_path, source, tmp_path):
         qk_rope_head_dim=64,
         calibration=sample_path("calibration"),
         calibration_tokens=16384,
+        refinement=Refinement(steps=0),
     )
     converted = AutoModelForCausalLM.from_pretrained(tmp_path / "half").eval()
     assert converted.config.cache_elements_per_token == 30 * 192

@@ -15,7 +15,7 @@ from test_commands import SHAPE, run
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from egmla import EGMLAConfig, EGMLAForCausalLM
-from egmla.conversion import convert_checkpoint
+from egmla.conversion import Refinement, convert_checkpoint
 from egmla.evaluation import sample_text
 from egmla.evaluation.perplexity import perplexity, recovered_share
 from egmla.model_cards import write_card
@@ -57,6 +57,7 @@ def models(tmp_path_factory) -> Path:
         qk_rope_head_dim=4,
         calibration=root / "text.txt",
         calibration_tokens=4096,
+        refinement=Refinement(steps=0),
     )
     # Dropout draws random numbers, so that a resumed run shows whether their state came back.
     config = json.loads((root / "half" / "config.json").read_text())

@@ -14,6 +14,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoTokenizer
 
 
@@ -107,9 +108,15 @@ def parse_model_args(text: str | None) -> dict[str, Any]:
 
 
 def check_model_args(arguments: Mapping[str, Any] | None) -> None:
-    """Raises `ValueError` when model arguments name another model than the one that is scored."""
+    """Raises `ValueError` when model arguments name another model than the one that is scored, or no known dtype."""
     if "pretrained" in (arguments or {}):
         raise ValueError("pretrained among the model arguments: the model is named by itself, leave it out there.")
+    dtype = (arguments or {}).get("dtype", "auto")
+    if dtype != "auto" and not isinstance(getattr(torch, str(dtype).removeprefix("torch."), None), torch.dtype):
+        raise ValueError(
+            f"dtype={dtype} among the model arguments: PyTorch has no such format; use auto, float32, bfloat16 or "
+            "float16."
+        )
 
 
 def evaluate(

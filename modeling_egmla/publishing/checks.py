@@ -2,7 +2,6 @@
 
 import ast
 import contextlib
-import json
 import math
 import pickletools
 import re
@@ -13,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from egmla.configuration_egmla import AUTO_MAP
+from egmla.provenance import read_json
 
 
-# Formats of weights other than safetensors; most of them are pickles, which run code when they are read.
+CHECKPOINT_REMEDY = "write the checkpoint again"
 KNOWN_SUFFIXES = {".json", ".jsonl", ".md", ".txt", ".py", ".jinja", ".yaml", ".yml", ".csv", ".png", ".safetensors"}
+# Formats of weights other than safetensors; most of them are pickles, which run code when they are read.
 REFUSED_WEIGHTS = {
     ".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz",
     ".h5", ".hdf5", ".keras", ".msgpack", ".gguf", ".onnx", ".pb", ".tflite",
@@ -122,7 +123,7 @@ def check_folder(folder: Path, secrets: Iterable[str] = (), allow: Iterable[str]
         raise FileNotFoundError(f"{folder} has no config.json, so it holds no model; check the path.")
     files, left_out = _collect(folder)
     report = FolderReport({name: (folder / name).stat().st_size for name in files}, left_out)
-    config = _read_json(folder / "config.json")
+    config = read_json(folder / "config.json", CHECKPOINT_REMEDY)
     problems = [
         *_wrong_formats(folder, files),
         *_code_problems(folder, config),
@@ -152,16 +153,6 @@ def _collect(folder: Path) -> tuple[list[str], list[str]]:
         keep = not hidden or SECRET_FILES.fullmatch(path.name)
         (files if keep else left_out).append("/".join(parts))
     return files, left_out
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no valid JSON ({error}); write the checkpoint again.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object.")
-    return content
 
 
 def _wrong_formats(folder: Path, files: list[str]) -> list[str]:
@@ -236,7 +227,9 @@ def _weight_problems(folder: Path, files: list[str]) -> list[str]:
     if "model.safetensors" in files:
         shards = {"model.safetensors"}
     elif "model.safetensors.index.json" in files:
-        shards = set(_read_json(folder / "model.safetensors.index.json").get("weight_map", {}).values())
+        shards = set(
+            read_json(folder / "model.safetensors.index.json", CHECKPOINT_REMEDY).get("weight_map", {}).values()
+        )
     else:
         return ["There are no weights: neither model.safetensors nor model.safetensors.index.json."]
     problems = []

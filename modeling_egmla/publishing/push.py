@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from egmla.provenance import CONVERSION_FIGURE, CONVERSION_REPORT, TRAINING_REPORT
+
 from .checks import FolderReport, check_folder, check_repo_id
 from .loading import check_loads_without_package
 
@@ -16,7 +18,7 @@ DEFAULT_MESSAGE = "Upload EG-MLA model"
 # Shards of an earlier push that this one does not have would be loaded in place of the new ones, and its scores and
 # reports would be taken for this one's.
 WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json")
-REPORTS = {"conversion_report.json", "training_report.json"} | {
+REPORTS = {CONVERSION_REPORT, CONVERSION_FIGURE, TRAINING_REPORT} | {
     f"evaluation/{name}" for name in ("results.json", "source_results.json", "comparison.json", "scores.png")
 }
 HASH_BLOCK = 2**20

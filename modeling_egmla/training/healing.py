@@ -7,9 +7,10 @@ import torch
 from transformers import AutoConfig, AutoTokenizer
 
 from egmla import EGMLAConfig, EGMLAForCausalLM
+from egmla.provenance import CONVERSION_REPORT, public_name
 
 from .arguments import TrainingSettings
-from .report import command_line, public_name, read_report
+from .report import command_line, read_report
 from .run import Job, run_job
 from .trainer import check_vocabulary
 from .workspace import Place
@@ -17,7 +18,6 @@ from .workspace import Place
 
 # Rates for 135M parameters; 2e-5 suits 7B. Gates start at identity and have further to go.
 DEFAULTS = {"learning_rate": 1e-4, "gate_factor": 5.0, "weight_decay": 0.01}
-CONVERSION_REPORT = "conversion_report.json"
 
 
 def heal_checkpoint(

@@ -11,18 +11,12 @@ from typing import Any
 
 import torch
 
-from egmla.provenance import software_versions, source_commit
+from egmla.provenance import TRAINING_REPORT, public_name, read_json, software_versions, source_commit
 
 from .arguments import TrainingSettings
 
 
-REPORT_NAME = "training_report.json"
 PLOT_NAME = "training_loss.png"
-
-
-def public_name(label: str) -> str:
-    """A model's or file's name without the folders it lies in: reports are published."""
-    return Path(label).name if Path(label).exists() else label
 
 
 def command_line(
@@ -107,21 +101,15 @@ def provenance() -> dict[str, Any]:
 def write_report(folder: Path, report: Mapping[str, Any]) -> None:
     """Writes a training report into a checkpoint folder."""
     text = json.dumps(report, indent=2, ensure_ascii=False, default=str) + "\n"
-    (folder / REPORT_NAME).write_text(text, encoding="utf-8")
+    (folder / TRAINING_REPORT).write_text(text, encoding="utf-8")
 
 
 def read_report(folder: Path) -> dict[str, Any] | None:
     """The training report of a checkpoint folder, or `None` where it was not trained."""
-    path = folder / REPORT_NAME
+    path = folder / TRAINING_REPORT
     if not path.is_file():
         return None
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no valid JSON ({error}); write it again.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object.")
-    return content
+    return read_json(path)
 
 
 def plot_training(report: Mapping[str, Any], path: Path) -> None:

@@ -10,11 +10,12 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from egmla import EGMLAConfig, EGMLAForCausalLM
+from egmla.provenance import public_name
 
 from .arguments import TrainingSettings, parse_value
 from .data import TextSource
 from .healing import load_tokenizer
-from .report import command_line, public_name
+from .report import command_line
 from .run import Job, run_job
 from .workspace import Place
 

@@ -15,7 +15,15 @@ STAGES = {
 }
 GATE = "kv_gate_"
 FROZEN_IN_ATTENTION = ("mlp.", "embed_tokens.", "lm_head.")
-ATTENTION_TARGETS = ("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
+ATTENTION_TARGETS = (
+    "q_proj",
+    "q_a_proj",
+    "q_b_proj",
+    "kv_encoder_proj",
+    "kv_a_proj_with_mqa",
+    "kv_b_proj",
+    "o_proj",
+)
 GATE_TARGETS = ("kv_gate_proj", "kv_gate_embedding")
 MLP_TARGETS = ("gate_proj", "up_proj", "down_proj")
 # A gate starts with the weight of its norm at 0: until that moves, nothing before it has an effect.
