@@ -6,22 +6,22 @@ import shlex
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.dynamic_module_utils import custom_object_save
 
 import egmla
 from egmla import EGMLAConfig
 from egmla.provenance import public_name, software_versions, source_commit, weights_sha256
 
-from .closed_form import LatentAttention, exact_attention, low_rank_attention, smaller_latent
+from .checks import check_tensors
 from .estimates import estimate
 from .families import find_family
 from .family import Family
+from .layers import exact_layer, gate_at_identity, low_rank_layer, smaller_latent_layer, target_config
 from .plan import Plan, full_widths, plan_conversion, plan_latent
 from .recipes import Recipe, find_recipe, nearest_recipe, recipe_options
 from .refinement import ConvertedRun, Refinement
@@ -33,8 +33,8 @@ from .report import (
     source_perplexity,
     write_report,
 )
-from .sources import Rows, Source, open_source
-from .statistics import LayerStatistics, SourceRun
+from .sources import Source, open_source
+from .statistics import SourceRun
 from .texts import MAX_CHARACTERS_PER_TOKEN, EvaluationText, check_calibration_text, open_evaluation, read_text
 from .writing import Journal, ShardWriter, check_target, check_unfinished, staged_folder
 
@@ -115,7 +115,7 @@ def convert_checkpoint(
                 f"freqfold={recipe.freqfold}: this {opened.config.model_type} source normalises its queries, so a "
                 "rotary slot can only take components of its own frequency; use freqfold=1."
             )
-    _check_tensors(opened, family)
+    check_tensors(opened, family)
     family.check_weights(opened)
     evaluation = None
     if evaluate is not None:
@@ -199,7 +199,7 @@ def convert_checkpoint(
             writer.end_part()
             journal.finish_layer(details, states)
         writer.finish()
-        config = _target_config(opened.config, family, plan, [layer["rope_slots"] for layer in journal.layers])
+        config = target_config(opened.config, family, plan, [layer["rope_slots"] for layer in journal.layers])
         config.dtype = output_dtype or opened.tensor("model.layers.0.self_attn.o_proj.weight").dtype
         _write_companions(folder, config, opened, writer)
         report |= {
@@ -245,8 +245,8 @@ def _converted_layers(
     config, count = source.config, source.config.num_hidden_layers
     if plan.exact:
         for layer_idx in range(len(journal.layers), count):
-            tensors, layer_slots = _exact_layer(source, family, layer_idx)
-            tensors |= _gate_at_identity(plan.ranks[layer_idx], config, layer_idx)
+            tensors, layer_slots = exact_layer(source, family, layer_idx)
+            tensors |= gate_at_identity(plan.ranks[layer_idx], config, layer_idx)
             yield tensors, {"layer": layer_idx, "rope_slots": layer_slots}, {}
             if progress is not None:
                 progress("convert", layer_idx + 1, count)
@@ -264,9 +264,9 @@ def _converted_layers(
         stages = _layer_progress(progress, layer_idx, count, refined=converted is not None)
         rank, source_states = plan.ranks[layer_idx], run.states
         calibration = run.measure(layer_idx, stages["calibrate"])
-        compute = _smaller_latent_layer if family.latent else _low_rank_layer
+        compute = smaller_latent_layer if family.latent else low_rank_layer
         tensors, layer_slots, spectrum = compute(source, family, layer_idx, calibration.statistics, plan, recipe)
-        tensors |= _gate_at_identity(rank, config, layer_idx)
+        tensors |= gate_at_identity(rank, config, layer_idx)
         slots.append(layer_slots)
         spectrum = spectrum.clamp_min(0)
         details = {
@@ -282,7 +282,7 @@ def _converted_layers(
             layer_tensors = {name.removeprefix(prefix): tensor for name, tensor in copied.items()}
             layer_tensors |= {f"self_attn.{name}": tensor for name, tensor in tensors.items()}
             # Of the config only this layer is looked at, so the layers to come may have its slots.
-            layer_config = _target_config(config, family, plan, slots + [layer_slots] * (count - len(slots)))
+            layer_config = target_config(config, family, plan, slots + [layer_slots] * (count - len(slots)))
             tensors, details["attention_error"] = converted.refine(
                 layer_config, layer_idx, layer_tensors, source_states, calibration.outputs, stages["refine"]
             )
@@ -299,181 +299,6 @@ def _layer_progress(progress: Progress | None, layer_idx: int, count: int, refin
         return lambda done, total: progress("convert", first * total + done, count * len(stages) * total)  # type: ignore[misc]
 
     return {stage: None if progress is None else report(stage) for stage in stages}
-
-
-def _low_rank_layer(
-    source: Source, family: Family, layer_idx: int, statistics: LayerStatistics, plan: Plan, recipe: Recipe
-) -> tuple[dict[str, torch.Tensor], list[int], torch.Tensor]:
-    """Attention tensors, rotary slots and spectrum of a layer whose keys and values become a smaller latent."""
-    config = source.config
-    attention = low_rank_attention(
-        family.read_attention(source, layer_idx),
-        family.shape(config),
-        statistics,
-        plan.ranks[layer_idx],
-        plan.rope_dim,
-        recipe,
-        _attention_factor(config),
-        family.rotates(config, layer_idx),
-        family.qk_norm is not None,
-    )
-    tensors = _attention_tensors(attention, bool(family.bias_roles(config)), True)
-    norms = {"q": "q_norm.weight", "k": "kv_encoder_norm.weight"}
-    tensors |= {norms[role]: source.tensor(name) for role, name in family.norms(layer_idx).items()}
-    return tensors, attention.slots, attention.spectrum
-
-
-def _smaller_latent_layer(
-    source: Source, family: Family, layer_idx: int, statistics: LayerStatistics, plan: Plan, recipe: Recipe
-) -> tuple[dict[str, torch.Tensor], list[int], torch.Tensor]:
-    """The same of a layer that has a latent: what makes it stays, and its rotary key as it is."""
-    config, (tensors, slots) = source.config, _exact_layer(source, family, layer_idx)
-    kv_b, o = (tensors[f"{name}.weight"].double() for name in ("kv_b_proj", "o_proj"))
-    smaller = smaller_latent(kv_b, o, config.qk_nope_head_dim, statistics, plan.ranks[layer_idx], recipe)
-    for name in ("q_a_proj", "kv_encoder_proj", "kv_a_proj_with_mqa", "o_proj"):  # means go into biases: now all have
-        if f"{name}.weight" in tensors:
-            tensors.setdefault(f"{name}.bias", torch.zeros(len(tensors[f"{name}.weight"])))
-    down = torch.block_diag(smaller.down, torch.eye(plan.rope_dim, dtype=torch.float64))
-    down_bias = torch.nn.functional.pad(smaller.down_bias, (0, plan.rope_dim))
-    weight, bias = (tensors[f"kv_a_proj_with_mqa.{kind}"] for kind in ("weight", "bias"))
-    if family.latent_norm(config):
-        tensors |= {"kv_encoder_proj.weight": weight, "kv_encoder_proj.bias": bias}
-        tensors["kv_encoder_norm.weight"] = tensors.pop("kv_a_layernorm.weight")
-    else:
-        down, down_bias = down @ weight.double(), down @ bias.double() + down_bias
-    return (
-        tensors
-        | {
-            "kv_a_proj_with_mqa.weight": down,
-            "kv_a_proj_with_mqa.bias": down_bias,
-            "kv_b_proj.weight": smaller.kv_b,
-            "o_proj.bias": tensors["o_proj.bias"] + smaller.o_bias,
-        },
-        slots,
-        smaller.spectrum,
-    )
-
-
-def _exact_layer(source: Source, family: Family, layer_idx: int) -> tuple[dict[str, torch.Tensor], list[int]]:
-    """Attention tensors and rotary slots of a layer that keeps its function."""
-    if family.latent:
-        prefix = f"model.layers.{layer_idx}.self_attn."
-        parts = family.attention(source.config, layer_idx)
-        return {name.removeprefix(prefix): source.read(rows) for name, rows in parts.items()}, []
-    shape, weights = family.shape(source.config), family.read_attention(source, layer_idx)
-    norms = {role: source.tensor(name) for role, name in family.norms(layer_idx).items()}
-    biased = bool(family.bias_roles(source.config))
-    if family.qk_norm != "all":
-        attention = exact_attention(weights, shape, interleaved=bool(norms))
-        tensors = _attention_tensors(attention, biased, biased)
-    else:
-        # The norm sees the queries of all heads, so it comes before they are put in place: a low-rank query of full
-        # rank, whose second map does only that.
-        place = torch.eye(shape.heads * shape.head_dim, dtype=torch.float64)
-        attention = exact_attention(
-            replace(weights, q=place, q_bias=torch.zeros_like(weights.q_bias)), shape, interleaved=True
-        )
-        tensors = _attention_tensors(attention, False, biased)
-        tensors |= {"q_b_proj.weight": tensors.pop("q_proj.weight"), "q_a_proj.weight": weights.q}
-        tensors["q_a_layernorm.weight"] = norms.pop("q")
-        if biased:
-            tensors["q_a_proj.bias"] = weights.q_bias
-    for role, norm in norms.items():
-        # In the order of the rows: pairs beside one another.
-        tensors[f"{role}_norm.weight"] = norm.view(-1, 2, shape.frequencies).transpose(1, 2).reshape(-1)
-    return tensors, attention.slots
-
-
-def _attention_factor(config: PreTrainedConfig) -> float:
-    """What the rope type multiplies cosines and sines by (YaRN and LongRoPE do, others 1)."""
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    rope_type = config.rope_parameters["rope_type"]
-    return 1.0 if rope_type == "default" else float(ROPE_INIT_FUNCTIONS[rope_type](config, torch.device("cpu"))[1])
-
-
-def _target_config(config: PreTrainedConfig, family: Family, plan: Plan, slots: list[list[int]]) -> EGMLAConfig:
-    ranks = plan.ranks[0] if len(set(plan.ranks)) == 1 else plan.ranks
-    if family.latent:
-        fields: dict[str, Any] = {"kv_gate": "latent"}
-        if not plan.exact:
-            fields |= {"kv_lora_rank": ranks, "kv_latent_norm": False, "attention_bias": True}
-            if family.latent_norm(config):
-                fields |= {
-                    "kv_encoder_dim": config.kv_lora_rank + plan.rope_dim,
-                    "kv_encoder_norm_dim": config.kv_lora_rank,
-                }
-        return family.target_config(config, **fields)
-    shape = family.shape(config)
-    same_slots = all(layer == slots[0] for layer in slots)
-    biased = bool(family.bias_roles(config))
-    nope_layers = [layer for layer in range(config.num_hidden_layers) if not family.rotates(config, layer)]
-    fields = {
-        "kv_lora_rank": ranks,
-        "qk_nope_head_dim": shape.head_dim - shape.rotary_head_dim if plan.exact else shape.head_dim,
-        "qk_rope_head_dim": plan.rope_dim,
-        "v_head_dim": shape.head_dim,
-        "kv_latent_norm": False,
-        "kv_gate": "latent",
-        "softmax_scale": shape.head_dim**-0.5,
-        "rope_interleave": False,
-        "rope_table_dim": shape.rotary_head_dim,
-        "rope_slots": slots[0] if same_slots else slots,
-        "nope_layers": nope_layers or None,
-        "attention_bias": not plan.exact or biased,
-        "query_bias": biased,
-    }
-    return family.target_config(config, **fields | _norm_fields(config, family, plan))
-
-
-def _norm_fields(config: PreTrainedConfig, family: Family, plan: Plan) -> dict[str, Any]:
-    """Fields of a source with normalised queries and keys; those of exact mode stand behind their projections."""
-    if family.qk_norm is None:
-        return {}
-    shape, together = family.shape(config), family.qk_norm == "all"
-    key_group = shape.kv_width if together else shape.head_dim
-    if not plan.exact:
-        return {
-            "query_norm_dim": shape.heads * shape.head_dim if together else shape.head_dim,
-            "kv_encoder_dim": 2 * shape.kv_width,
-            "kv_encoder_norm_dim": key_group,
-            "kv_encoder_norm_groups": shape.kv_width // key_group,
-            "latent_norm_eps": config.rms_norm_eps,
-        }
-    fields = {"rope_interleave": True, "qk_norm_dim": key_group}
-    if together:
-        width = shape.heads * shape.head_dim
-        fields |= {"q_lora_rank": width, "latent_norm_eps": config.rms_norm_eps, "query_bias": False}
-    return fields
-
-
-def _attention_tensors(attention: LatentAttention, query_bias: bool, attention_bias: bool) -> dict[str, torch.Tensor]:
-    """The layer's tensors by their names in the attention module."""
-    tensors = {
-        "q_proj.weight": attention.q,
-        "kv_a_proj_with_mqa.weight": attention.kv_a,
-        "kv_b_proj.weight": attention.kv_b,
-        "o_proj.weight": attention.o,
-    }
-    if attention.encoder is not None and attention.encoder_bias is not None:
-        tensors |= {"kv_encoder_proj.weight": attention.encoder, "kv_encoder_proj.bias": attention.encoder_bias}
-    if attention.q_rope_scale is not None and attention.slots:
-        tensors["q_rope_scale"] = attention.q_rope_scale
-    if query_bias:
-        tensors["q_proj.bias"] = attention.q_bias
-    if attention_bias:
-        tensors |= {"kv_a_proj_with_mqa.bias": attention.kv_a_bias, "o_proj.bias": attention.o_bias}
-    return tensors
-
-
-def _gate_at_identity(rank: int, config: PreTrainedConfig, layer_idx: int) -> dict[str, torch.Tensor]:
-    """A layer's gate: LayerNorm with weight 0 and bias 1 = exactly 1; the map before it is random, to be trained."""
-    generator = torch.Generator().manual_seed(layer_idx)
-    return {
-        "kv_gate_proj.weight": torch.randn(rank, config.hidden_size, generator=generator) * config.initializer_range,
-        "kv_gate_norm.weight": torch.zeros(rank),
-        "kv_gate_norm.bias": torch.ones(rank),
-    }
 
 
 def _write_companions(folder: Path, config: EGMLAConfig, source: Source, writer: ShardWriter) -> None:
@@ -494,60 +319,6 @@ def _write_companions(folder: Path, config: EGMLAConfig, source: Source, writer:
         source.generation_config.save_pretrained(folder)
     if source.tokenizer is not None:
         source.tokenizer.save_pretrained(folder)
-
-
-def _check_tensors(source: Source, family: Family) -> None:
-    """Every tensor the conversion needs is there and of its shape, and none is left that it does not know."""
-    parts: list[Rows] = list(family.copied(source.config, None).values())
-    for layer_idx in range(source.config.num_hidden_layers):
-        parts += family.copied(source.config, layer_idx).values()
-        parts += family.attention(source.config, layer_idx).values()
-        parts += map(Rows, (*family.norms(layer_idx).values(), *family.gate(source.config, layer_idx)))
-    needed = {rows.name for rows in parts}
-    _check_attention_extras(source, family)
-    missing = sorted(needed - source.names)
-    if missing:
-        raise ValueError(
-            f"{source.label} lacks {len(missing)} tensors its config asks for, first {missing[0]}; the checkpoint is "
-            "incomplete."
-        )
-    # A tied head is the embedding under another name, and old checkpoints carry the rotary frequencies.
-    known = needed | {"lm_head.weight"}
-    unknown = sorted(name for name in source.names - known if not name.endswith("rotary_emb.inv_freq"))
-    if unknown:
-        raise ValueError(
-            f"{source.label} has {len(unknown)} tensors that a {source.config.model_type} model does not, first "
-            f"{unknown[0]}; converting would drop them. Is config.json the right one?"
-        )
-    with torch.device("meta"):
-        wanted = AutoModelForCausalLM.from_config(source.config).state_dict()
-    for name in sorted(needed):
-        if source.shape(name) != tuple(wanted[name].shape):
-            raise ValueError(
-                f"Tensor {name} in {source.label} has shape {source.shape(name)} and its config asks for "
-                f"{tuple(wanted[name].shape)}; the checkpoint and its config.json do not belong together."
-            )
-    for name in sorted(needed):
-        source.tensor(name)  # raises for values that are not finite: hours before the loop would meet them
-
-
-def _check_attention_extras(source: Source, family: Family) -> None:
-    """Refuses what tensors show of attention and a configuration does not say: sinks, and biases on some maps only."""
-    sinks = sorted(name for name in source.names if name.endswith("self_attn.sinks"))
-    if sinks:
-        raise ValueError(
-            f"{source.label} has attention sinks ({sinks[0]}), logits beside those of the keys, which EG-MLA does not "
-            "have; use a checkpoint without."
-        )
-    for layer_idx in range(0 if family.latent else source.config.num_hidden_layers):
-        names = [f"model.layers.{layer_idx}.self_attn.{role}_proj.bias" for role in "qkv"]
-        there = [name for name in names if name in source.names]
-        absent = [name for name in names if name not in source.names]
-        if there and absent:
-            raise ValueError(
-                f"{source.label} has {there[0]} and no {absent[0]}: queries, keys and values must all have biases or "
-                "all have none. Save the checkpoint with the missing ones as zeros."
-            )
 
 
 def _calibration_sequences(
