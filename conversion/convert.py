@@ -252,7 +252,8 @@ def _converted_layers(
                 progress("convert", layer_idx + 1, count)
         return
 
-    run = SourceRun(source, family, sequences, recipe.weighting)
+    dtype = refinement.dtype if refinement.steps else "float32"
+    run = SourceRun(source, family, sequences, recipe.weighting, dtype)
     converted = ConvertedRun(run, refinement) if refinement.steps else None
     states = journal.states()
     if states:

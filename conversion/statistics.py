@@ -6,9 +6,10 @@ layer. Sums are kept in fp64. What is measured follows from what the closed form
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .family import Family
 from .sources import Source
@@ -45,6 +46,58 @@ class LayerStatistics:
         return self.raw_moment - torch.outer(self.mean, self.mean)
 
 
+class AttentionSums(NamedTuple):
+    """What is kept of the attention maps of a sequence.
+
+    Attributes:
+        received: attention that each token receives from all heads and positions, `[T]`.
+        rotation: sum over positions of `e^{i theta (t - s)}`, weighted by attention, `[H, d / 2]`, complex; or `None`.
+    """
+
+    received: torch.Tensor
+    rotation: torch.Tensor | None
+
+
+def summing_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor,
+    scaling: float,
+    **kwargs,
+) -> tuple[torch.Tensor, AttentionSums]:
+    """Attention of one sequence that gives sums over its maps in their place.
+
+    For Transformers' attention interface. One head at a time: a map stays in the processor's cache until it is summed
+    up, where the stock eager attention carries all heads' maps through memory several times (half the speed).
+
+    Args:
+        module (`torch.nn.Module`): the attention; its `phases` are `e^{i theta t}` `[T, d / 2]` or `None`.
+        query (`torch.Tensor`): `[1, H, T, d]`; key `[1, g, T, d]`, value `[1, g, T, V]`.
+        attention_mask (`torch.Tensor`): `[1, 1, T, T]`, added to the scores.
+        scaling (`float`): factor of the scores.
+    """
+    queries, keys, values = query[0] * scaling, key[0].mT, value[0]
+    group = len(queries) // len(values)
+    output = torch.empty(1, queries.shape[1], len(queries), values.shape[-1], device=query.device)
+    received = torch.zeros(queries.shape[1], device=query.device)
+    rotation: list[torch.Tensor] = []
+    phases: Any = module.phases
+    for head, head_queries in enumerate(queries):
+        scores = torch.addmm(attention_mask[0, 0], head_queries, keys[head // group])
+        weights = torch.softmax(scores, dim=-1)
+        output[0, :, head] = weights @ values[head // group]
+        received += weights.sum(dim=0)
+        if phases is not None:
+            seen = torch.view_as_complex((weights @ torch.view_as_real(phases).flatten(1)).view(*phases.shape, 2))
+            rotation.append((phases * seen.conj()).sum(dim=0))
+    return output, AttentionSums(received, torch.stack(rotation) if rotation else None)
+
+
+ALL_ATTENTION_FUNCTIONS.register("egmla_summing", summing_attention)
+
+
 class _Sums:
     """Running sums behind `LayerStatistics`."""
 
@@ -59,8 +112,8 @@ class _Sums:
         self.moment: Any = 0.0
         self.rotation: Any = 0.0
 
-    def add(self, queries, features, attention, phases):
-        """Adds a sequence: queries `[H, T, d]`, features `[T, F]`, attention `[H, T, T]`, phases `[T, d / 2]`."""
+    def add(self, queries: torch.Tensor, features: torch.Tensor, seen: AttentionSums) -> None:
+        """Adds a sequence: queries `[H, T, d]`, features `[T, F]`, sums over its attention maps."""
         T = features.shape[0]
         self.tokens += T
         keys = features[:, : self.key_width]
@@ -69,24 +122,23 @@ class _Sums:
         # A token counts as much as it is looked at. Without this the first token of a text, which holds much of all
         # attention and whose input is far from every other, is one in a thousand and its error ruins the model.
         if self.weighting == "attention":
-            weights = attention.sum(dim=(0, 1)) / attention.shape[0]
+            weights = seen.received / len(queries)
         else:
-            weights = torch.ones(T)
+            weights = torch.ones_like(seen.received)
         self.weight += float(weights.sum())
         self.mean += (weights @ features).double()
         self.moment += ((features * weights[:, None]).T @ features).double()
-        if phases is not None:
-            seen = attention.to(phases.dtype) @ phases.conj()  # [H, T, d / 2]
-            self.rotation += (phases * seen).sum(dim=1).to(torch.complex128)
+        if seen.rotation is not None:
+            self.rotation += seen.rotation.to(torch.complex128)
             self.rotated_tokens += T
 
     def finish(self) -> LayerStatistics:
         return LayerStatistics(
-            key_moment=self.key_moment / self.tokens,
-            query_moment=self.query_moment / self.tokens,
-            mean=self.mean / self.weight,
-            raw_moment=self.moment / self.weight,
-            rotation=self.rotation / self.rotated_tokens,
+            key_moment=self.key_moment.cpu() / self.tokens,
+            query_moment=self.query_moment.cpu() / self.tokens,
+            mean=self.mean.cpu() / self.weight,
+            raw_moment=self.moment.cpu() / self.weight,
+            rotation=self.rotation.cpu() / self.rotated_tokens,
         )
 
 
@@ -111,26 +163,35 @@ class SourceRun:
         family (`Family`): its family.
         sequences (`torch.Tensor`): token ids `[sequences, T]`.
         weighting (`str`): `"attention"` weighs tokens by the attention they receive, `"uniform"` equally.
+        dtype (`str`): of the matrix products in sequences that are not measured, only run through.
 
     Attributes:
         embeddings: embeddings `[sequences, T, D]` of the calibration tokens, what the gates read.
         states: hidden states `[sequences, T, D]` in front of the next layer.
     """
 
-    def __init__(self, source: Source, family: Family, sequences: torch.Tensor, weighting: str = "attention"):
+    def __init__(
+        self,
+        source: Source,
+        family: Family,
+        sequences: torch.Tensor,
+        weighting: str = "attention",
+        dtype: str = "float32",
+    ):
         config, T = source.config, sequences.shape[1]
-        self.source, self.family, self.weighting = source, family, weighting
+        self.source, self.family, self.weighting, self.dtype = source, family, weighting, getattr(torch, dtype)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         model = family.skeleton(config).model
         self.layers = model.layers
-        rotary = type(model.rotary_emb)(config)
+        rotary = type(model.rotary_emb)(config).to(self.device)
         self.embeddings = source.read(family.copied(config, None)["model.embed_tokens.weight"])[sequences].float()
         self.states = self.embeddings
-        positions = torch.arange(T)[None]
-        self.context = {"position_ids": positions, **family.context(rotary(self.embeddings[:1], positions))}
+        positions = torch.arange(T, device=self.device)[None]
+        tables = rotary(self.embeddings[:1].to(self.device), positions)
+        self.context = {"position_ids": positions, **family.context(tables)}
         frequencies = rotary.inv_freq[: family.shape(config).frequencies]
-        self.phases = torch.polar(torch.ones(()), torch.outer(torch.arange(T).float(), frequencies))
-        self.mask = torch.full((1, 1, T, T), -torch.inf).triu(1)
+        self.phases = torch.polar(torch.ones_like(frequencies), torch.outer(positions[0].float(), frequencies))
+        self.mask = torch.full((1, 1, T, T), -torch.inf, device=self.device).triu(1)
 
     @torch.no_grad()
     def measure(self, layer_idx: int, progress: Callable[[int, int], None] | None = None) -> LayerCalibration:
@@ -141,15 +202,20 @@ class SourceRun:
         phases = self.phases if rotates else torch.ones_like(self.phases)
         tensors = {name: source.tensor(f"model.layers.{layer_idx}.{name}").float() for name in layer.state_dict()}
         layer.load_state_dict(tensors, assign=True)
+        layer.to(self.device)
         seen = _watch(layer, family.probes(source.config))
         sums = _Sums(shape.kv_width, self.weighting)
         states, outputs = torch.empty_like(self.states), torch.empty_like(self.states)
-        for index, before in enumerate(self.states):
+        for index, states_before in enumerate(self.states):
             seen.clear()
+            before = states_before.to(self.device)
             measured = index < MEASURED_SEQUENCES
-            layer.self_attn.config._attn_implementation = "eager" if measured else "sdpa"  # eager gives maps
+            layer.self_attn.config._attn_implementation = "egmla_summing" if measured else "sdpa"
+            layer.self_attn.phases = phases if index < ROTATION_SEQUENCES else None
             mask = self.mask if measured else None
-            states[index] = layer(before[None], attention_mask=mask, **self.context)[0]
+            reduced = self.dtype != torch.float32 and not measured
+            with torch.autocast(self.device.type, dtype=self.dtype, enabled=reduced):
+                states[index] = layer(before[None], attention_mask=mask, **self.context)[0]
             *probed, attention, attended = seen
             # Where norms stand behind attention, they take its output, else the sum with what was before.
             outputs[index] = attended[0] - before if hasattr(layer, "input_layernorm") else attended[0]
@@ -157,7 +223,7 @@ class SourceRun:
                 joined = torch.cat([output.reshape(T, -1) for output in probed], dim=-1)
                 queries, features = joined.tensor_split([shape.heads * shape.head_dim], dim=-1)
                 queries = queries.view(T, shape.heads, -1).transpose(0, 1)
-                sums.add(queries, features, attention[0], phases if index < ROTATION_SEQUENCES else None)
+                sums.add(queries, features, attention)
             if progress is not None:
                 progress(index + 1, len(states))
         layer.to("meta")
