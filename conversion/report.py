@@ -44,11 +44,11 @@ def _stage(name: str, progress: Progress | None) -> Callable[[int, int], None] |
     return None if progress is None else lambda done, total: progress(name, done, total)
 
 
-def energy_by_rank(spectrum: torch.Tensor) -> list[tuple[int, float]]:
+def energy_by_rank(spectrum: torch.Tensor) -> list[list[float]]:
     """A spectrum `[n]`, largest first, in short: pairs of a rank, powers of two and `n`, and the energy kept at it."""
     kept = spectrum.cumsum(0) / spectrum.sum()
     ranks = [2**power for power in range(len(spectrum).bit_length()) if 2**power < len(spectrum)]
-    return [(rank, float(kept[rank - 1])) for rank in [*ranks, len(spectrum)]]
+    return [[rank, float(kept[rank - 1])] for rank in [*ranks, len(spectrum)]]  # as JSON keeps it
 
 
 def slots_per_frequency(slots: Sequence[Sequence[int]], frequencies: int) -> list[int]:
