@@ -24,6 +24,11 @@ from .recipes import Recipe
 from .statistics import LayerStatistics
 
 
+# Energy of the constant in a latent with a norm, in mean energies of the rest: what the rest adds to the norm is less
+# than a thousandth even for a text's first token, whose energy is a hundred times the mean.
+CONSTANT_ENERGY = 1e5
+
+
 @dataclass(frozen=True)
 class LatentAttention:
     """EG-MLA attention weights of one layer, fp64, and the frequency number of each rotary slot.
@@ -37,6 +42,7 @@ class LatentAttention:
         slots: frequency numbers, `P / 2`; without meaning where the layer does not turn.
         spectrum: eigenvalues of the latent's second moment, largest first (empty in exact mode).
         q_rope_scale: `[H, P / 2]` where normalised queries give their rotary part too, `q` then being `[H N, D]`.
+        latent_gain: `[R]`, weight of the latent's norm; `None` where it has none.
         encoder: `[F, D]`, what the features that `kv_a` reads are made by before their norms, encoder_bias `[F]`;
             `None` where `kv_a` reads the layer's input.
     """
@@ -51,6 +57,7 @@ class LatentAttention:
     slots: list[int]
     spectrum: torch.Tensor
     q_rope_scale: torch.Tensor | None = None
+    latent_gain: torch.Tensor | None = None
     encoder: torch.Tensor | None = None
     encoder_bias: torch.Tensor | None = None
 
@@ -134,23 +141,27 @@ def low_rank_attention(
     turned = rotation * attention_factor**2 if rotates else rotation
 
     mean = statistics.mean if recipe.centred else torch.zeros_like(statistics.mean)
-    moment = statistics.covariance if recipe.centred else statistics.raw_moment
+    spread = moment = statistics.covariance if recipe.centred else statistics.raw_moment
     project, project_bias = torch.cat((weights.k, weights.v)), torch.cat((weights.k_bias, weights.v_bias))
     if recipe.metric == "weights":
         moment = project @ project.T  # that of inputs without any preference
     rows = torch.block_diag(rest, torch.eye(g * d, dtype=torch.float64))
     metric = _metric(weights, shape, statistics, turned, rows, moment, recipe)
-    down, up, spectrum = _joint_low_rank(rows, moment, metric, R)
+    down, up, spectrum = _joint_low_rank(rows, moment, metric, R - recipe.latent_norm)
+    down_bias, gain = -down @ mean, None
+    if recipe.latent_norm:
+        down, down_bias, up, gain = _with_norm(down, down_bias, up, spread)
     key_up, value_up = up.view(2, g, d, R).repeat_interleave(shape.group, dim=1)
     # v is rebuilt as up(down([k; v] - mean)) + the values' mean; the constant goes through o_proj once.
     value_mean = mean[g * d :].view(g, d).repeat_interleave(shape.group, dim=0).reshape(-1)
     down = torch.cat((down, torch.nn.functional.pad(rope_down, (0, g * d))))
-    down_bias = torch.cat((-down[:R] @ mean, torch.zeros(P, dtype=torch.float64)))
+    down_bias = torch.nn.functional.pad(down_bias, (0, P))
     common = {
         "o": weights.o,
         "o_bias": weights.o_bias + weights.o @ value_mean,
         "slots": [slot.frequency for slot in slots],
         "spectrum": spectrum,
+        "latent_gain": gain,
     }
     if normed:
         # Rotary queries are pairs of the normalised one; the mean rotation goes to the keys, turning them back.
@@ -233,6 +244,20 @@ def smaller_latent(
         o_bias=o @ (value_up @ mean).flatten(),
         spectrum=spectrum,
     )
+
+
+def _with_norm(down, down_bias, up, spread):
+    """The same latent with an RMSNorm behind it, one number wider: `down`, its bias, `up` and the norm's gain.
+
+    The new number is a constant so large that the norm divides by nearly the same for every token; the gain multiplies
+    by that again, and the constant by 0.
+    """
+    R = len(down) + 1
+    constant = (CONSTANT_ENERGY * (down @ spread @ down.T).trace()).sqrt()
+    gain = (constant / R**0.5).repeat(R)
+    gain[-1] = 0.0
+    pad = torch.nn.functional.pad
+    return pad(down, (0, 0, 0, 1)), torch.cat((down_bias, constant[None])), pad(up, (0, 1)), gain
 
 
 def _joined(weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:

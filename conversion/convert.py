@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.dynamic_module_utils import custom_object_save
 
 import egmla
@@ -22,6 +23,7 @@ from .estimates import estimate
 from .families import find_family
 from .family import Family
 from .layers import exact_layer, gate_at_identity, low_rank_layer, smaller_latent_layer, target_config
+from .layout import check_layout, deepseek_attention, deepseek_config, query_factor
 from .plan import Plan, full_widths, plan_conversion, plan_latent
 from .recipes import Recipe, find_recipe, nearest_recipe, recipe_options
 from .refinement import ConvertedRun, Refinement
@@ -59,7 +61,9 @@ def convert_checkpoint(
     evaluate: str | Path | None = None,
     evaluation_windows: int = 9,
     recipe: str | Recipe | None = None,
+    latent_norm: bool = False,
     refinement: Refinement | None = None,
+    layout: str = "egmla",
     dtype: str | None = None,
     resume: bool = True,
     dry_run: bool = False,
@@ -80,8 +84,10 @@ def convert_checkpoint(
         evaluate (`str` or `Path`, *optional*): a plain text to measure perplexity on, of the source and the result.
         evaluation_windows (`int`): windows of it, of 2,048 tokens or the source's whole context, to use at most.
         recipe (`str` or `Recipe`, *optional*): choices of the closed form, or a name in `RECIPES`.
+        latent_norm (`bool`): give the latent a norm, which layout `"deepseek_v3"` wants (a choice of the recipe too).
         refinement (`Refinement`, *optional*): choices of the refinement behind it; `Refinement(steps=0)` for none,
             which is the default of the peers' recipes.
+        layout (`str`): `"egmla"`, or `"deepseek_v3"` for a checkpoint of Transformers' own DeepSeek-V3 class.
         dtype (`str`, *optional*): dtype to write, `"float32"`, `"bfloat16"` or `"float16"`; the source's by default.
         resume (`bool`): go on where an interrupted conversion into the same target with the same settings stopped.
         dry_run (`bool`): check everything, return the plan and an estimate of time and memory, write nothing.
@@ -96,7 +102,8 @@ def convert_checkpoint(
     """
     started = time.time()
     target = Path(target).resolve()
-    recipe = find_recipe(recipe)
+    recipe = find_recipe(recipe, {"latent_norm": True} if latent_norm else None)
+    check_layout(layout)
     if refinement is None:
         refinement = Refinement() if nearest_recipe(recipe) == "default" else Refinement(steps=0)
     output_dtype = _parse_dtype(dtype)
@@ -115,6 +122,9 @@ def convert_checkpoint(
                 f"freqfold={recipe.freqfold}: this {opened.config.model_type} source normalises its queries, so a "
                 "rotary slot can only take components of its own frequency; use freqfold=1."
             )
+    _check_latent_norm(opened.config, family, plan, recipe)
+    if layout == "deepseek_v3":
+        deepseek_config(_planned_config(opened.config, family, plan, recipe))
     check_tensors(opened, family)
     family.check_weights(opened)
     evaluation = None
@@ -144,8 +154,10 @@ def convert_checkpoint(
             recipe,
             refinement,
             evaluation,
+            layout,
             dtype,
         ),
+        "layout": layout,
         "plan": {**asdict(plan), "cache_kept": plan.kept},
         "settings": {
             "exact": exact,
@@ -170,7 +182,7 @@ def convert_checkpoint(
 
     settings = {
         "source": opened.fingerprint(),
-        **{name: report[name] for name in ("plan", "recipe", "refinement", "calibration")},
+        **{name: report[name] for name in ("layout", "plan", "recipe", "refinement", "calibration")},
         "dtype": dtype,
         "versions": software_versions(),
     }
@@ -194,12 +206,18 @@ def convert_checkpoint(
             for name, rows in family.copied(opened.config, layer_idx).items():
                 writer.add(name, _cast(opened.read(rows), output_dtype))
             stored = opened.tensor(f"model.layers.{layer_idx}.self_attn.o_proj.weight").dtype
+            if layout == "deepseek_v3":
+                own = _planned_config(opened.config, family, plan, recipe)
+                tensors = deepseek_attention(tensors, query_factor(own, deepseek_config(own)))
             for name, tensor in tensors.items():
                 writer.add(f"model.layers.{layer_idx}.self_attn.{name}", tensor.to(output_dtype or stored))
             writer.end_part()
             journal.finish_layer(details, states)
         writer.finish()
-        config = target_config(opened.config, family, plan, [layer["rope_slots"] for layer in journal.layers])
+        slots = [layer["rope_slots"] for layer in journal.layers]
+        config: Any = target_config(opened.config, family, plan, slots, recipe.latent_norm)
+        if layout == "deepseek_v3":
+            config = deepseek_config(config)
         config.dtype = output_dtype or opened.tensor("model.layers.0.self_attn.o_proj.weight").dtype
         _write_companions(folder, config, opened, writer)
         report |= {
@@ -283,7 +301,8 @@ def _converted_layers(
             layer_tensors = {name.removeprefix(prefix): tensor for name, tensor in copied.items()}
             layer_tensors |= {f"self_attn.{name}": tensor for name, tensor in tensors.items()}
             # Of the config only this layer is looked at, so the layers to come may have its slots.
-            layer_config = target_config(config, family, plan, slots + [layer_slots] * (count - len(slots)))
+            all_slots = slots + [layer_slots] * (count - len(slots))
+            layer_config = target_config(config, family, plan, all_slots, recipe.latent_norm)
             tensors, details["attention_error"] = converted.refine(
                 layer_config, layer_idx, layer_tensors, source_states, calibration.outputs, stages["refine"]
             )
@@ -302,19 +321,42 @@ def _layer_progress(progress: Progress | None, layer_idx: int, count: int, refin
     return {stage: None if progress is None else report(stage) for stage in stages}
 
 
-def _write_companions(folder: Path, config: EGMLAConfig, source: Source, writer: ShardWriter) -> None:
+def _check_latent_norm(config: PreTrainedConfig, family: Family, plan: Plan, recipe: Recipe) -> None:
+    if not recipe.latent_norm:
+        return
+    if family.latent or family.qk_norm is not None:
+        has = "a latent with its own norm, if any" if family.latent else "an encoder between input and latent"
+        raise ValueError(f"latent_norm: a {config.model_type} source has {has}; leave it out.")
+    if plan.exact or min(plan.ranks) < 2:
+        raise ValueError(
+            f"latent_norm with exact={plan.exact}, kv_lora_rank={min(plan.ranks)}: the norm takes one number of the "
+            "latent, and of an exact one none is left over; use kv_lora_rank of at least 2, below the full width."
+        )
+
+
+def _planned_config(config: PreTrainedConfig, family: Family, plan: Plan, recipe: Recipe) -> EGMLAConfig:
+    """The converted model's configuration as far as it is known before the work: rotary slots only if uniform."""
+    count = plan.rope_dim // 2
+    stride = 0 if plan.exact or recipe.slots != "uniform" or not count else family.shape(config).frequencies // count
+    slots = [[stride * slot for slot in range(count)]] * len(plan.ranks)
+    return target_config(config, family, plan, slots, recipe.latent_norm)
+
+
+def _write_companions(folder: Path, config: Any, source: Source, writer: ShardWriter) -> None:
     """Config, code, tokenizer and generation settings; checks that the weights are just those the model wants."""
+    own = isinstance(config, EGMLAConfig)
     with torch.device("meta"):
-        model = egmla.EGMLAForCausalLM(config)
+        model = egmla.EGMLAForCausalLM(config) if own else AutoModelForCausalLM.from_config(config)
     wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
     if config.tie_word_embeddings:
         wanted.pop("lm_head.weight", None)
     if wanted != writer.shapes:
         different = sorted(set(wanted.items()) ^ set(writer.shapes.items()))[:4]
         raise ValueError(f"The converted tensors are not those of the model's config; first differences: {different}.")
-    config.auto_map = dict(egmla.configuration_egmla.AUTO_MAP)
-    config.architectures = ["EGMLAForCausalLM"]
-    custom_object_save(model, folder, config=config)  # type: ignore[arg-type]  # its hint says dict, it takes both
+    if own:
+        config.auto_map = dict(egmla.configuration_egmla.AUTO_MAP)
+        config.architectures = ["EGMLAForCausalLM"]
+        custom_object_save(model, folder, config=config)
     config.save_pretrained(folder)
     if source.generation_config is not None:
         source.generation_config.save_pretrained(folder)
@@ -363,7 +405,7 @@ def _calibration_sequences(
 
 
 def _command(
-    label, exact, kv_lora_rank, qk_rope_head_dim, cache, calibration, recipe, refinement, evaluation, dtype
+    label, exact, kv_lora_rank, qk_rope_head_dim, cache, calibration, recipe, refinement, evaluation, layout, dtype
 ) -> str:
     """The command that does this conversion again, with names in place of paths."""
     words = ["egmla", "convert", public_name(label), "TARGET", *(["--exact"] if exact else [])]
@@ -375,7 +417,7 @@ def _command(
         options["--refine-steps"] = refinement.steps
     if evaluation is not None:
         options |= {"--evaluate": evaluation.name, "--evaluation-windows": len(evaluation.windows)}
-    options["--dtype"] = dtype
+    options |= {"--layout": None if layout == "egmla" else layout, "--dtype": dtype}
     words += [word for name, value in options.items() if value is not None for word in (name, str(value))]
     return shlex.join(words + ([] if exact else recipe_options(recipe)))
 

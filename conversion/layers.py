@@ -107,7 +107,10 @@ def _attention_factor(config: PreTrainedConfig) -> float:
     return 1.0 if rope_type == "default" else float(ROPE_INIT_FUNCTIONS[rope_type](config, torch.device("cpu"))[1])
 
 
-def target_config(config: PreTrainedConfig, family: Family, plan: Plan, slots: list[list[int]]) -> EGMLAConfig:
+def target_config(
+    config: PreTrainedConfig, family: Family, plan: Plan, slots: list[list[int]], latent_norm: bool = False
+) -> EGMLAConfig:
+    """The converted model's configuration; `slots` of every layer, `latent_norm` of sources without a latent."""
     ranks = plan.ranks[0] if len(set(plan.ranks)) == 1 else plan.ranks
     if family.latent:
         fields: dict[str, Any] = {"kv_gate": "latent"}
@@ -128,7 +131,7 @@ def target_config(config: PreTrainedConfig, family: Family, plan: Plan, slots: l
         "qk_nope_head_dim": shape.head_dim - shape.rotary_head_dim if plan.exact else shape.head_dim,
         "qk_rope_head_dim": plan.rope_dim,
         "v_head_dim": shape.head_dim,
-        "kv_latent_norm": False,
+        "kv_latent_norm": latent_norm,
         "kv_gate": "latent",
         "softmax_scale": shape.head_dim**-0.5,
         "rope_interleave": False,
@@ -172,6 +175,8 @@ def _attention_tensors(attention: LatentAttention, query_bias: bool, attention_b
     }
     if attention.encoder is not None and attention.encoder_bias is not None:
         tensors |= {"kv_encoder_proj.weight": attention.encoder, "kv_encoder_proj.bias": attention.encoder_bias}
+    if attention.latent_gain is not None:
+        tensors["kv_a_layernorm.weight"] = attention.latent_gain
     if attention.q_rope_scale is not None and attention.slots:
         tensors["q_rope_scale"] = attention.q_rope_scale
     if query_bias:

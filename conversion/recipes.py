@@ -41,6 +41,7 @@ class Recipe:
         balance: weight of the keys' error against the values' (1 is equal).
         balance_by: what is made equal: `"energy"` all of it, `"norm"` the mean norm of a dimension, `"none"` nothing.
         damping: share of the mean eigenvalue added to the output metric, against directions it saw too little of.
+        latent_norm: give the latent an RMSNorm, as DeepSeek's has; one of its numbers becomes a constant.
 
     Raises:
         ValueError, TypeError: for unknown choices, or ones that contradict one another.
@@ -57,6 +58,7 @@ class Recipe:
     balance: float = 1.0
     balance_by: str = "energy"
     damping: float = 0.01
+    latent_norm: bool = False
 
     def __post_init__(self):
         for name, known in CHOICES.items():

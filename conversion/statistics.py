@@ -231,12 +231,12 @@ class SourceRun:
         return LayerCalibration(sums.finish(), outputs)
 
 
-def _watch(layer: torch.nn.Module, probes: tuple[str, ...]) -> list[torch.Tensor]:
+def _watch(layer: torch.nn.Module, probes: tuple[str, ...]) -> list[Any]:
     """A list that each forward of a layer fills.
 
     With what these modules of its attention give, the attention's weights, and what the norm behind it takes.
     """
-    seen: list[torch.Tensor] = []
+    seen: list[Any] = []
     attention, norm = layer.get_submodule("self_attn"), layer.get_submodule("post_attention_layernorm")
     for name in probes:
         attention.get_submodule(name).register_forward_hook(lambda module, inputs, output: seen.append(output))

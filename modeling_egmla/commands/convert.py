@@ -44,6 +44,12 @@ def convert(
     choices: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A choice of the recipe; repeatable.")
     ] = None,
+    latent_norm: Annotated[
+        bool, typer.Option("--latent-norm", help="Give the latent a norm, which --layout deepseek_v3 wants.")
+    ] = False,
+    layout: Annotated[
+        str, typer.Option(metavar="LAYOUT", help="egmla, or deepseek_v3: a checkpoint of DeepSeek's own class.")
+    ] = "egmla",
     dtype: Annotated[DType, typer.Option(help="Format of the written weights; auto is the source's.")] = DType.auto,
     resume: Annotated[
         bool, typer.Option("--resume/--no-resume", help="Go on where an interrupted run of this command stopped.")
@@ -70,13 +76,15 @@ def convert(
             evaluate=evaluate,
             evaluation_windows=evaluation_windows,
             recipe=find_recipe(recipe, read_settings(choices or ())),
+            latent_norm=latent_norm,
+            layout=layout,
             dtype=None if dtype is DType.auto else dtype.value,
             resume=resume,
             dry_run=dry_run,
             progress=progress,
         )
     _print_report(report, "Plan (nothing was written)" if dry_run else f"Converted to {target}")
-    if not dry_run:
+    if not dry_run and layout == "egmla":
         console().print(f"Try it: egmla generate {target} --prompt 'What is the capital of France?'", style="dim")
 
 
