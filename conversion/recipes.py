@@ -100,7 +100,7 @@ class Recipe:
 
 # TransMLA: keys alone decide the rotation; each fold of neighbouring frequencies keeps as many slots, at the stock
 # frequencies of a rotary key of that width; principal components of uncentred activations, keys scaled to the values'
-# mean norm. Different here: one pass of statistics (its second one is behind the rotary step), biases kept exactly.
+# mean norm. Different here: one pass of statistics (its second one is behind the rotary step).
 TRANSMLA_LIKE = Recipe(
     rope_metric="key",
     freqfold=4,

@@ -46,7 +46,7 @@ def test_transmla_balances_mean_norms_of_what_is_not_rotated():
     weights, statistics, inputs = random_layer(SHAPE)
     kept = low_rank_attention(weights, SHAPE, statistics, 48, 0, Recipe(balance_by="norm", centred=False))
     # All directions are kept, so the latent's second moment is that of scaled keys beside values.
-    keys, values = inputs @ weights.k.T, inputs @ weights.v.T
+    keys, values = inputs @ weights.k.T + weights.k_bias, inputs @ weights.v.T + weights.v_bias
     ratio = values.square().mean(dim=0).sqrt().mean() / keys.square().mean(dim=0).sqrt().mean()
     expected = torch.cat((ratio * keys, values), dim=1).square().sum() / len(inputs)
     assert float(kept.spectrum.sum()) == pytest.approx(float(expected), rel=1e-9)
