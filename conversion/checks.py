@@ -24,7 +24,13 @@ def check_tensors(source: Source, family: Family) -> None:
         )
     # A tied head is the embedding under another name, and old checkpoints carry the rotary frequencies.
     known = needed | {"lm_head.weight"}
-    unknown = sorted(name for name in source.names - known if not name.endswith("rotary_emb.inv_freq"))
+    # Behind the last layer, DeepSeek stores one that predicts the token after next; Transformers leaves it out too.
+    beyond = f"model.layers.{source.config.num_hidden_layers}." if family.latent else "rotary_emb.inv_freq"
+    unknown = sorted(
+        name
+        for name in source.names - known
+        if not name.endswith("rotary_emb.inv_freq") and not name.startswith(beyond)
+    )
     if unknown:
         raise ValueError(
             f"{source.label} has {len(unknown)} tensors that a {source.config.model_type} model does not, first "

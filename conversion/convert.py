@@ -195,7 +195,7 @@ def convert_checkpoint(
         writer = ShardWriter(folder, parts=finished + 1 if finished else 0)
         if not finished:
             for name, rows in family.copied(opened.config, None).items():
-                writer.add(name, _cast(opened.read(rows), output_dtype))
+                writer.add(name, _cast(name, opened.read(rows), output_dtype))
             writer.end_part()
         elif progress is not None:
             progress("convert", finished, len(plan.ranks))
@@ -204,7 +204,7 @@ def convert_checkpoint(
         ):
             layer_idx = details["layer"]
             for name, rows in family.copied(opened.config, layer_idx).items():
-                writer.add(name, _cast(opened.read(rows), output_dtype))
+                writer.add(name, _cast(name, opened.read(rows), output_dtype))
             stored = opened.tensor(f"model.layers.{layer_idx}.self_attn.o_proj.weight").dtype
             if layout == "deepseek_v3":
                 own = _planned_config(opened.config, family, plan, recipe)
@@ -429,5 +429,6 @@ def _parse_dtype(dtype: str | None) -> torch.dtype | None:
     return None if dtype is None else known[dtype]
 
 
-def _cast(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
-    return tensor if dtype is None else tensor.to(dtype)
+def _cast(name: str, tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    """A copied tensor in the dtype to write; what decides between experts stays as fine as it is."""
+    return tensor if dtype is None or name.endswith("e_score_correction_bias") else tensor.to(dtype)

@@ -9,11 +9,11 @@
 | smollm3       | as llama                       | optional, all | layers without rotation (`nope_layers`)          |
 | qwen3         | as llama, q_norm, k_norm       | optional, all | smaller with an encoder: keys are not linear     |
 | olmo2         | the same                       | optional, all | the same; norms behind attention and MLP         |
-| deepseek_v3   | copied under their names       | optional      | dense layers only; smaller with an encoder       |
+| deepseek_v3   | copied under their names       | optional      | experts too; smaller with an encoder             |
 | deepseek_v2   | copied                         | optional      | the same; pairs always interleaved               |
 | youtu         | copied                         | optional      | smaller with an encoder                          |
 | minicpm3      | copied                         | optional      | the same; multipliers go into the weights        |
-| glm4_moe_lite | copied                         | optional      | dense layers only; smaller with an encoder       |
+| glm4_moe_lite | copied                         | optional      | experts too; smaller with an encoder             |
 | egmla         | copied                         | optional      | gate at identity; an encoder only for its norm   |
 
 A family is an entry of `FAMILIES`: `Family` (which is llama) or a subclass that says what differs. Names outside of
@@ -29,10 +29,30 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from egmla import EGMLAConfig
-from egmla.modeling_egmla import EGMLAAttention
+from egmla.configuration_egmla import MOE_MODULES
+from egmla.modeling_egmla import EGMLAAttention, mixture_of_experts
 
 from .family import KEPT_FIELDS, AttentionShape, AttentionWeights, Family, unchanged
 from .sources import Rows, Source
+
+
+# Fields of a source that its mixtures of experts are made by.
+MOE_FIELDS = (
+    "model_type",
+    "hidden_size",
+    "num_attention_heads",
+    "hidden_act",
+    "mlp_bias",
+    "moe_intermediate_size",
+    "n_routed_experts",
+    "n_shared_experts",
+    "num_experts_per_tok",
+    "n_group",
+    "topk_group",
+    "topk_method",
+    "norm_topk_prob",
+    "routed_scaling_factor",
+)
 
 
 class Mistral(Family):
@@ -122,12 +142,10 @@ class MLA(Family):
     def check(self, config: PreTrainedConfig) -> None:
         super().check(config)
         sparse = self.sparse_layers(config)
-        if sparse:
+        if sparse and config.model_type not in (*MOE_MODULES, "egmla"):
             raise ValueError(
                 f"{len(sparse)} of the {config.num_hidden_layers} layers of this {config.model_type} checkpoint are "
-                f"mixtures of experts (first: layer {sparse[0]}), which EG-MLA's model does not have: its layers have "
-                "one dense MLP each. Missing are the router, the experts and their fields in EGMLAConfig. Dense "
-                f"{config.model_type} checkpoints can be converted."
+                f"mixtures of experts (first: layer {sparse[0]}), which are known for {', '.join(MOE_MODULES)}."
             )
 
     def sparse_layers(self, config: PreTrainedConfig) -> list[int]:
@@ -138,6 +156,13 @@ class MLA(Family):
             return [layer for layer in layers if types[layer] != "dense"]
         dense = getattr(config, "first_k_dense_replace", None)
         return [] if dense is None else list(layers[dense:])
+
+    def mlp(self, config: PreTrainedConfig, prefix: str) -> dict[str, Rows]:
+        if int(prefix.split(".")[2]) not in self.sparse_layers(config):
+            return super().mlp(config, prefix)
+        with torch.device("meta"):
+            names = mixture_of_experts(self.target_config(config)).state_dict()
+        return unchanged(*(f"{prefix}mlp.{name}" for name in names))
 
     def attention(self, config: PreTrainedConfig, layer_idx: int) -> dict[str, Rows]:
         """The layer's attention tensors, each by its own name."""
@@ -163,6 +188,9 @@ class MLA(Family):
         fields = {name: getattr(config, name) for name in names} | attention
         interleave = getattr(config, "rope_interleave", None)
         fields["rope_interleave"] = self.rope_interleave if interleave is None else interleave
+        if sparse := self.sparse_layers(config):
+            fields["moe_layers"] = sparse
+            fields["moe_config"] = {name: getattr(config, name) for name in MOE_FIELDS if hasattr(config, name)}
         return super().target_config(config, **fields)
 
 
@@ -229,6 +257,9 @@ class EGMLA(MLA):
         with torch.device("meta"):
             names = EGMLAAttention(config, layer_idx).state_dict()
         return [f"model.layers.{layer_idx}.self_attn.{name}" for name in names]
+
+    def sparse_layers(self, config: PreTrainedConfig) -> list[int]:
+        return list(config.moe_layers or ())
 
     def layer_norms(self, config: PreTrainedConfig) -> tuple[str, ...]:
         return FAMILIES["olmo2" if config.post_norm else "llama"].layer_norms(config)

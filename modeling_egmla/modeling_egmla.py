@@ -11,11 +11,13 @@ the absorption `EGMLAAttention.attend_absorbed` with `latent_attention`, the cac
 """
 
 from collections.abc import Callable
+from importlib import import_module
 from types import SimpleNamespace
 
 import torch
 from torch import nn
 from torch.nn.attention.flex_attention import BlockMask
+from transformers import AutoConfig
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 from transformers.generation import GenerationMixin
@@ -35,7 +37,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .cache_egmla import EGMLACache
-from .configuration_egmla import AUTO_MAP, EGMLAConfig
+from .configuration_egmla import AUTO_MAP, MOE_MODULES, EGMLAConfig
 
 
 class EGMLARMSNorm(LlamaRMSNorm):
@@ -446,11 +448,19 @@ class EGMLAAttention(nn.Module):
         return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
 
 
+def mixture_of_experts(config: EGMLAConfig) -> nn.Module:
+    """Transformers' own module of the architecture in `moe_config`: router, experts, shared experts."""
+    experts = AutoConfig.for_model(**(config.moe_config or {}))
+    experts._experts_implementation = config._experts_implementation or "eager"
+    modelling = import_module(f"transformers.models.{experts.model_type}.modeling_{experts.model_type}")
+    return getattr(modelling, MOE_MODULES[experts.model_type])(experts)
+
+
 class EGMLADecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: EGMLAConfig, layer_idx: int):
         super().__init__()
         self.self_attn = EGMLAAttention(config, layer_idx)
-        self.mlp = EGMLAMLP(config)
+        self.mlp = mixture_of_experts(config) if layer_idx in (config.moe_layers or ()) else EGMLAMLP(config)
         self.post_norm = config.post_norm
         if not self.post_norm:
             self.input_layernorm = EGMLARMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -476,6 +486,7 @@ class EGMLAPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["EGMLADecoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
+    _keep_in_fp32_modules_strict = ["e_score_correction_bias"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -488,6 +499,13 @@ class EGMLAPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, EGMLAGateNorm):
             module.reset_parameters()
+        elif hasattr(module, "e_score_correction_bias") or type(module).__name__.endswith("TopkRouter"):
+            init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
+            if hasattr(module, "e_score_correction_bias"):
+                init.zeros_(module.e_score_correction_bias)
+        elif type(module).__name__.endswith("Experts"):  # of any architecture in MOE_MODULES
+            init.normal_(module.gate_up_proj, mean=0.0, std=self.config.initializer_range)
+            init.normal_(module.down_proj, mean=0.0, std=self.config.initializer_range)
         elif isinstance(module, EGMLAAttention):
             if module.rope_slots is not None:
                 init.copy_(module.rope_slots, torch.tensor(self.config.layer_rope_slots(module.layer_idx)))

@@ -68,6 +68,21 @@ MODEL_CASES = {
     "always-absorbed": {"kv_lora_rank": 6, "softmax_scale": 0.4},
 }
 
+# Not among the cases above: the reference implementation has no experts, which are Transformers' own.
+EXPERTS = {
+    "moe_layers": [1],
+    "moe_config": {
+        "model_type": "deepseek_v3",
+        "hidden_size": BASE["hidden_size"],
+        "moe_intermediate_size": 12,
+        "n_routed_experts": 6,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+    },
+}
+
 # Cases whose behaviour covers the expensive tests: each gate, per-layer ranks, no rotary part.
 CORE_CASES = ("input-gate", "table-gate", "gate-off", "no-rope", "rank-per-layer", "rope-slots")
 

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import tiny_model, token_ids
+from cases import EXPERTS, tiny_model, token_ids
 
 from egmla import EGMLACache, EGMLAForCausalLM, EGMLAForSequenceClassification, EGMLAForTokenClassification, EGMLAModel
 
 
-CASES = ("input-gate", "table-gate", "rank-per-layer", "rope-slots")
+CASES = ("input-gate", "table-gate", "rank-per-layer", "rope-slots", "experts")
 NEW_TOKENS = 8
 
 # Run first in every clean process: what it finds must not be this package.
@@ -84,7 +84,7 @@ def test_language_model_round_trip(clean_process, tmp_path):
     """Same logits and tokens, the latent cache, every case in one process; saved again, loaded in another."""
     ids, expected, folders = token_ids(2, 6), {}, []
     for name in CASES:
-        model = tiny_model(name)
+        model = tiny_model(**EXPERTS) if name == "experts" else tiny_model(name)
         folder = str(tmp_path / name)
         model.save_pretrained(folder)
         folders.append(folder)
