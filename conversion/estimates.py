@@ -14,8 +14,8 @@ from .statistics import MEASURED_SEQUENCES
 
 # Besides matrix products: softmax, norms, copies. From runs of SmolLM2-135M on two cores (conversion/README.md).
 OVERHEAD = 2.0
-# Attention maps are made in several passes over memory; so many multiplications would take as long, for each element.
-MAP_COST = 150
+# An element of an attention map is made, put through softmax and summed up, as long as so many multiplications.
+MAP_COST = 50
 
 
 @dataclass(frozen=True)

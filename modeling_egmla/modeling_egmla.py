@@ -486,7 +486,6 @@ class EGMLAPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["EGMLADecoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
-    _keep_in_fp32_modules_strict = ["e_score_correction_bias"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -557,6 +556,8 @@ class EGMLAModel(EGMLAPreTrainedModel):
                     "partial_rotary_factor out, the rotary width of this model is qk_rope_head_dim."
                 )
         self.gradient_checkpointing = False
+        if any("e_score_correction_bias" in name for name, _ in self.named_buffers()):  # as the routers' own classes
+            self._keep_in_fp32_modules_strict = ["e_score_correction_bias"]
         self.post_init()
 
     def _gate_input(self, input_ids, inputs_embeds, kv_gate_input_ids) -> torch.Tensor | None:

@@ -287,8 +287,8 @@ def test_merged_adapters_are_the_adapted_model(tmp_path, case, stage):
     with torch.no_grad():
         adapted = model(ids).logits
         merged = merge_lora(model)
-        # Merging adds two products in another order; weights here are some tenths.
-        assert difference(merged(ids).logits, adapted) < 1e-5
+        # Merging adds two products in another order, which rounds by parts of the largest logits.
+        assert difference(merged(ids).logits, adapted) < 1e-5 * adapted.abs().max()
         assert merged.state_dict().keys() == before.keys()
         changed = {
             name.split(".")[-2]
