@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from egmla import EGMLAConfig
 from egmla.modeling_egmla import EGMLADecoderLayer, EGMLARotaryEmbedding
@@ -20,6 +21,50 @@ from .statistics import SourceRun
 # Sequences the refinement does not train on: the errors in the report are theirs.
 HELD_OUT_SHARE = 16
 WARMUP_STEPS = 10
+# Queries that `causal_attention_in_blocks` takes together.
+BLOCK = 256
+
+
+def causal_attention_in_blocks(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention from plain matrix products, each block of queries on the keys up to its end.
+
+    For Transformers' attention interface, and for training on a CPU: forward and backward take 0.55 of the time of
+    SDPA's fused kernel there (1,024 tokens, bfloat16; 0.65 in fp32), for the memory of the attention maps.
+
+    Args:
+        module (`torch.nn.Module`): the attention, not looked at.
+        query (`torch.Tensor`): `[B, H, T, d]`; key `[B, H, T, d]`, value `[B, H, T, V]`.
+        attention_mask (`torch.Tensor`, *optional*): must be `None`: all tokens in front are seen.
+        scaling (`float`): factor of the scores.
+
+    Returns:
+        Output `[B, T, H, V]`, and `None` for the maps.
+    """
+    if attention_mask is not None:
+        raise ValueError("attention_mask: attention in blocks is causal and takes no other mask.")
+    (B, H, T, _), dtype = query.shape, value.dtype
+    queries = (query * scaling).to(dtype).flatten(0, 1).split(BLOCK, dim=1)
+    # In pieces, so that the backward pass adds gradients up where they are, not in zeros of full length.
+    keys = key.to(dtype).flatten(0, 1).split(BLOCK, dim=1)
+    values = value.flatten(0, 1).split(BLOCK, dim=1)
+    mask = torch.full((T, T), -torch.inf, dtype=dtype, device=query.device).triu(1).split(BLOCK)
+    outputs = []
+    for block, rows in enumerate(mask):
+        seen, seen_values = (torch.cat(pieces[: block + 1], dim=1) for pieces in (keys, values))
+        scores = torch.baddbmm(rows[:, : seen.shape[1]], queries[block], seen.mT)
+        outputs.append(torch.softmax(scores, dim=-1) @ seen_values)
+    return torch.cat(outputs, dim=1).view(B, H, T, -1).transpose(1, 2), None
+
+
+ALL_ATTENTION_FUNCTIONS.register("egmla_blocks", causal_attention_in_blocks)
 
 
 @dataclass(frozen=True)
@@ -36,7 +81,7 @@ class Refinement:
             instructions for it. Weights and sums are in fp32 either way.
     """
 
-    steps: int = 300
+    steps: int = 250
     learning_rate: float = 1e-3
     batch_size: int = 2
     carry: float = 0.0
@@ -93,7 +138,7 @@ class ConvertedRun:
             the calibration sequences held out, before and after. Where training did not help there, the closed form
             stays.
         """
-        config._attn_implementation = "sdpa"
+        config._attn_implementation = "egmla_blocks" if self.device.type == "cpu" else "sdpa"
         layer = EGMLADecoderLayer(config, layer_idx)
         layer.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
         layer.to(self.device).requires_grad_(False)

@@ -25,6 +25,7 @@ from egmla.conversion import Recipe, Refinement, convert_checkpoint
 from egmla.conversion.closed_form import exact_attention, low_rank_attention, smaller_latent
 from egmla.conversion.families import AttentionShape, AttentionWeights
 from egmla.conversion.refinement import ConvertedRun as refinement_run
+from egmla.conversion.refinement import causal_attention_in_blocks
 from egmla.conversion.statistics import LayerStatistics
 
 
@@ -340,6 +341,26 @@ def test_refinement_lowers_the_error_on_text_it_was_not_trained_on(make_source, 
     # The gate was not asked to take part.
     norms = [v for k, v in load_file(tmp_path / "t/model.safetensors").items() if "kv_gate_norm.weight" in k]
     assert len(norms) == 2 and all(norm.abs().max() == 0 for norm in norms)
+
+
+@pytest.mark.parametrize("T", [5, 256, 600])
+def test_attention_in_blocks_is_causal_attention(T):
+    """Whole blocks, part of one and both, widths of values apart from keys'; gradients too."""
+    generator = torch.Generator().manual_seed(T)
+    tensors = [torch.randn(2, 3, T, d, generator=generator) for d in (12, 12, 7)]
+    results = []
+    for attend in (causal_attention_in_blocks, None):
+        query, key, value = (tensor.clone().requires_grad_() for tensor in tensors)
+        if attend is None:
+            output = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=0.3)
+        else:
+            output = attend(None, query, key, value, None, 0.3)[0].transpose(1, 2)
+        (output * torch.linspace(0, 1, T)[:, None]).sum().backward()
+        results.append([output, query.grad, key.grad, value.grad])
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="takes no other mask"):
+        causal_attention_in_blocks(None, *tensors, torch.zeros(T, T), 0.3)
 
 
 def test_refinement_keeps_the_closed_form_where_it_is_better(make_source, calibration, tmp_path):
