@@ -45,7 +45,7 @@ MIN_SEQUENCES = 4
 CALIBRATION_TOKENS = 65536
 REFINEMENT_TOKENS_FACTOR = 3  # it learns the text it sees by heart where there is less (conversion/README.md)
 
-Progress = Callable[[str, int, int], None]
+Progress = Callable[[str, float, int], None]
 
 
 def convert_checkpoint(
@@ -311,12 +311,13 @@ def _converted_layers(
 
 
 def _layer_progress(progress: Progress | None, layer_idx: int, count: int, refined: bool) -> dict[str, Any]:
-    """What reports the steps inside of a layer as parts of the whole, by stage."""
+    """What reports the steps inside of a layer as parts of it, by stage."""
     stages = ["calibrate", "refine"] if refined else ["calibrate"]
 
     def report(stage: str) -> Callable[[int, int], None]:
-        first = layer_idx * len(stages) + stages.index(stage)
-        return lambda done, total: progress("convert", first * total + done, count * len(stages) * total)  # type: ignore[misc]
+        assert progress is not None
+        first = layer_idx + stages.index(stage) / len(stages)
+        return lambda done, total: progress("convert", first + done / total / len(stages), count)
 
     return {stage: None if progress is None else report(stage) for stage in stages}
 
@@ -419,6 +420,8 @@ def _command(
         options |= {"--evaluate": evaluation.name, "--evaluation-windows": len(evaluation.windows)}
     options |= {"--layout": None if layout == "egmla" else layout, "--dtype": dtype}
     words += [word for name, value in options.items() if value is not None for word in (name, str(value))]
+    if calibration is not None and refinement.gate:
+        words.append("--refine-gate")
     return shlex.join(words + ([] if exact else recipe_options(recipe)))
 
 

@@ -19,7 +19,7 @@ from .sources import load_source
 from .texts import EvaluationText
 
 
-Progress = Callable[[str, int, int], None]
+Progress = Callable[[str, float, int], None]
 
 
 def write_report(folder: Path, report: Mapping[str, Any]) -> None:

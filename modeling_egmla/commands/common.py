@@ -110,28 +110,35 @@ def console() -> Console:
 
 
 @contextlib.contextmanager
-def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
+def progress_bars() -> Iterator[Callable[[str, float, int], None]]:
     """Progress on stderr: a function of (stage, done, total) that keeps one bar per stage.
 
-    Without a terminal it prints a line at each quarter of a stage.
+    Without a terminal it prints a line at each step of a stage, at each quarter where there are more than 100.
     """
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TaskID,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     stderr = Console(stderr=True)
-    bars = Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=stderr
-    )
+    times = TimeElapsedColumn(), TimeRemainingColumn()
+    bars = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), *times, console=stderr)
     tasks: dict[str, TaskID] = {}
-    quarters: dict[str, int] = {}
+    printed: dict[str, int] = {}
 
-    def advance(stage: str, done: int, total: int) -> None:
+    def advance(stage: str, done: float, total: int) -> None:
         if stage not in tasks:
             tasks[stage] = bars.add_task(stage, total=total)
         bars.update(tasks[stage], completed=done, total=total)
-        quarter = 4 * done // total
-        if not stderr.is_terminal and quarter > quarters.get(stage, 0):
-            quarters[stage] = quarter
-            stderr.print(f"{stage}: {done}/{total}")
+        milestone = int(done if total <= 100 else 4 * done // total)
+        if not stderr.is_terminal and milestone > printed.get(stage, 0):
+            printed[stage] = milestone
+            stderr.print(f"{stage}: {int(done)}/{total}")
 
     if not stderr.is_terminal:
         yield advance

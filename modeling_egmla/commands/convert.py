@@ -1,11 +1,15 @@
 """`egmla convert`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .common import DType
+
+
+if TYPE_CHECKING:
+    from egmla.conversion import Refinement
 
 
 def convert(
@@ -31,8 +35,11 @@ def convert(
     ] = None,
     refine_steps: Annotated[
         int | None,
-        typer.Option(min=0, help="Training steps of each layer's attention on that text, 0 for none; 300 by default."),
+        typer.Option(min=0, help="Training steps of each layer's attention on that text, 0 for none; 250 by default."),
     ] = None,
+    refine_gate: Annotated[
+        bool, typer.Option("--refine-gate", help="Train the gate with the rest of each layer's attention.")
+    ] = False,
     evaluate: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Other plain text, to measure perplexity on before and after.")
     ] = None,
@@ -57,7 +64,7 @@ def convert(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and the sizes; write nothing.")] = False,
 ) -> None:
     """Convert a model with multi-head, grouped-query or latent attention to EG-MLA."""
-    from egmla.conversion import Refinement, convert_checkpoint, find_recipe
+    from egmla.conversion import convert_checkpoint, find_recipe
 
     from .common import console, progress_bars, quiet_transformers, read_settings
 
@@ -72,7 +79,7 @@ def convert(
             cache=cache,
             calibration=calibration,
             calibration_tokens=calibration_tokens,
-            refinement=None if refine_steps is None else Refinement(steps=refine_steps),
+            refinement=_refinement(refine_steps, refine_gate),
             evaluate=evaluate,
             evaluation_windows=evaluation_windows,
             recipe=find_recipe(recipe, read_settings(choices or ())),
@@ -86,6 +93,17 @@ def convert(
     _print_report(report, "Plan (nothing was written)" if dry_run else f"Converted to {target}")
     if not dry_run and layout == "egmla":
         console().print(f"Try it: egmla generate {target} --prompt 'What is the capital of France?'", style="dim")
+
+
+def _refinement(steps: int | None, gate: bool) -> "Refinement | None":
+    """The refinement asked for, `None` for that of the recipe."""
+    from egmla.conversion import Refinement
+
+    if gate and steps == 0:
+        raise ValueError("--refine-gate with --refine-steps 0: without refinement nothing is trained; leave one out.")
+    if steps is None:
+        return Refinement(gate=True) if gate else None
+    return Refinement(steps=steps, gate=gate)
 
 
 def _ranks(text: str | None) -> int | list[int] | None:
