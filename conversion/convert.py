@@ -28,6 +28,7 @@ from .plan import Plan, full_widths, plan_conversion, plan_latent
 from .recipes import Recipe, find_recipe, nearest_recipe, recipe_options
 from .refinement import ConvertedRun, Refinement
 from .report import (
+    Progress,
     converted_perplexity,
     draw_report,
     energy_by_rank,
@@ -44,8 +45,6 @@ from .writing import Journal, ShardWriter, check_target, check_unfinished, stage
 MIN_SEQUENCES = 4
 CALIBRATION_TOKENS = 65536
 REFINEMENT_TOKENS_FACTOR = 3  # it learns the text it sees by heart where there is less (conversion/README.md)
-
-Progress = Callable[[str, float, int], None]
 
 
 def convert_checkpoint(

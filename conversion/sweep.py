@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,12 @@ from egmla.provenance import CONVERSION_REPORT, public_name, read_json, software
 from .convert import CALIBRATION_TOKENS, REFINEMENT_TOKENS_FACTOR, convert_checkpoint
 from .recipes import find_recipe
 from .refinement import Refinement
-from .report import converted_perplexity, source_perplexity, write_report
+from .report import Progress, converted_perplexity, source_perplexity, write_report
 from .sources import open_source
 from .texts import MAX_CHARACTERS_PER_TOKEN, open_evaluation, read_text
 
 
 SWEEP_REPORT, SWEEP_FIGURE = "sweep.json", "sweep.png"
-
-Progress = Callable[[str, int, int], None]
 
 
 def sweep(

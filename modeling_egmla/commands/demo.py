@@ -101,7 +101,7 @@ def _obtain_models(source: str, output: Path, calibration_tokens: int | None, pr
                 if calibration_tokens is not None:  # quick: the closed form alone, on less text
                     settings |= {"calibration_tokens": calibration_tokens, "refinement": Refinement(steps=0)}
 
-            def advance(stage: str, done: int, total: int, name: str = name) -> None:
+            def advance(stage: str, done: float, total: int, name: str = name) -> None:
                 progress(f"{name}: {stage}", done, total)
 
             convert_checkpoint(source, target, **settings, dtype="float32", progress=advance)
