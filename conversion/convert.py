@@ -16,7 +16,7 @@ from transformers.dynamic_module_utils import custom_object_save
 
 import egmla
 from egmla import EGMLAConfig
-from egmla.provenance import public_name, software_versions, source_commit, weights_sha256
+from egmla.provenance import peak_bytes, public_name, software_versions, source_commit, weights_sha256
 
 from .checks import check_tensors
 from .estimates import estimate
@@ -222,6 +222,7 @@ def convert_checkpoint(
         report |= {
             "layers": journal.layers,
             "seconds": round(time.time() - started, 1),
+            "peak_bytes": peak_bytes(),
             "dtype": str(config.dtype).removeprefix("torch."),
             "versions": software_versions(),
             "commit": source_commit(),

@@ -1,11 +1,14 @@
-"""What made a result, for the reports beside it: versions, commit, hash of the weights, names without folders."""
+"""What made a result and took, for the reports beside it: versions, commit, hash of weights, names, memory."""
 
 import hashlib
 import json
 import subprocess
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+import torch
 
 
 HASH_BLOCK = 2**20
@@ -52,6 +55,19 @@ def weights_sha256(folder: Path) -> str | None:
             while block := file.read(HASH_BLOCK):
                 digest.update(block)
     return digest.hexdigest() if files else None
+
+
+def peak_bytes() -> int:
+    """The most memory this process has held, in bytes: of the accelerator where there is one, else of the machine."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status")
+    if status.is_file():  # its own peak, where `ru_maxrss` begins with that of the process that started it
+        return 1024 * int(status.read_text().split("VmHWM:")[1].split()[0])
+    import resource  # not on Windows
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 def public_name(label: str) -> str:

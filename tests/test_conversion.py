@@ -578,10 +578,9 @@ def test_peak_memory_does_not_grow_with_depth(calibration, tmp_path):
         "import sys, torch\n"
         "torch.set_num_threads(1)\n"
         "from egmla.conversion import Refinement, convert_checkpoint\n"
-        "convert_checkpoint(sys.argv[1], sys.argv[2], kv_lora_rank=64, qk_rope_head_dim=16, calibration=sys.argv[3],"
-        " calibration_tokens=1024, refinement=Refinement(steps=1))\n"
-        # Not ru_maxrss, which a new process inherits from the one that started it.
-        "print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))\n"
+        "report = convert_checkpoint(sys.argv[1], sys.argv[2], kv_lora_rank=64, qk_rope_head_dim=16,"
+        " calibration=sys.argv[3], calibration_tokens=1024, refinement=Refinement(steps=1))\n"
+        "print(report['peak_bytes'])\n"
     )
     shape = {**SMALL, "hidden_size": 512, "intermediate_size": 3072, "num_attention_heads": 8}
     peaks = []

@@ -144,4 +144,5 @@ def _print_report(report: dict, title: str) -> None:
     if "seconds" in report:
         table.add_row("weights", report["dtype"])
         table.add_row("seconds", f"{report['seconds']:,}")
+        table.add_row("peak of memory", f"{report['peak_bytes'] / 1e9:,.1f} GB")
     console().print(table)

@@ -1,15 +1,11 @@
 """What a run leaves beside its weights: `training_report.json`, which model cards read, and a plot of its losses."""
 
 import json
-import resource
 import shlex
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from egmla.provenance import TRAINING_REPORT, public_name, read_json, software_versions, source_commit
 
@@ -56,14 +52,6 @@ def public_settings(settings: TrainingSettings) -> dict[str, Any]:
     for name in ("data", "eval_data"):
         found[name] = [_public_data(text) for text in found[name]]
     return found
-
-
-def peak_bytes() -> int:
-    """The most memory this process has held, in bytes: of the accelerator where there is one, else of the machine."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 def training_curve(history: Sequence[Mapping[str, Any]], tokens_per_step: int) -> dict[str, list[dict[str, Any]]]:

@@ -21,14 +21,13 @@ from egmla.conversion.writing import staged_folder
 from egmla.evaluation.accounting import meta_model
 from egmla.evaluation.perplexity import perplexity
 from egmla.evaluation.plots import check_matplotlib
-from egmla.provenance import weights_sha256
+from egmla.provenance import peak_bytes, weights_sha256
 
 from .arguments import TrainingSettings, check_settings, micro_batch, training_arguments, world_size
 from .data import PackedDataset, Progress, TextSource, read_sequences
 from .estimates import run_plan
 from .report import (
     PLOT_NAME,
-    peak_bytes,
     plot_training,
     provenance,
     public_settings,
