@@ -37,13 +37,13 @@ from .report import (
     write_report,
 )
 from .sources import Source, open_source
-from .statistics import SourceRun
+from .statistics import MEASURED_TOKENS, SourceRun, measured_sequences
 from .texts import MAX_CHARACTERS_PER_TOKEN, EvaluationText, check_calibration_text, open_evaluation, read_text
 from .writing import Journal, ShardWriter, check_target, check_unfinished, staged_folder
 
 
 MIN_SEQUENCES = 4
-CALIBRATION_TOKENS = 65536
+CALIBRATION_TOKENS = MEASURED_TOKENS
 REFINEMENT_TOKENS_FACTOR = 3  # it learns the text it sees by heart where there is less (conversion/README.md)
 
 
@@ -136,6 +136,7 @@ def convert_checkpoint(
         sequences, calibration_report = _calibration_sequences(
             opened, calibration, calibration_tokens, recipe.sequence_length, evaluation
         )
+        calibration_report["sequences_measured"] = measured_sequences(*sequences.shape, refined=bool(refinement.steps))
     report: dict[str, Any] = {
         "source": {
             "label": public_name(opened.label),
@@ -271,7 +272,8 @@ def _converted_layers(
         return
 
     dtype = refinement.dtype if refinement.steps else "float32"
-    run = SourceRun(source, family, sequences, recipe.weighting, dtype)
+    measured = measured_sequences(*sequences.shape, refined=bool(refinement.steps))
+    run = SourceRun(source, family, sequences, recipe.weighting, dtype, measured)
     converted = ConvertedRun(run, refinement) if refinement.steps else None
     states = journal.states()
     if states:

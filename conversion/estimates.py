@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig
 from .family import AttentionShape
 from .plan import Plan
 from .refinement import Refinement
-from .statistics import MEASURED_SEQUENCES
+from .statistics import measured_sequences
 
 
 # Besides matrix products: softmax, norms, copies. From runs of SmolLM2-135M on two cores (conversion/README.md).
@@ -54,7 +54,7 @@ def estimate(
     converted = H * (2 * d + plan.rope_dim) * D + (rank + plan.rope_dim) * D + rank * H * 2 * d
     scores = H * d * T  # multiplications per token with the keys, and the same with the values, half of them masked
 
-    measured = min(count, MEASURED_SEQUENCES)
+    measured = measured_sequences(count, T, refined=bool(refinement.steps))
     source = count * T * (attention + mlp + scores) + measured * T * (H * T * MAP_COST + D * D)
     trained = converted + H * (d + plan.rope_dim) * T
     refined = 3 * refinement.steps * refinement.batch_size * T * trained + count * T * (trained + mlp)

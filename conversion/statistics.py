@@ -15,10 +15,15 @@ from .family import Family
 from .sources import Source
 
 
-# Attention maps of this many sequences measure the mean rotations: averages over millions of pairs.
-ROTATION_SEQUENCES = 24
-# Second moments are of this many sequences; those behind them are run through for the refinement only, without maps.
-MEASURED_SEQUENCES = 64
+# Attention maps of the first so many tokens measure the mean rotations: averages over millions of pairs.
+ROTATION_TOKENS = 24576
+# Second moments are of the first so many tokens where a refinement follows: it needs more text than they do.
+MEASURED_TOKENS = 65536
+
+
+def measured_sequences(count: int, length: int, refined: bool) -> int:
+    """How many of `count` calibration sequences of `length` tokens the second moments are taken of."""
+    return min(count, -(-MEASURED_TOKENS // length)) if refined else count
 
 
 @dataclass
@@ -164,6 +169,7 @@ class SourceRun:
         sequences (`torch.Tensor`): token ids `[sequences, T]`.
         weighting (`str`): `"attention"` weighs tokens by the attention they receive, `"uniform"` equally.
         dtype (`str`): of the matrix products in sequences that are not measured, only run through.
+        measured (`int`, *optional*): the first so many sequences are measured; all by default.
 
     Attributes:
         embeddings: embeddings `[sequences, T, D]` of the calibration tokens, what the gates read.
@@ -177,8 +183,10 @@ class SourceRun:
         sequences: torch.Tensor,
         weighting: str = "attention",
         dtype: str = "float32",
+        measured: int | None = None,
     ):
         config, T = source.config, sequences.shape[1]
+        self.measured = len(sequences) if measured is None else measured
         self.source, self.family, self.weighting, self.dtype = source, family, weighting, getattr(torch, dtype)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         model = family.skeleton(config).model
@@ -209,9 +217,9 @@ class SourceRun:
         for index, states_before in enumerate(self.states):
             seen.clear()
             before = states_before.to(self.device)
-            measured = index < MEASURED_SEQUENCES
+            measured = index < self.measured
             layer.self_attn.config._attn_implementation = "egmla_summing" if measured else "sdpa"
-            layer.self_attn.phases = phases if index < ROTATION_SEQUENCES else None
+            layer.self_attn.phases = phases if index * T < ROTATION_TOKENS else None
             mask = self.mask if measured else None
             reduced = self.dtype != torch.float32 and not measured
             with torch.autocast(self.device.type, dtype=self.dtype, enabled=reduced):
