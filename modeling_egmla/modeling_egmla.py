@@ -38,6 +38,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .cache_egmla import EGMLACache
 from .configuration_egmla import AUTO_MAP, MOE_MODULES, EGMLAConfig
+from .continuous_batching_egmla import PagedView, append_paged, check_pages, without_flash
 
 
 class EGMLARMSNorm(LlamaRMSNorm):
@@ -359,9 +360,9 @@ class EGMLAAttention(nn.Module):
         padded = self.config._attn_implementation == "sdpa" and keys.device.type == "cpu" and padding > 0
         if padded:
             values = nn.functional.pad(values, (0, padding))
-        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
+        # "paged|eager" would read pages, which is done.
+        implementation = self.config._attn_implementation.removeprefix("paged|")
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         output, weights = attend(
             self,
             torch.cat((nope, rope), dim=-1),
@@ -426,8 +427,11 @@ class EGMLAAttention(nn.Module):
             turned = self.rotate(torch.cat((rope, rope_keys), dim=1), position_embeddings)
             rope, rope_keys = turned[:, :-1], turned[:, -1:]
 
-        entries = None
-        if past_key_values is not None:
+        entries, pages = None, kwargs.pop("cache", None)
+        if pages is not None:
+            entries = append_paged(pages, latents, rope_keys, self.layer_idx, kwargs)
+            latents, rope_keys = entries.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
+        elif past_key_values is not None:
             if hasattr(past_key_values, "append"):
                 entries = past_key_values.append(latents, rope_keys, self.layer_idx)
                 latents, rope_keys = entries.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
@@ -580,13 +584,13 @@ class EGMLAModel(EGMLAPreTrainedModel):
             )
         return ids
 
-    def _absorb(self, new_tokens: int, past_key_values: Cache | None) -> bool:
+    def _absorb(self, new_tokens: int, past_key_values: Cache | None, paged: bool) -> bool:
         """Whether this forward attends in the latent space: decoding, and any continuation where that is cheaper."""
-        if past_key_values is None or (self.training and self.config.attention_dropout):
+        if (past_key_values is None and not paged) or (self.training and self.config.attention_dropout):
             return False
         if new_tokens == 1:
             return True
-        if is_torchdynamo_compiling() or int(past_key_values.get_seq_length()) == 0:
+        if not paged and (is_torchdynamo_compiling() or int(past_key_values.get_seq_length()) == 0):
             return False
         # The widest layer has the lowest limit, so one decision serves all.
         rank = max(self.config.layer_kv_lora_ranks)
@@ -623,7 +627,7 @@ class EGMLAModel(EGMLAPreTrainedModel):
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_length
             position_ids = position_ids.unsqueeze(0)
 
-        absorb = self._absorb(inputs_embeds.shape[1], past_key_values)
+        absorb = self._absorb(inputs_embeds.shape[1], past_key_values, paged="cache" in kwargs)
         mask_config = self.config
         if absorb and self.config._attn_implementation != "eager":
             # The latent path takes dense masks, whatever the attention implementation of the expanded one wants.
@@ -733,6 +737,26 @@ class EGMLAForCausalLM(EGMLAPreTrainedModel, GenerationMixin):
             model_kwargs["past_key_values"] = EGMLACache(
                 self.config, max_cache_len=length, offloading=cache.offloading
             )
+
+    def init_continuous_batching(self, generation_config=None, continuous_batching_config=None, workload_hints=None):
+        """As in `ContinuousMixin`, with latents in the pages.
+
+        Raises:
+            ValueError: when the layers' widths do not fit pages, or for flash attention.
+        """
+        width, batching_config = check_pages(self.config), without_flash(continuous_batching_config)
+        manager = super().init_continuous_batching(generation_config, batching_config, workload_hints)
+        create = type(manager)._create_batch_processor
+
+        def create_for_latents():
+            manager.model = PagedView(self, width)
+            try:
+                return create(manager)
+            finally:
+                manager.model = self
+
+        manager._create_batch_processor = create_for_latents
+        return manager
 
     # `inputs_embeds` is named because `generate()` looks for it in this signature.
     def prepare_inputs_for_generation(self, input_ids, next_sequence_length=None, inputs_embeds=None, **kwargs):
