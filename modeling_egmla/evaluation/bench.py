@@ -326,12 +326,6 @@ class _Bench:
         bandwidth = Bandwidth(models.dtype, self.device, settings.sweep_bytes)
         bandwidth.gemv()
         swept: list[float] = []
-        graphs: list[int] = []
-
-        def before_round() -> None:
-            graphs.append(compiled_graphs())
-            swept.append(bandwidth.gemv())
-
         with compiling(models.dtype, self.device) as compiled:
             runners: dict[str, Any] = {}
             for name, contestant in group.items():
@@ -347,10 +341,10 @@ class _Bench:
                 first_warmup=settings.first_warmup,
                 batch_size=case.batch,
                 turn_seconds=settings.turn_seconds,
-                before_round=before_round,
+                before_round=lambda: swept.append(bandwidth.gemv()),
                 progress=lambda done, total: self.progress(str(case), done, total),
             )
-            # All graphs of a run whose sizes stay the same are made in the first turns.
+            # One graph each is enough where no size changes.
             recompilations = compiled_graphs() - sum(contestant.compiled for contestant in group.values())
         gemv = statistics.median(swept)
         new = self.pending("decode", case, list(group))

@@ -340,9 +340,10 @@ def freezes(dtype: torch.dtype, device: torch.device) -> bool:
 
 @contextlib.contextmanager
 def compiling(dtype: torch.dtype, device: torch.device) -> Iterator[Callable[[PreTrainedModel], PreTrainedModel]]:
-    """A function that compiles a model for decoding, as one graph, when it is first called. Starts from nothing.
+    """A function that compiles a model for decoding, as one graph, when it is first called.
 
-    Earlier graphs would turn this one's sizes into variables, and a variable size is a slower kernel.
+    Starts from nothing and leaves nothing: earlier graphs would turn this one's sizes into variables, which makes
+    slower kernels, and hold copies of the weights.
     """
     import torch._inductor.config
     from torch._dynamo.utils import counters
@@ -350,8 +351,11 @@ def compiling(dtype: torch.dtype, device: torch.device) -> Iterator[Callable[[Pr
     torch.compiler.reset()
     counters.clear()
     # Not by `options`: tracing, which comes before they count, must already treat weights as constants.
-    with torch._inductor.config.patch(freezing=freezes(dtype, device)):
-        yield lambda model: torch.compile(model, fullgraph=True)  # type: ignore[return-value]
+    try:
+        with torch._inductor.config.patch(freezing=freezes(dtype, device)):
+            yield lambda model: torch.compile(model, fullgraph=True)  # type: ignore[return-value]
+    finally:
+        torch.compiler.reset()
 
 
 def compiled_graphs() -> int:
