@@ -52,7 +52,7 @@ def swept_weights(model: PreTrainedModel) -> list[nn.Parameter]:
     swept = {id(parameter): parameter for parameter in model.parameters() if id(parameter) not in lookups}
     head = model.get_output_embeddings()
     if head is not None:
-        swept[id(head.weight)] = head.weight  # type: ignore[assignment]
+        swept[id(head.weight)] = head.weight
     return list(swept.values())
 
 

@@ -180,7 +180,8 @@ def pack(
         roles = {role: size for name in names for role, size in weights[name].items()}
         return sum(needs[name] for name in names) + sum(roles.values())
 
-    left_out, base = {}, []
+    left_out: dict[str, int] = {}
+    base: list[str] = []
     for name in ours:
         if together([*base, name]) <= budget:
             base.append(name)

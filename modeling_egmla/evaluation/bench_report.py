@@ -28,18 +28,16 @@ def summary(report: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def slopes(report: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """How time and the bytes read grow with the context, for each contestant measured at two contexts at least.
+    """How time and the bytes read grow with the context, for each contestant measured at two long ones at least.
 
     Both in milliseconds per 1,024 tokens of each sequence, by least squares; bytes over the median GEMV bandwidth.
-    Contexts below 2,048 are left out where two longer ones are there.
     """
     groups: dict[tuple, list[Mapping[str, Any]]] = {}
     for row in report["decode"]:
         groups.setdefault(tuple(row[name] for name in ("subject", "dtype", "batch", "contestant")), []).append(row)
     found = []
     for (subject, dtype, batch, contestant), rows in groups.items():
-        long = [row for row in rows if row["context"] >= SLOPE_CONTEXT]
-        chosen = long if len(long) > 1 else rows
+        chosen = [row for row in rows if row["context"] >= SLOPE_CONTEXT]
         if len(chosen) < 2:
             continue
         contexts = [row["context"] for row in chosen]

@@ -339,7 +339,7 @@ def freezes(dtype: torch.dtype, device: torch.device) -> bool:
 
 
 @contextlib.contextmanager
-def compiling(dtype: torch.dtype, device: torch.device) -> Iterator[Callable[[PreTrainedModel], PreTrainedModel]]:
+def compiling(dtype: torch.dtype, device: torch.device) -> Iterator[Callable[[PreTrainedModel], Any]]:
     """A function that compiles a model for decoding, as one graph, when it is first called.
 
     Starts from nothing and leaves nothing: earlier graphs would turn this one's sizes into variables, which makes
@@ -353,7 +353,7 @@ def compiling(dtype: torch.dtype, device: torch.device) -> Iterator[Callable[[Pr
     # Not by `options`: tracing, which comes before they count, must already treat weights as constants.
     try:
         with torch._inductor.config.patch(freezing=freezes(dtype, device)):
-            yield lambda model: torch.compile(model, fullgraph=True)  # type: ignore[return-value]
+            yield lambda model: torch.compile(model, fullgraph=True)
     finally:
         torch.compiler.reset()
 

@@ -125,7 +125,8 @@ def _noise_like(tensor: torch.Tensor, tokens: int, generator: torch.Generator) -
 
 def rewind(cache: Cache, tokens: int) -> None:
     """Forgets the last `tokens` tokens of a cache, of static ones too, which Transformers cannot crop."""
-    for layer in cache.layers:
+    layers: Any = cache.layers
+    for layer in layers:
         if isinstance(layer, StaticLayer):
             layer.cumulative_length.sub_(tokens)  # in place: compiled graphs know its address
         else:

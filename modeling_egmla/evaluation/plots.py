@@ -116,7 +116,7 @@ def plot_bench(report: Mapping[str, Any], folder: str | os.PathLike) -> None:
             colour = COLOURS[(2 + list(roles).index(role)) % len(COLOURS)]
             styles[name] = colour, LINE_STYLES[number % len(LINE_STYLES)]
     machine = report["machine"]
-    note = f"{machine['processor']}, {machine['threads']} threads, {report['settings']['versions']['torch']}"
+    note = f"{machine['processor']}, {machine['threads']} threads, torch {report['settings']['versions']['torch']}"
     for file, (key, heading, scale) in BENCH_FIGURES.items():
         _plot_rows(rows, styles, Path(folder) / file, key, heading, scale, note)
 
@@ -141,6 +141,7 @@ def _plot_rows(
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(lines), len(columns), squeeze=False, sharex=True)
     handles: dict[str, Any] = {}
+    plain = FuncFormatter(lambda value, _: f"{value:,g}")
     for line, (subject, dtype) in enumerate(lines):
         for column, batch in enumerate(columns):
             axis = axes[line][column]
@@ -157,15 +158,15 @@ def _plot_rows(
                         [max(0.0, point["ms_p90"] - point["ms_median"]) for point in points],
                     ]
                 contexts = [point["context"] for point in points]
-                drawn = axis.errorbar(
-                    contexts, values, yerr=spread, color=colour, linestyle=style, marker="o", markersize=4, capsize=2
-                )
+                look = {"color": colour, "linestyle": style, "marker": "o", "markersize": 4}
+                drawn = axis.errorbar(contexts, values, yerr=spread, capsize=2, elinewidth=0.8, **look)
                 handles.setdefault(points[0]["label"], drawn)
             axis.set_xscale("log", base=2)
             axis.set_yscale("log")
             axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-            axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
-            axis.yaxis.set_minor_formatter(NullFormatter())
+            axis.yaxis.set_major_formatter(plain)
+            low, high = axis.get_ylim()
+            axis.yaxis.set_minor_formatter(plain if high < 8 * low else NullFormatter())
             axis.set_title(f"{subject}, {dtype}, batch {batch}", fontsize=9, loc="left")
             axis.grid(alpha=0.25)
             axis.spines[["top", "right"]].set_visible(False)
