@@ -351,7 +351,8 @@ def test_what_does_not_fit_is_skipped_with_the_reason(monkeypatch, tmp_path):
     models, chosen = Models(subject(), torch.float32, CPU), subject().contestants(("egmla", "llama-mha"))
     needs = {name: models.case_bytes(contestant, 2, 128 + 5) for name, contestant in chosen.items()}
     weights = models.weight_bytes("egmla") + models.weight_bytes("llama-mha")
-    free = SMALL.sweep_bytes + weights + sum(needs.values()) - 1
+    free = SMALL.sweep_bytes + weights + sum(held for held, _ in needs.values())
+    free += max(on_the_way for _, on_the_way in needs.values()) - 1
     monkeypatch.setattr(module, "SHARE_OF_MEMORY", 1.0)
     monkeypatch.setattr(module, "device_bytes", lambda device: free - 10**9)
     monkeypatch.setattr(Models, "loaded_bytes", lambda self: 10**9)
@@ -372,13 +373,18 @@ def test_what_does_not_fit_is_skipped_with_the_reason(monkeypatch, tmp_path):
 
 def test_groups_fit_together():
     weights = {"a": {"m": 10}, "b": {"n": 10}, "c": {"n": 10}, "d": {"o": 10}, "huge": {"o": 10}}
-    needs = {"a": 5, "b": 20, "c": 20, "d": 20, "huge": 90}
-    groups, left_out = pack(needs, weights, ["a"], ["a", "b", "c", "d", "huge"], 70)
+    needs = {"a": (5, 0), "b": (15, 5), "c": (20, 5), "d": (20, 0), "huge": (60, 30)}
+    # 20 of weights, 40 held, and 5 at a time on the way.
+    groups, left_out = pack(needs, weights, ["a"], ["a", "b", "c", "d", "huge"], 65)
     assert groups == [["a", "b", "c"], ["a", "d"]]
     assert left_out == {"huge": 115}
     assert pack(needs, weights, ["a"], ["a"], 70) == ([["a"]], {})
     assert pack(needs, weights, ["a"], [], 70) == ([], {})
     assert pack(needs, weights, ["a"], ["a", "b"], 14) == ([], {"a": 15, "b": 30})
+    # Beside both of ours there is no room for the last one, so it has a group with the first.
+    ours = {"a": {"m": 10}, "a2": {"m": 10}, "b": {"n": 10}}
+    needs = {"a": (5, 0), "a2": (30, 0), "b": (20, 0)}
+    assert pack(needs, ours, ["a", "a2"], ["a", "a2", "b"], 50) == ([["a", "a2"], ["a", "b"]], {})
 
 
 def test_memory_is_followed_in_a_process_of_its_own(monkeypatch):

@@ -157,7 +157,7 @@ def _silent(*_: Any) -> None:
 
 
 def pack(
-    needs: Mapping[str, int],
+    needs: Mapping[str, tuple[int, int]],
     weights: Mapping[str, Mapping[str, int]],
     ours: Sequence[str],
     pending: Sequence[str],
@@ -165,8 +165,10 @@ def pack(
 ) -> tuple[list[list[str]], dict[str, int]]:
     """Groups of contestants that fit into memory together, each with ours in it to be set against.
 
+    Where there is no room for a contestant beside all of ours, the first of ours will do.
+
     Args:
-        needs (`Mapping[str, int]`): bytes each contestant takes beyond weights.
+        needs (`Mapping[str, tuple[int, int]]`): bytes each contestant holds beyond weights, and takes in its turn.
         weights (`Mapping[str, Mapping[str, int]]`): bytes of the weights of each role a contestant needs.
         ours (`Sequence[str]`): contestants to have in every group.
         pending (`Sequence[str]`): contestants to be measured.
@@ -178,7 +180,8 @@ def pack(
 
     def together(names: Sequence[str]) -> int:
         roles = {role: size for name in names for role, size in weights[name].items()}
-        return sum(needs[name] for name in names) + sum(roles.values())
+        held = sum(needs[name][0] for name in names)
+        return sum(roles.values()) + held + max((needs[name][1] for name in names), default=0)
 
     left_out: dict[str, int] = {}
     base: list[str] = []
@@ -191,17 +194,17 @@ def pack(
     for name in pending:
         if name in ours:
             continue
-        if together([*base, name]) > budget:
-            left_out[name] = together([*base, name])
-            continue
-        for group in groups:
-            if together([*group, name]) <= budget:
-                group.append(name)
-                break
+        groups_with_room = [group for group in groups if together([*group, name]) <= budget]
+        new_groups = [[*some, name] for some in (base, base[:1]) if together([*some, name]) <= budget]
+        if groups_with_room:
+            groups_with_room[0].append(name)
+        elif new_groups:
+            groups.append(new_groups[0])
         else:
-            groups.append([*base, name])
-    if not groups and any(name in pending for name in base):
-        groups.append(base)
+            left_out[name] = together([*base[:1], name])
+    # Ours are measured even where nothing else is left to be, or to be set against all of them.
+    if any(name in pending and not any(name in group for group in groups) for name in base):
+        groups.insert(0, base)
     return groups, left_out
 
 

@@ -270,11 +270,12 @@ class Models:
             return contestant.bytes_per_token(elements, self.dtype.itemsize)
         return sum(elements) * self.dtype.itemsize
 
-    def case_bytes(self, contestant: Contestant, batch_size: int, room: int, new_tokens: int = 1) -> int:
+    def case_bytes(self, contestant: Contestant, batch_size: int, room: int, new_tokens: int = 1) -> tuple[int, int]:
         """Memory that a contestant takes beyond its weights with `room` tokens cached, in bytes; an estimate.
 
-        Cache with its slack; what a step makes on the way: the longer copy of a growing cache's layer, DeepSeek's
-        expanded keys and values (in fp32 again where the fused kernel does not take them), hidden states and logits.
+        Held: the cache with its slack, and weights laid out anew. On the way, while it is its turn: the longer copy of
+        a growing cache's layer, DeepSeek's expanded keys and values (in fp32 again where the fused kernel does not
+        take them), hidden states and logits.
         """
         config: Any = self.subject.roles[contestant.role].config
         itemsize, elements = self.dtype.itemsize, self.cache_elements(contestant.role)
@@ -292,7 +293,7 @@ class Models:
         states = batch_size * new_tokens * (12 * config.hidden_size + 4 * inner) * itemsize
         logits = 2 * batch_size * config.vocab_size * itemsize
         frozen = self.weight_bytes(contestant.role) if contestant.compiled and freezes(self.dtype, self.device) else 0
-        return int(cached + layer + states + logits + frozen)
+        return int(cached + frozen), int(layer + states + logits)
 
     def _shape(self, role: str) -> tuple[int, list[int]]:
         """Parameters, and cache elements of each layer."""
