@@ -2,14 +2,13 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from egmla.evaluation.plots import COLOURS, check_matplotlib
-from egmla.provenance import CONVERSION_REPORT, public_name, read_json, software_versions, source_commit
+from egmla.provenance import CONVERSION_REPORT, public_name, read_json, software_versions, source_commit, write_json
 
 from .convert import CALIBRATION_TOKENS, REFINEMENT_TOKENS_FACTOR, convert_checkpoint
 from .recipes import find_recipe
@@ -102,7 +101,7 @@ def sweep(
     target.mkdir(parents=True, exist_ok=True)
     if "perplexity" not in report["source"]:
         report["source"]["perplexity"] = source_perplexity(source, evaluation, progress)
-        _write(target, report)
+        write_json(target / SWEEP_REPORT, report)
     report["rows"] = []
     for folder, job in jobs.items():
         if folder in plans:
@@ -117,9 +116,9 @@ def sweep(
             write_report(folder, made)
         report["source"]["elements"] = made["plan"]["source_elements"]
         report["rows"].append(_row(folder, job["cache"], made))
-        _write(target, report)
+        write_json(target / SWEEP_REPORT, report)
     _mark_best(report["rows"])
-    _write(target, report)
+    write_json(target / SWEEP_REPORT, report)
     _draw(report, target / SWEEP_FIGURE)
     return report
 
@@ -182,12 +181,6 @@ def _mark_best(rows: list[dict[str, Any]]) -> None:
         size = (row["elements"], row["perplexity"])
         others = [(other["elements"], other["perplexity"]) for other in rows]
         row["best"] = not any(a <= size[0] and b <= size[1] and (a, b) != size for a, b in others)
-
-
-def _write(target: Path, report: Mapping[str, Any]) -> None:
-    part = target / f".{SWEEP_REPORT}.partial"
-    part.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    os.replace(part, target / SWEEP_REPORT)
 
 
 def _draw(report: Mapping[str, Any], path: Path) -> None:

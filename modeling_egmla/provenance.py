@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -61,13 +63,15 @@ def peak_bytes() -> int:
     """The most memory this process has held, in bytes: of the accelerator where there is one, else of the machine."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    status = Path("/proc/self/status")
-    if status.is_file():  # its own peak, where `ru_maxrss` begins with that of the process that started it
-        return 1024 * int(status.read_text().split("VmHWM:")[1].split()[0])
-    import resource  # not on Windows
+    from egmla.evaluation.machine import peak_resident_bytes
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
+    try:
+        return peak_resident_bytes()
+    except OSError:
+        import resource  # not on Windows
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else 1024 * peak
 
 
 def public_name(label: str) -> str:
@@ -88,3 +92,10 @@ def read_json(path: Path, remedy: str = "write it again") -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object.")
     return content
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes a JSON file as a whole or not at all: who is interrupted leaves the earlier one."""
+    part = path.with_name(f".{path.name}.partial")
+    part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(part, path)

@@ -147,7 +147,8 @@ def test_contestants_take_turns():
 
 
 def test_timing_figures():
-    timing = DecodeTiming(context=10, batch_size=3, seconds=[0.1 * step for step in range(1, 12)])
+    turns = [[0.1 * step for step in steps] for steps in (range(1, 6), range(6, 12))]
+    timing = DecodeTiming(context=10, batch_size=3, turns=turns)
     assert timing.median == pytest.approx(0.6)
     assert (timing.p10, timing.p90) == (pytest.approx(0.2), pytest.approx(1.0))
     assert timing.tokens_per_second == pytest.approx(5.0)

@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 
+from .bench import bench
 from .card import card
 from .common import CommandGroup, show_version
 from .compare import compare
@@ -39,7 +40,7 @@ def options(
     """EG-MLA: language models with a small, gated KV cache for Hugging Face Transformers."""
 
 
-for command in (demo, convert, sweep, heal, train, generate, compare, inspect, presets, card, push):
+for command in (demo, convert, sweep, heal, train, generate, compare, bench, inspect, presets, card, push):
     app.command()(command)
 app.command("eval")(evaluate)
 

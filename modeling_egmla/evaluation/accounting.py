@@ -5,6 +5,7 @@ from collections import Counter
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
@@ -39,6 +40,65 @@ def count_parameters(model: PreTrainedModel) -> dict[str, int]:
     for name, parameter in model.named_parameters():
         counts[_part(name)] += parameter.numel()
     return dict(counts)
+
+
+def swept_weights(model: PreTrainedModel) -> list[nn.Parameter]:
+    """Parameters that one decode step reads in full: all but the tables of which it looks up a row.
+
+    Those tables are the input embedding and the gate tables. An output head is read in full, and counted once where it
+    is tied to the input embedding.
+    """
+    lookups = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    swept = {id(parameter): parameter for parameter in model.parameters() if id(parameter) not in lookups}
+    head = model.get_output_embeddings()
+    if head is not None:
+        swept[id(head.weight)] = head.weight
+    return list(swept.values())
+
+
+def swept_weight_bytes(model: PreTrainedModel) -> int | None:
+    """Bytes of `swept_weights`; None with mixtures of experts, of which each step reads others."""
+    if any("experts" in name and "shared" not in name for name, _ in model.named_parameters()):
+        return None
+    return sum(parameter.nbytes for parameter in swept_weights(model))
+
+
+def matrix_parameters(model: PreTrainedModel, trainable: bool = False) -> int:
+    """Parameters that multiply activations: all matrices but lookups, and the output embedding even where it is tied.
+
+    Args:
+        model (`PreTrainedModel`): the model, on any device.
+        trainable (`bool`): only those that are trained.
+    """
+    return sum(
+        parameter.numel()
+        for parameter in swept_weights(model)
+        if parameter.ndim == 2 and (parameter.requires_grad or not trainable)
+    )
+
+
+def decode_attention_flops(config: PreTrainedConfig, context: int) -> int:
+    """Floating point operations of one decode step and sequence that grow with the cache of `context` tokens.
+
+    Scores and their use, a multiplication and an addition counting as two: `2 S H (2R + P)` in the latent space of
+    EG-MLA; `2 S H (N + P + V)` and the expansion `2 S R H (N + V)` where a latent cache is expanded in each step, as
+    Transformers' DeepSeek does; `4 S H d` otherwise. Derived in the design, performance arithmetic 1.2.
+    """
+    fields: Any = config
+    heads, layers = fields.num_attention_heads, fields.num_hidden_layers
+    if config.model_type == "egmla":
+        widths = [2 * rank + fields.qk_rope_head_dim for rank in fields.layer_kv_lora_ranks]
+        return 2 * context * heads * sum(widths)
+    if getattr(config, "kv_lora_rank", None) is not None:
+        N, P, V = fields.qk_nope_head_dim, fields.qk_rope_head_dim, fields.v_head_dim
+        return 2 * context * heads * layers * ((N + P + V) + fields.kv_lora_rank * (N + V))
+    width = getattr(config, "head_dim", None) or fields.hidden_size // heads
+    return 4 * context * heads * layers * width
+
+
+def decode_flops(model: PreTrainedModel, context: int) -> int:
+    """Floating point operations of one decode step and sequence: 2 per matrix parameter, and attention's."""
+    return 2 * matrix_parameters(model) + decode_attention_flops(model.config, context)
 
 
 def _layer_tensors(cache: Cache) -> list[list[torch.Tensor]]:

@@ -3,9 +3,7 @@
 `python -m egmla.evaluation.lm_eval ...` is lm-eval's own command line with the name known to it.
 """
 
-import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from lm_eval.api.registry import register_model
@@ -13,27 +11,11 @@ from lm_eval.models.huggingface import HFLM
 
 import egmla  # noqa: F401  registers the architecture with the Auto classes
 
+from .machine import available_bytes
+
 
 # More rows at once are no faster on a CPU, so memory beyond this buys nothing.
 CPU_BATCH_BYTES = 2**30
-
-
-def available_bytes() -> int:
-    """Memory this process can still take, in bytes: the machine's, or its control group's where that is less."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        amount = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        try:
-            amount = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-        except (ValueError, OSError, AttributeError):
-            return 4 * CPU_BATCH_BYTES
-    group = Path("/sys/fs/cgroup")
-    try:
-        limit, used = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
-        return amount if limit == "max" else max(0, min(amount, int(limit) - int(used)))
-    except (OSError, ValueError):
-        return amount
 
 
 def rows_in_budget(model, length: int, most: int, budget: int) -> int:

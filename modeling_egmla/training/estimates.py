@@ -2,31 +2,12 @@
 
 from typing import Any
 
-from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+
+from egmla.evaluation.accounting import matrix_parameters
 
 
 FLOAT32 = 4
-
-
-def matrix_parameters(model: PreTrainedModel, trainable: bool = False) -> int:
-    """Parameters that multiply activations: all matrices but lookups, and the output embedding even where it is tied.
-
-    Args:
-        model (`PreTrainedModel`): the model, on any device.
-        trainable (`bool`): only those that are trained.
-    """
-    lookups = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    head = model.get_output_embeddings()
-    chosen = {id(parameter): parameter for parameter in model.parameters() if parameter.ndim == 2}
-    count = sum(
-        parameter.numel()
-        for key, parameter in chosen.items()
-        if key not in lookups and (parameter.requires_grad or not trainable)
-    )
-    if head is not None and id(head.weight) in lookups and (head.weight.requires_grad or not trainable):
-        count += head.weight.numel()
-    return count
 
 
 def attention_flops_per_token(config: PreTrainedConfig, length: int) -> float:

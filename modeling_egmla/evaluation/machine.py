@@ -1,0 +1,157 @@
+"""What this machine is and can do: memory left, memory of this process, processor, bandwidth of reading and GEMV."""
+
+import os
+import platform
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .timing import Timer
+
+
+# Bytes of the matrices that bandwidth is measured on: more than the last cache of any processor.
+SWEEP_BYTES = 512 * 2**20
+# Side of one of them, when there is room: larger gives no more.
+SIDE = 4096
+UNKNOWN_MACHINE_BYTES = 4 * 2**30
+
+
+def available_bytes() -> int:
+    """Memory this process can still take, in bytes: the machine's, or its control group's where that is less."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        amount = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        try:
+            amount = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+        except (ValueError, OSError, AttributeError):
+            return UNKNOWN_MACHINE_BYTES
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit, used = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        return amount if limit == "max" else max(0, min(amount, int(limit) - int(used)))
+    except (OSError, ValueError):
+        return amount
+
+
+def device_bytes(device: torch.device) -> int:
+    """Memory that tensors on a device can still take, in bytes."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    return available_bytes()
+
+
+def processor_name(device: torch.device | None = None) -> str:
+    """Name of the processor, or of the GPU."""
+    if device is not None and device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def resident_bytes() -> int:
+    """Bytes of this process in memory now (Linux).
+
+    Raises:
+        OSError: where the system does not say.
+    """
+    # `statm` lags behind by what the kernel has counted per processor; this one is exact.
+    for line in Path("/proc/self/smaps_rollup").read_text().splitlines():
+        if line.startswith("Rss:"):
+            return 1024 * int(line.split()[1])
+    raise OSError("/proc/self/smaps_rollup has no line Rss.")
+
+
+def peak_resident_bytes() -> int:
+    """The most bytes of this process in memory, since its start or the last `reset_peak_resident` (Linux).
+
+    Not `ru_maxrss`, which a new process inherits from the one that started it.
+
+    Raises:
+        OSError: where the system does not say.
+    """
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return 1024 * int(line.split()[1])
+    raise OSError("/proc/self/status has no line VmHWM.")
+
+
+def reset_peak_resident() -> None:
+    """Starts a new maximum for `peak_resident_bytes` (Linux).
+
+    Raises:
+        OSError: where the system does not let this process.
+    """
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+class Bandwidth:
+    """Bytes per second of sweeping matrices once each, by products with one vector and by a plain sum.
+
+    The product of a matrix with a vector is what decoding at batch 1 does with weights, in the same kernel as
+    `nn.Linear`; a plain sum reads faster in some formats, so a ceiling taken from it could not be reached.
+
+    Args:
+        dtype (`torch.dtype`): number format of the matrices.
+        device (`torch.device`): where they lie.
+        nbytes (`int`): their bytes together.
+    """
+
+    def __init__(self, dtype: torch.dtype, device: torch.device | str = "cpu", nbytes: int = SWEEP_BYTES):
+        side = max(2, min(SIDE, int((nbytes // dtype.itemsize) ** 0.5)) // 2 * 2)  # even, to be read as fp32 too
+        count = max(1, nbytes // (side * side * dtype.itemsize))
+        self.matrices = [torch.full((side, side), 0.01, dtype=dtype, device=device) for _ in range(count)]
+        self.nbytes = sum(matrix.nbytes for matrix in self.matrices)
+        self._vector = torch.full((1, side), 0.01, dtype=dtype, device=device)
+        self._timer = Timer(device)
+
+    @torch.no_grad()
+    def gemv(self) -> float:
+        """Bytes per second of one sweep of products with a vector."""
+        _, seconds = self._timer.measure(
+            lambda: [nn.functional.linear(self._vector, matrix) for matrix in self.matrices]
+        )
+        return self.nbytes / seconds
+
+    @torch.no_grad()
+    def read(self) -> float:
+        """Bytes per second of one sweep of sums."""
+        _, seconds = self._timer.measure(lambda: [matrix.view(torch.float32).sum() for matrix in self.matrices])
+        return self.nbytes / seconds
+
+
+def describe_machine(device: torch.device) -> dict[str, Any]:
+    """Processor, cores, threads and memory, for reports."""
+    return {
+        "processor": processor_name(device),
+        "device": device.type,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "available_bytes": device_bytes(device),
+        "load_average": load_average(),
+    }
+
+
+def load_average() -> float | None:
+    """Processes that want to run, averaged over a minute; None where the system does not say."""
+    try:
+        return round(os.getloadavg()[0], 2)
+    except (OSError, AttributeError):
+        return None
+
+
+def measure_bandwidth(dtype: torch.dtype, device: torch.device, nbytes: int = SWEEP_BYTES, sweeps: int = 5) -> dict:
+    """Medians of `Bandwidth` over some sweeps after one that is not counted, in bytes per second."""
+    bandwidth = Bandwidth(dtype, device, nbytes)
+    figures = {}
+    for name in ("gemv", "read"):
+        found = [getattr(bandwidth, name)() for _ in range(sweeps + 1)]
+        figures[f"{name}_bytes_per_second"] = statistics.median(found[1:])
+    return figures
