@@ -1,7 +1,7 @@
 """Reading a checkpoint to convert: a local folder, a hub id or a GGUF file, tensor by tensor."""
 
 import contextlib
-import json
+import itertools
 import re
 import subprocess
 import sys
@@ -10,12 +10,21 @@ import zipfile
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedConfig
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+)
+
+from egmla.provenance import read_json
 
 
 SMOLLM2_REPOSITORY = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -65,13 +74,27 @@ class Source:
 
     @cached_property
     def experts(self) -> dict[str, list[str]]:
-        """For each tensor of experts side by side, the tensors of single ones that it is made of, in order."""
+        """For each tensor of experts side by side, the tensors of single ones that it is made of, in order.
+
+        Raises:
+            ValueError: when one of them is missing.
+        """
         found: dict[str, list[tuple[int, str, str]]] = {}
         for name in self.files.keys() | self.tensors.keys():
             if match := EXPERT.fullmatch(name):
                 module, number, part = match.groups()
                 joined = "down_proj" if part == "down" else "gate_up_proj"
                 found.setdefault(f"{module}.{joined}", []).append((int(number), part, name))
+        for joined, members in found.items():
+            module, _, parts = joined.rpartition(".")
+            names = {name for *_, name in members}
+            count = max(getattr(self.config, "n_routed_experts", None) or 0, 1 + max(number for number, *_ in members))
+            for number, part in itertools.product(range(count), parts.removesuffix("_proj").split("_")):
+                if (name := f"{module}.{number}.{part}_proj.weight") not in names:
+                    raise ValueError(
+                        f"{self.label} lacks {name}, of one of its {count} experts; the checkpoint is incomplete: "
+                        "download it again."
+                    )
         return {joined: [name for _, _, name in sorted(members)] for joined, members in found.items()}
 
     def tensor(self, name: str) -> torch.Tensor:
@@ -149,11 +172,10 @@ def open_source(source: str | Path) -> Source:
         raise FileNotFoundError(
             f"{path} has no config.json; give the folder of a Transformers checkpoint, or a .gguf file."
         )
-    try:
-        config = AutoConfig.from_pretrained(path)
-    except (StrictDataclassError, AttributeError) as error:  # the latter for a dtype that PyTorch does not have
-        raise ValueError(f"{path}/config.json has a value that does not work ({error}); correct it.") from error
-    opened = Source(
+    config = _config(path / "config.json")
+    if getattr(config, "quantization_config", None) is not None:
+        _refuse_quantised(str(source), config.quantization_config.get("quant_method", "unknown"))
+    return Source(
         label=str(source),
         config=config,
         tokenizer=_tokenizer(path),
@@ -161,13 +183,45 @@ def open_source(source: str | Path) -> Source:
         files=_weight_files(path),
         origin=_origin(path / "README.md", repository),
     )
-    if getattr(opened.config, "quantization_config", None) is not None:
+
+
+def _config(file: Path) -> PreTrainedConfig:
+    """A folder's configuration, by Transformers' own class for it: code that comes with a checkpoint never runs.
+
+    Raises:
+        ValueError: for an architecture that Transformers does not know, or values that do not work.
+    """
+    model_type = read_json(file, "download it again").get("model_type")
+    if not isinstance(model_type, str):
         raise ValueError(
-            f"{source} has quantised weights ({opened.config.quantization_config.get('quant_method', 'unknown')}); "
-            "conversion needs the original ones. Use the unquantised checkpoint (GGUF files are de-quantised on "
-            "reading)."
+            f"{file} has model_type={model_type!r}: it must name an architecture, as of every Transformers checkpoint."
         )
-    return opened
+    if model_type not in CONFIG_MAPPING:
+        from .families import refuse_architecture  # which reads sources
+
+        refuse_architecture(model_type)
+    try:
+        return AutoConfig.from_pretrained(file.parent, trust_remote_code=False)
+    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
+        # A key that is missing in rope_parameters, a dtype that PyTorch does not have, ...
+        raise ValueError(f"{file} has a value that does not work ({_reason(error)}); correct it.") from error
+
+
+def _refuse_quantised(source: str, method: str) -> NoReturn:
+    remedy = "Use the unquantised checkpoint (GGUF files are de-quantised on reading)."
+    if method == "fp8":
+        remedy = (
+            "Where they were published in FP8 only, as DeepSeek-V3's and R1's, use a bfloat16 copy of the hub, or "
+            "make one: inference/fp8_cast_bf16.py of github.com/deepseek-ai/DeepSeek-V3 writes the weights, and "
+            "quantization_config must leave their config.json."
+        )
+    raise ValueError(f"{source} has quantised weights ({method}); conversion needs the original ones. {remedy}")
+
+
+def _reason(error: BaseException) -> str:
+    """What an error says, in one line."""
+    text = error.args[0] if isinstance(error, KeyError) and error.args else error
+    return " ".join(str(text).split()) or type(error).__name__
 
 
 def load_source(source: str | Path) -> tuple[Any, Any]:
@@ -179,7 +233,8 @@ def load_source(source: str | Path) -> tuple[Any, Any]:
     opened = open_source(source)
     if not opened.tensors:
         folder = next(iter(opened.files.values())).parent
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), opened.tokenizer
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
+        return model.eval(), opened.tokenizer
     model = AutoModelForCausalLM.from_config(opened.config, dtype=torch.float32)
     model.load_state_dict(opened.tensors)
     model.generation_config = opened.generation_config
@@ -212,7 +267,11 @@ def _weight_files(path: Path) -> dict[str, Path]:
     index = path / "model.safetensors.index.json"
     single = path / "model.safetensors"
     if index.is_file():
-        weight_map = json.loads(index.read_text())["weight_map"]
+        weight_map = read_json(index, "download it again").get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+            raise ValueError(
+                f"{index} has no weight_map that gives each tensor's file; download the checkpoint again."
+            )
         shards = {name: path / shard for name, shard in weight_map.items()}
         missing = sorted({file.name for file in shards.values() if not file.is_file()})
         if missing:

@@ -532,6 +532,19 @@ def test_experts_as_they_are_stored(make_source, tmp_path, name, stored):
         assert torch.equal(again(ids).logits, converted(ids).logits)
 
 
+@pytest.mark.parametrize("part", ["gate", "down"])
+@pytest.mark.parametrize("expert", [0, 3, 7])
+def test_a_missing_expert_is_named(make_source, tmp_path, expert, part):
+    _, folder = make_source("deepseek_v3 experts")
+    copied = change_config(folder, tmp_path / "source")
+    [file] = copied.glob("*.safetensors")
+    tensors, lost = load_file(file), f"model.layers.1.mlp.experts.{expert}.{part}_proj.weight"
+    assert tensors.pop(lost) is not None
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=rf"lacks {lost}, of one of its 8 experts; .* incomplete: download it again"):
+        convert_checkpoint(copied, tmp_path / "t", exact=True)
+
+
 def test_experts_learn(make_source, tmp_path):
     """Gradients reach experts and router, and the gate."""
     _, folder = make_source("deepseek_v3 experts")
