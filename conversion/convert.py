@@ -128,7 +128,8 @@ def convert_checkpoint(
     family.check_weights(opened)
     evaluation = None
     if evaluate is not None:
-        evaluation = open_evaluation(evaluate, opened.tokenizer, opened.config, evaluation_windows)
+        tokenizer = opened.needed_tokenizer("evaluation")
+        evaluation = open_evaluation(evaluate, tokenizer, opened.config, evaluation_windows)
     sequences, calibration_report = torch.empty(0, 0, dtype=torch.long), None
     if not exact:
         if calibration_tokens is None:
@@ -172,7 +173,11 @@ def convert_checkpoint(
         "tokenizer": None if opened.tokenizer is None else type(opened.tokenizer).__name__,
     }
     if opened.tokenizer is None:
-        warnings.warn(f"{source} has no tokenizer that can be read; the converted model will have none.", stacklevel=2)
+        warnings.warn(
+            f"{source} has no tokenizer that can be read ({opened.without_tokenizer}); the converted model will have "
+            "none.",
+            stacklevel=2,
+        )
     if dry_run:
         if not exact:
             shape = family.shape(opened.config)
@@ -375,16 +380,13 @@ def _calibration_sequences(
         )
     path = Path(calibration)
     text = read_text(path, "Calibration", MAX_CHARACTERS_PER_TOKEN * tokens)
-    if source.tokenizer is None:
-        raise ValueError(
-            f"{source.label} has no tokenizer, which calibration needs; add its tokenizer files to the folder."
-        )
+    tokenizer = source.needed_tokenizer("calibration")
     check_calibration_text(path, text, evaluation)
-    ids = source.tokenizer(text, add_special_tokens=False, return_tensors="pt", verbose=False)["input_ids"][0]
+    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt", verbose=False)["input_ids"][0]
     length = min(length, source.config.max_position_embeddings)
     # Where the tokenizer puts a first token before every text, that token draws the attention: it must be measured.
-    first = source.tokenizer("a")["input_ids"][: -len(source.tokenizer("a", add_special_tokens=False)["input_ids"])]
-    first = [token for token in first if token == source.tokenizer.bos_token_id]
+    first = tokenizer("a")["input_ids"][: -len(tokenizer("a", add_special_tokens=False)["input_ids"])]
+    first = [token for token in first if token == tokenizer.bos_token_id]
     own = length - len(first)
     count = min(ids.numel(), tokens) // own
     if count < MIN_SEQUENCES:

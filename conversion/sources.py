@@ -9,6 +9,7 @@ import tempfile
 import zipfile
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -51,7 +52,8 @@ class Source:
     Attributes:
         label (`str`): what the user called it (a path or a hub id).
         config: its Transformers configuration.
-        tokenizer: its tokenizer, or `None` when it has none.
+        tokenizer: its tokenizer, or `None` when it has none that can be read.
+        without_tokenizer (`str`): why it has none.
         generation_config: its generation settings, or `None`.
         files (`dict[str, Path]`): the safetensors file each tensor is in.
         tensors (`dict[str, torch.Tensor]`): tensors already in memory (GGUF).
@@ -61,6 +63,7 @@ class Source:
     label: str
     config: PreTrainedConfig
     tokenizer: Any | None = None
+    without_tokenizer: str = "it has no tokenizer files"
     generation_config: GenerationConfig | None = None
     files: dict[str, Path] = field(default_factory=dict)
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -143,6 +146,19 @@ class Source:
         with safe_open(str(self.files[name]), framework="pt") as file:
             return tuple(file.get_slice(name).get_shape())
 
+    def needed_tokenizer(self, purpose: str) -> Any:
+        """The tokenizer.
+
+        Raises:
+            ValueError: when there is none; the message says for what `purpose` it is needed, and why there is none.
+        """
+        if self.tokenizer is None:
+            raise ValueError(
+                f"{self.label} has no tokenizer that can be read, which {purpose} needs ({self.without_tokenizer}); "
+                "add its tokenizer files to the folder, or what they need to be read."
+            )
+        return self.tokenizer
+
     def fingerprint(self) -> dict[str, Any]:
         """What tells this checkpoint from others: its configuration, and names, sizes and times of its files."""
         files = sorted(set(self.files.values()) or {Path(self.label)})
@@ -175,10 +191,12 @@ def open_source(source: str | Path) -> Source:
     config = _config(path / "config.json")
     if getattr(config, "quantization_config", None) is not None:
         _refuse_quantised(str(source), config.quantization_config.get("quant_method", "unknown"))
+    tokenizer, without = _tokenizer(path)
     return Source(
         label=str(source),
         config=config,
-        tokenizer=_tokenizer(path),
+        tokenizer=tokenizer,
+        without_tokenizer=without,
         generation_config=_generation_config(path),
         files=_weight_files(path),
         origin=_origin(path / "README.md", repository),
@@ -314,10 +332,12 @@ def _open_gguf(path: Path) -> Source:
     # The weights are plain floats now; the note that they were quantised would stop every save.
     if hasattr(config, "quantization_config"):
         del config.quantization_config
+    tokenizer, without = _tokenizer(path.parent, gguf_file=path.name)
     return Source(
         label=str(path),
         config=config,
-        tokenizer=_tokenizer(path.parent, gguf_file=path.name),
+        tokenizer=tokenizer,
+        without_tokenizer=without,
         generation_config=model.generation_config,
         tensors=model.state_dict(),
         origin=_gguf_origin(path),
@@ -358,11 +378,31 @@ def _gguf_origin(path: Path) -> dict[str, Any]:
     return {name: fields[key].contents() for name, key in names.items() if key in fields}
 
 
-def _tokenizer(path: Path, **kwargs):
+def _tokenizer(path: Path, **kwargs) -> tuple[Any | None, str]:
+    """A source's tokenizer, or `None` and why there is none.
+
+    Raises:
+        ValueError: for files that are damaged.
+    """
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        if not kwargs and (path / name).is_file():
+            read_json(path / name, "download it again")
     try:
-        return AutoTokenizer.from_pretrained(path, **kwargs)
-    except (OSError, ValueError):
-        return None
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False, **kwargs), ""
+    except (OSError, ValueError, ImportError) as error:
+        files = {file.name for pattern in ("*token*", "vocab*", "*.model") for file in path.glob(pattern)}
+        if not kwargs and not files:
+            return None, "it has no tokenizer files"
+        if not kwargs and "tokenizer.model" in files and find_spec("sentencepiece") is None:
+            return None, "its tokenizer.model needs a package to be read: pip install sentencepiece"
+        if "trust_remote_code" in str(error):
+            return None, "its tokenizer is code that comes with it, which is not run; a tokenizer.json would do"
+        return None, _reason(error)
+    except Exception as error:  # the tokenizers library has no class of its own for what it cannot read
+        raise ValueError(
+            f"{path / kwargs.get('gguf_file', 'tokenizer.json')} holds no tokenizer that can be read "
+            f"({_reason(error)}); download it again."
+        ) from error
 
 
 def _generation_config(path: Path) -> GenerationConfig | None:

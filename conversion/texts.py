@@ -95,7 +95,7 @@ def open_evaluation(path: str | Path, tokenizer: Any, config: PreTrainedConfig, 
 
     Args:
         path (`str` or `Path`): a plain text file.
-        tokenizer: the source's, or `None`.
+        tokenizer: the source's.
         config (`PreTrainedConfig`): the source's; windows are no longer than its context.
         windows (`int`): how many to use at most.
 
@@ -104,8 +104,6 @@ def open_evaluation(path: str | Path, tokenizer: Any, config: PreTrainedConfig, 
     """
     if windows < 1:
         raise ValueError(f"evaluation_windows={windows}: at least 1 is needed.")
-    if tokenizer is None:
-        raise ValueError("The source has no tokenizer, which evaluation needs; add its tokenizer files to the folder.")
     path, window = Path(path), min(WINDOW, config.max_position_embeddings)
     text = read_text(path, "Evaluation", MAX_CHARACTERS_PER_TOKEN * windows * window)
     ids = token_windows(tokenizer, text, window)
