@@ -38,7 +38,14 @@ from .report import (
 )
 from .sources import Source, open_source
 from .statistics import SourceRun
-from .texts import MAX_CHARACTERS_PER_TOKEN, EvaluationText, check_calibration_text, open_evaluation, read_text
+from .texts import (
+    MAX_CHARACTERS_PER_TOKEN,
+    EvaluationText,
+    check_calibration_text,
+    check_token_ids,
+    open_evaluation,
+    read_text,
+)
 from .writing import Journal, ShardWriter, check_target, check_unfinished, staged_folder
 
 
@@ -124,8 +131,6 @@ def convert_checkpoint(
     _check_latent_norm(opened.config, family, plan, recipe)
     if layout == "deepseek_v3":
         deepseek_config(_planned_config(opened.config, family, plan, recipe))
-    check_tensors(opened, family)
-    family.check_weights(opened)
     evaluation = None
     if evaluate is not None:
         tokenizer = opened.needed_tokenizer("evaluation")
@@ -137,6 +142,8 @@ def convert_checkpoint(
         sequences, calibration_report = _calibration_sequences(
             opened, calibration, calibration_tokens, recipe.sequence_length, evaluation
         )
+    check_tensors(opened, family)
+    family.check_weights(opened)
     report: dict[str, Any] = {
         "source": {
             "label": public_name(opened.label),
@@ -398,6 +405,7 @@ def _calibration_sequences(
     sequences = ids[: count * own].view(count, own)
     if first:
         sequences = torch.cat((torch.full((count, 1), first[0]), sequences), dim=1)
+    check_token_ids(sequences, source.config)
     return sequences, {
         "file": path.name,
         "tokens_asked": tokens,
