@@ -322,12 +322,23 @@ def _weight_files(path: Path) -> dict[str, Path]:
 def _open_gguf(path: Path) -> Source:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; give the path of a .gguf file.")
+    reader = _gguf_reader(path)
+    _check_gguf_rotation(path, reader)
     try:
-        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-    except ImportError as error:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
+        )
+    except (ImportError, NotImplementedError, ValueError, KeyError) as error:
+        # An architecture or a format of numbers that its reader does not know, ...
         raise ValueError(
-            f"Reading {path.name} needs the gguf package: pip install 'egmla[gguf]' ({error})."
+            f"Transformers cannot read {path} ({_reason(error)}); use the safetensors checkpoint that it was made of."
         ) from error
+    model, info = loaded
+    if info["missing_keys"]:
+        raise ValueError(
+            f"{path} lacks {len(info['missing_keys'])} tensors of its architecture, first "
+            f"{min(info['missing_keys'])}; download it again."
+        )
     config = model.config
     # The weights are plain floats now; the note that they were quantised would stop every save.
     if hasattr(config, "quantization_config"):
@@ -340,8 +351,40 @@ def _open_gguf(path: Path) -> Source:
         without_tokenizer=without,
         generation_config=model.generation_config,
         tensors=model.state_dict(),
-        origin=_gguf_origin(path),
+        origin=_gguf_origin(reader),
     )
+
+
+def _gguf_reader(path: Path) -> Any:
+    try:
+        from gguf import GGUFReader
+    except ImportError as error:
+        raise ValueError(
+            f"Reading {path.name} needs the gguf package: pip install 'egmla[gguf]' ({error})."
+        ) from error
+    try:
+        return GGUFReader(path)
+    except Exception as error:  # NumPy's errors, of many classes, where the file ends too early
+        raise ValueError(
+            f"{path} is truncated, no GGUF file, or of a newer kind than the gguf package knows ({_reason(error)}); "
+            "download it again."
+        ) from error
+
+
+def _check_gguf_rotation(path: Path, reader: Any) -> None:
+    """Refuses scaled rotary frequencies, which Transformers' reader leaves out: the model would be another one."""
+    factors = [tensor for tensor in reader.tensors if tensor.name.startswith(("rope_freqs.", "rope_factors_"))]
+    found = [tensor.name for tensor in factors if (tensor.data != 1).any()]
+    found += [
+        f"{name} {field.contents()!r}"
+        for name, field in reader.fields.items()
+        if name.endswith(".rope.scaling.type") and field.contents() != "none"
+    ]
+    if found:
+        raise ValueError(
+            f"{path} scales its rotary frequencies ({', '.join(found)}), which Transformers does not read from GGUF "
+            "files: the model would be another one. Use the safetensors checkpoint that it was made of."
+        )
 
 
 def _origin(card: Path, repository: str | None) -> dict[str, Any]:
@@ -370,12 +413,9 @@ def _cached_repository(folder: Path) -> str | None:
     return names[-1].removeprefix("models--").replace("--", "/", 1) if names else None
 
 
-def _gguf_origin(path: Path) -> dict[str, Any]:
-    from gguf import GGUFReader
-
-    fields = GGUFReader(path).fields
+def _gguf_origin(reader: Any) -> dict[str, Any]:
     names = {"license": "general.license", "languages": "general.languages"}
-    return {name: fields[key].contents() for name, key in names.items() if key in fields}
+    return {name: reader.fields[key].contents() for name, key in names.items() if key in reader.fields}
 
 
 def _tokenizer(path: Path, **kwargs) -> tuple[Any | None, str]:

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -140,6 +141,80 @@ def texts(tmp_path_factory):
     (folder / "full").mkdir()
     (folder / "full" / "mine").write_text("mine")
     return folder
+
+
+def write_gguf(path, architecture, tensors, **fields):
+    gguf = pytest.importorskip("gguf")
+    writer = gguf.GGUFWriter(str(path), architecture)
+    for name, value in fields.items():
+        key = f"{architecture}.{name.replace('__', '.')}"
+        (writer.add_string if isinstance(value, str) else writer.add_uint32)(key, value)
+    for name, tensor in tensors.items():
+        writer.add_tensor(name, tensor)
+    for step in (
+        writer.write_header_to_file,
+        writer.write_kv_data_to_file,
+        writer.write_tensors_to_file,
+        writer.close,
+    ):
+        step()
+
+
+ONES = {"rope_freqs.weight": np.ones(8, dtype=np.float32)}
+SHAPE = {
+    "block_count": 1,
+    "embedding_length": 16,
+    "feed_forward_length": 16,
+    "attention__head_count": 2,
+    "vocab_size": 4,
+    "context_length": 32,
+}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "tensors", "fields", "fragments"),
+    [
+        (
+            "llama",
+            {"rope_freqs.weight": np.array([1, 1, 8], dtype=np.float32)},
+            {},
+            ["scales its rotary frequencies (rope_freqs.weight)", "Use the safetensors checkpoint"],
+        ),
+        ("phi3", {"rope_factors_long.weight": np.array([2], dtype=np.float32)}, {}, ["(rope_factors_long.weight)"]),
+        ("qwen2", ONES, {"rope__scaling__type": "yarn"}, ["rotary frequencies (qwen2.rope.scaling.type 'yarn')"]),
+        ("myarch", ONES, {"rope__scaling__type": "none"}, ["Transformers cannot read", "myarch", "safetensors"]),
+        (
+            "llama",
+            {"token_embd.weight": np.zeros((4, 16), dtype=np.int8)},
+            SHAPE,
+            ["Transformers cannot read", "not", "use the safetensors checkpoint"],
+        ),
+        (
+            "llama",
+            {"token_embd.weight": np.zeros((4, 16), dtype=np.float32)},
+            SHAPE,
+            ["tensors of its architecture, first model.layers.0.", "download it again"],
+        ),
+    ],
+    ids=["llama3", "longrope", "yarn", "architecture", "format of numbers", "tensors missing"],
+)
+def test_bad_gguf(tmp_path, architecture, tensors, fields, fragments):
+    write_gguf(tmp_path / "model.gguf", architecture, tensors, **fields)
+    with pytest.raises(ValueError) as error:
+        convert_checkpoint(tmp_path / "model.gguf", tmp_path / "t", exact=True)
+    missing = [fragment for fragment in [str(tmp_path / "model.gguf"), *fragments] if fragment not in str(error.value)]
+    assert not missing, f"{missing} not in: {error.value}"
+    assert [path.name for path in tmp_path.iterdir()] == ["model.gguf"]
+
+
+@pytest.mark.parametrize("length", [0, 3, 20, 60, -8])
+def test_truncated_and_foreign_gguf(tmp_path, length):
+    write_gguf(tmp_path / "whole.gguf", "llama", ONES)
+    content = (tmp_path / "whole.gguf").read_bytes()
+    for spoilt in (content[:length], b"PK" + content[2:]):
+        (tmp_path / "model.gguf").write_bytes(spoilt)
+        with pytest.raises(ValueError, match=r"model.gguf is truncated, no GGUF file, or .* download it again"):
+            convert_checkpoint(tmp_path / "model.gguf", tmp_path / "t", exact=True)
 
 
 @pytest.mark.parametrize("name", CASES)
