@@ -1,5 +1,6 @@
 """What a conversion will do, decided and checked before it starts."""
 
+import math
 from dataclasses import dataclass
 
 from transformers import PreTrainedConfig
@@ -51,6 +52,7 @@ def plan_conversion(
     if exact:
         _no_widths(full - width, width, kv_lora_rank, qk_rope_head_dim, cache)
         return Plan(True, [full - width] * layers, width, full * layers, full * layers)
+    chosen = qk_rope_head_dim is None
     if cache is not None:
         elements = _elements_kept(cache, kv_lora_rank, full)
         if qk_rope_head_dim is None:
@@ -72,6 +74,9 @@ def plan_conversion(
             f"qk_rope_head_dim={qk_rope_head_dim}: with slots={recipe.slots!r} and freqfold={recipe.freqfold} it must "
             f"be one of {', '.join(map(str, allowed))} for this source."
         )
+    if cache is not None:
+        why = f"the narrowest with slots={recipe.slots!r} and freqfold={recipe.freqfold}" if chosen else "as asked for"
+        _check_share(cache, elements, full, qk_rope_head_dim, why)
     holds = (
         f"what keys and values of this source hold beside qk_rope_head_dim={qk_rope_head_dim} ({shape.kv_heads} "
         f"key/value heads of {shape.head_dim}: {full} elements)"
@@ -109,7 +114,9 @@ def plan_latent(
             "leave it out."
         )
     if cache is not None:
-        kv_lora_rank = [_elements_kept(cache, kv_lora_rank, rank + rope_dim) - rope_dim for rank in own]
+        elements_kept = [_elements_kept(cache, kv_lora_rank, rank + rope_dim) for rank in own]
+        _check_share(cache, min(elements_kept), min(own) + rope_dim, rope_dim, "which stays as it is in an MLA source")
+        kv_lora_rank = [kept - rope_dim for kept in elements_kept]
     if kv_lora_rank is None:
         raise ValueError("Say how small the cache shall be: kv_lora_rank, or cache, or exact.")
     ranks = _layer_ranks(kv_lora_rank, own, f"the latent of this source beside its {rope_dim} rotary elements")
@@ -123,6 +130,16 @@ def _elements_kept(cache: float, kv_lora_rank: int | list[int] | None, full: int
     if not 0 < cache <= 1:
         raise ValueError(f"cache={cache}: the share of the source's cache to keep must be above 0 and at most 1.")
     return round(cache * full)
+
+
+def _check_share(cache: float, kept: int, full: int, rope_dim: int, why: str) -> None:
+    """Raises `ValueError` for a share of the cache that leaves no latent beside the rotary key."""
+    if kept <= rope_dim:
+        least = math.ceil(1000 * (rope_dim + 1) / full) / 1000
+        raise ValueError(
+            f"cache={cache}: of {full} elements per token and layer that keeps {kept}, and the rotary key takes "
+            f"{rope_dim}, {why}; a latent needs at least 1 more, so the share must be at least {least}."
+        )
 
 
 def _layer_ranks(kv_lora_rank: int | list[int], largest: list[int], holds: str) -> list[int]:

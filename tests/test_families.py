@@ -445,7 +445,18 @@ def change_config(folder, target, **changes):
             {"exact": False, "kv_lora_rank": 21},
             r"kv_lora_rank=21: must be from 1 to 20, the latent",
         ),
-        ("deepseek_v3", {}, {"exact": False, "cache": 0.2}, r"kv_lora_rank=-1: must be from 1 to 20"),
+        (
+            "deepseek_v3",
+            {},
+            {"exact": False, "cache": 0.2},
+            r"cache=0.2: of 26 elements .* keeps 5, and the rotary key takes 6, which stays .* at least 0.27\.",
+        ),
+        (
+            "egmla, ranks and slots per layer",
+            {},
+            {"exact": False, "cache": 0.3},
+            r"cache=0.3: of 20 elements .* keeps 6, and the rotary key takes 6, .* must be at least 0.35\.",
+        ),
         ("deepseek_v3", {}, {"exact": False, "kv_lora_rank": [8]}, r"has 1 entries and the source 2 layers"),
         (
             "deepseek_v3",
