@@ -25,7 +25,7 @@ from .family import Family
 from .layers import exact_layer, gate_at_identity, low_rank_layer, smaller_latent_layer, target_config
 from .layout import check_layout, deepseek_attention, deepseek_config, query_factor
 from .plan import Plan, full_widths, plan_conversion, plan_latent
-from .recipes import Recipe, find_recipe, nearest_recipe, recipe_options
+from .recipes import Recipe, find_recipe, nearest_recipe, recipe_options, refinement_options
 from .refinement import ConvertedRun, Refinement
 from .report import (
     Progress,
@@ -430,8 +430,8 @@ def _command(
         options |= {"--evaluate": evaluation.name, "--evaluation-windows": len(evaluation.windows)}
     options |= {"--layout": None if layout == "egmla" else layout, "--dtype": dtype}
     words += [word for name, value in options.items() if value is not None for word in (name, str(value))]
-    if calibration is not None and refinement.gate:
-        words.append("--refine-gate")
+    if calibration is not None and refinement.steps:
+        words += refinement_options(refinement)
     return shlex.join(words + ([] if exact else recipe_options(recipe)))
 
 

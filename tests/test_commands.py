@@ -255,11 +255,14 @@ def test_convert_exact_and_generate(llama, tmp_path):
 
 def test_convert_to_half_the_cache(llama, text, tmp_path):
     options = "--kv-lora-rank", "8,12", "--qk-rope-head-dim", 6, "--calibration", text, "--calibration-tokens", 4096
-    result = run("convert", llama, tmp_path / "half", *options, "--refine-steps", 2, "--refine-gate")
+    options += "--refine-steps", 2, "--refine-gate", "--set", "refine.learning_rate=3e-4", "--set", "balance=2"
+    result = run("convert", llama, tmp_path / "half", *options)
     assert result.exit_code == 0, result.output
     report = json.loads((tmp_path / "half" / "conversion_report.json").read_text())
     assert report["refinement"]["steps"] == 2 and report["refinement"]["gate"]
-    assert "--refine-steps 2" in report["command"] and report["command"].endswith(" --refine-gate")
+    assert report["refinement"]["learning_rate"] == 3e-4 and report["recipe"]["balance"] == 2
+    assert "--refine-steps 2" in report["command"]
+    assert report["command"].endswith(" --refine-gate --set refine.learning_rate=0.0003 --set balance=2")
     assert "64 -> 32" in result.stdout
     assert "8 to 12, one per layer" in result.stdout
     assert EGMLAConfig.from_pretrained(tmp_path / "half").kv_lora_rank == [8, 12]
@@ -283,6 +286,7 @@ def test_convert_dry_run_writes_nothing(llama, text, tmp_path):
         (("--kv-lora-rank", "8", "--qk-rope-head-dim", "4"), "needs calibration text"),
         (("--kv-lora-rank", "8", "--qk-rope-head-dim", "4", "--calibration", "nix.txt"), "nix.txt does not exist"),
         (("--cache", "0.5", "--refine-steps", "0", "--refine-gate"), "--refine-gate with --refine-steps 0"),
+        (("--cache", "0.5", "--set", "refine.rate=1"), "The refinement has no choice 'rate'; it has learning_rate"),
     ],
 )
 def test_convert_refuses(llama, tmp_path, options, message):
