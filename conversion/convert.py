@@ -24,7 +24,7 @@ from .families import find_family
 from .family import Family
 from .layers import exact_layer, gate_at_identity, low_rank_layer, smaller_latent_layer, target_config
 from .layout import check_layout, deepseek_attention, deepseek_config, query_factor
-from .plan import Plan, full_widths, plan_conversion, plan_latent
+from .plan import Plan, full_widths, is_full_latent, plan_conversion, plan_latent
 from .recipes import Recipe, find_recipe, nearest_recipe, recipe_options, refinement_options
 from .refinement import ConvertedRun, Refinement
 from .report import (
@@ -108,6 +108,7 @@ def convert_checkpoint(
     """
     started = time.time()
     target = Path(target).resolve()
+    refined = refinement is not None and refinement.steps > 0
     recipe = find_recipe(recipe, {"latent_norm": True} if latent_norm else None)
     check_layout(layout)
     if refinement is None:
@@ -117,6 +118,8 @@ def convert_checkpoint(
     opened = open_source(source)
     family = find_family(opened.config)
     if family.latent:
+        if calibration is None and is_full_latent(opened.config, kv_lora_rank, qk_rope_head_dim):
+            exact, kv_lora_rank, qk_rope_head_dim = True, None, None  # as below
         plan = plan_latent(opened.config, exact, kv_lora_rank, qk_rope_head_dim, cache)
     else:
         shape = family.shape(opened.config)
@@ -131,6 +134,8 @@ def convert_checkpoint(
     _check_latent_norm(opened.config, family, plan, recipe)
     if layout == "deepseek_v3":
         deepseek_config(_planned_config(opened.config, family, plan, recipe))
+    if plan.exact:
+        _check_exact(calibration, calibration_tokens, refined, recipe)
     evaluation = None
     if evaluate is not None:
         tokenizer = opened.needed_tokenizer("evaluation")
@@ -344,6 +349,23 @@ def _check_latent_norm(config: PreTrainedConfig, family: Family, plan: Plan, rec
         raise ValueError(
             f"latent_norm with exact={plan.exact}, kv_lora_rank={min(plan.ranks)}: the norm takes one number of the "
             "latent, and of an exact one none is left over; use kv_lora_rank of at least 2, below the full width."
+        )
+
+
+def _check_exact(
+    calibration: str | Path | None, calibration_tokens: int | None, refined: bool, recipe: Recipe
+) -> None:
+    """Refuses what exact mode has no use for: nothing asked for is ignored."""
+    text = calibration is not None or calibration_tokens is not None
+    given = {
+        "calibration text (--calibration, --calibration-tokens)": text,
+        "refinement (--refine-steps, --refine-gate)": refined,
+        "choices of a recipe (--recipe, --set)": recipe != Recipe(),
+    }
+    if unused := [name for name, there in given.items() if there]:
+        raise ValueError(
+            f"exact mode keeps the source's function and has no use for {' and '.join(unused)}; leave that out, or "
+            "--exact, and say how small the cache shall be."
         )
 
 

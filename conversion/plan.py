@@ -90,6 +90,21 @@ def full_widths(shape: AttentionShape) -> tuple[int, int]:
     return 2 * shape.kv_width - shape.rope_width, shape.rope_width
 
 
+def latent_ranks(config: PreTrainedConfig) -> list[int]:
+    """Latent width of each layer of an MLA source."""
+    ranks = config.kv_lora_rank
+    return list(ranks) if isinstance(ranks, list) else [ranks] * config.num_hidden_layers
+
+
+def is_full_latent(
+    config: PreTrainedConfig, kv_lora_rank: int | list[int] | None, qk_rope_head_dim: int | None
+) -> bool:
+    """Whether these widths are all that an MLA source has."""
+    own = latent_ranks(config)
+    ranks = kv_lora_rank if isinstance(kv_lora_rank, list) else [kv_lora_rank] * len(own)
+    return ranks == own and qk_rope_head_dim in (None, config.qk_rope_head_dim)
+
+
 def plan_latent(
     config: PreTrainedConfig,
     exact: bool = False,
@@ -103,7 +118,7 @@ def plan_latent(
         ValueError: for widths the source does not allow, or contradictory ones.
     """
     rope_dim, layers = config.qk_rope_head_dim, config.num_hidden_layers
-    own = config.kv_lora_rank if isinstance(config.kv_lora_rank, list) else [config.kv_lora_rank] * layers
+    own = latent_ranks(config)
     elements = sum(own) + layers * rope_dim
     if exact:
         _no_widths(config.kv_lora_rank, rope_dim, kv_lora_rank, qk_rope_head_dim, cache)

@@ -287,6 +287,9 @@ def test_convert_dry_run_writes_nothing(llama, text, tmp_path):
         (("--kv-lora-rank", "8", "--qk-rope-head-dim", "4", "--calibration", "nix.txt"), "nix.txt does not exist"),
         (("--cache", "0.5", "--refine-steps", "0", "--refine-gate"), "--refine-gate with --refine-steps 0"),
         (("--cache", "0.5", "--set", "refine.rate=1"), "The refinement has no choice 'rate'; it has learning_rate"),
+        (("--exact", "--refine-gate"), "exact mode keeps the source's function and has no use for refinement"),
+        (("--exact", "--refine-steps", "9", "--calibration", "nix.txt"), "(--calibration, --calibration-tokens) and "),
+        (("--exact", "--set", "balance=2"), "has no use for choices of a recipe (--recipe, --set)"),
     ],
 )
 def test_convert_refuses(llama, tmp_path, options, message):

@@ -352,6 +352,15 @@ def test_converted_config_and_weights_survive_saving(make_source, tmp_path, name
     assert torch.equal(first(ids).logits, second(ids).logits)
 
 
+@pytest.mark.parametrize("name", ["deepseek_v3", "egmla, ranks and slots per layer"])
+def test_full_width_of_a_latent_without_calibration_is_exact(make_source, tmp_path, name):
+    source, folder = make_source(name)
+    report = convert_checkpoint(folder, tmp_path / "t", **widths(source.config, 1), qk_rope_head_dim=6)
+    assert report["plan"]["exact"] and "--exact" in report["command"]
+    with pytest.raises(ValueError, match="no use for refinement"):
+        convert_checkpoint(folder, tmp_path / "u", **widths(source.config, 1), refinement=Refinement(steps=1))
+
+
 @pytest.mark.parametrize("name", ["qwen3", "deepseek_v3", "glm4_moe_lite biases"])
 def test_gate_is_exactly_one(make_source, tmp_path, name):
     _, folder = make_source(name)
