@@ -320,7 +320,41 @@ def test_interruption_exits_with_130(monkeypatch, tmp_path):
     monkeypatch.setattr(egmla.conversion, "convert_checkpoint", fail_with(KeyboardInterrupt()))
     result = run("convert", "source", tmp_path / "target", "--exact")
     assert result.exit_code == 130
-    assert "Interrupted." in result.stderr
+    assert result.stderr.strip() == "Interrupted."
+
+
+def test_interruption_says_what_is_kept(llama, text, tmp_path, monkeypatch):
+    """Finished layers of a conversion, its model while it is measured, the models of a sweep."""
+    monkeypatch.chdir(tmp_path)
+    options = "--kv-lora-rank", 8, "--qk-rope-head-dim", 4, "--calibration", text, "--calibration-tokens", 4096
+    options += "--refine-steps", 0
+    with monkeypatch.context() as patch:
+        patch.setattr("egmla.conversion.convert.ShardWriter.finish", fail_with(KeyboardInterrupt()))
+        result = run("convert", llama, "half", *options)
+    assert result.exit_code == 130
+    expected = "Interrupted. The layers that are finished are kept, and the same command goes on from there."
+    assert result.stderr.strip().endswith(expected)
+    other = tmp_path / "other.txt"
+    other.write_text(sample_text("evaluation")[:60_000])
+    options += "--evaluate", other, "--evaluation-windows", 1
+    with monkeypatch.context() as patch:
+        patch.setattr("egmla.conversion.convert.source_perplexity", fail_with(KeyboardInterrupt()))
+        result = run("convert", llama, "half", *options)
+    assert result.stderr.strip().endswith("Interrupted. The model is written, and the same command measures it.")
+    result = run("convert", llama, "half", *options)
+    assert result.exit_code == 0 and "perplexity, 1 windows of other.txt" in result.stdout
+    with monkeypatch.context() as patch:
+        patch.setattr("egmla.conversion.sweep.converted_perplexity", fail_with(KeyboardInterrupt()))
+        result = run("sweep", llama, "models", "--cache", "0.5", *options[4:])
+    assert "Interrupted. The models and layers that are finished are kept" in result.stderr
+
+
+def test_the_current_folder_has_a_name(llama, tmp_path, monkeypatch):
+    monkeypatch.chdir(llama)
+    assert run("convert", ".", tmp_path / "t", "--exact").exit_code == 0
+    report = json.loads((tmp_path / "t" / "conversion_report.json").read_text())
+    assert report["source"]["label"] == llama.name
+    assert report["command"] == f"egmla convert {llama.name} TARGET --exact"
 
 
 @pytest.mark.parametrize("flag", [("--debug",), ()])

@@ -68,11 +68,11 @@ def convert(
     from egmla.conversion import convert_checkpoint, find_recipe
     from egmla.conversion.recipes import find_refinement, split_choices
 
-    from .common import console, progress_bars, quiet_transformers, read_settings
+    from .common import console, interruption_says, progress_bars, quiet_transformers, read_settings
 
     quiet_transformers()
     of_recipe, of_refinement = split_choices(read_settings(choices or ()))
-    with progress_bars() as progress:
+    with interruption_says(lambda: _kept(target) if resume else None), progress_bars() as progress:
         report = convert_checkpoint(
             source,
             target,
@@ -96,6 +96,18 @@ def convert(
     _print_report(report, "Plan (nothing was written)" if dry_run else f"Converted to {target}")
     if not dry_run and layout == "egmla":
         console().print(f"Try it: egmla generate {target} --prompt 'What is the capital of France?'", style="dim")
+
+
+def _kept(target: Path) -> str | None:
+    """What an interrupted conversion has left to go on from."""
+    from egmla.conversion.writing import JOURNAL, staging_path
+
+    target = target.resolve()
+    if (staging_path(target) / JOURNAL).is_file():
+        return "The layers that are finished are kept, and the same command goes on from there."
+    if (target / "config.json").is_file():
+        return "The model is written, and the same command measures it."
+    return None
 
 
 def _ranks(text: str | None) -> int | list[int] | None:

@@ -48,14 +48,14 @@ def sweep(
     from egmla.conversion.recipes import find_refinement, split_choices
     from egmla.conversion.sweep import sweep as run_sweep
 
-    from .common import console, progress_bars, quiet_transformers, read_settings, split_names
+    from .common import console, interruption_says, progress_bars, quiet_transformers, read_settings, split_names
 
     quiet_transformers()
     of_recipes, of_refinement = split_choices(read_settings(choices or ()))
     if latent_norm:
         of_recipes["latent_norm"] = True
     options = {} if layout == "egmla" else {"layout": layout}
-    with progress_bars() as progress:
+    with interruption_says(lambda: _kept(target)), progress_bars() as progress:
         report = run_sweep(
             source,
             target,
@@ -74,6 +74,15 @@ def sweep(
         )
     _print_report(report)
     console().print(f"Wrote sweep.json and sweep.png in {target}", style="dim", markup=False, soft_wrap=True)
+
+
+def _kept(target: Path) -> str | None:
+    """What an interrupted sweep has left to go on from."""
+    from egmla.conversion.sweep import SWEEP_REPORT
+
+    if not (target / SWEEP_REPORT).is_file():
+        return None
+    return "The models and layers that are finished are kept, and the same command goes on from there."
 
 
 def _fractions(text: str) -> list[float]:
