@@ -16,7 +16,15 @@ from transformers.dynamic_module_utils import custom_object_save
 
 import egmla
 from egmla import EGMLAConfig
-from egmla.provenance import peak_bytes, public_name, software_versions, source_commit, weights_sha256
+from egmla.provenance import (
+    CONVERSION_REPORT,
+    peak_bytes,
+    public_name,
+    read_json,
+    software_versions,
+    source_commit,
+    weights_sha256,
+)
 
 from .checks import check_tensors
 from .estimates import estimate
@@ -46,7 +54,7 @@ from .texts import (
     open_evaluation,
     read_text,
 )
-from .writing import Journal, ShardWriter, check_target, check_unfinished, staged_folder
+from .writing import JOURNAL, Journal, ShardWriter, check_target, check_unfinished, staged_folder, staging_path
 
 
 MIN_SEQUENCES = 4
@@ -114,7 +122,9 @@ def convert_checkpoint(
     if refinement is None:
         refinement = Refinement() if nearest_recipe(recipe) == "default" else Refinement(steps=0)
     output_dtype = _parse_dtype(dtype)
-    check_target(target)
+    unmeasured = _unmeasured_report(target) if resume and evaluate is not None and not dry_run else None
+    if unmeasured is None:
+        check_target(target)
     opened = open_source(source)
     family = find_family(opened.config)
     if family.latent:
@@ -195,6 +205,9 @@ def convert_checkpoint(
             shape = family.shape(opened.config)
             report["estimate"] = asdict(estimate(opened.config, shape, plan, sequences, refinement))
         return report
+    if unmeasured is not None and evaluation is not None:
+        _check_same_conversion(target, unmeasured, report)
+        return _add_evaluation(unmeasured | {"command": report["command"]}, source, target, evaluation, progress)
 
     settings = {
         "source": opened.fingerprint(),
@@ -254,12 +267,49 @@ def convert_checkpoint(
         journal.remove()
         writer.remove_parts()
     if evaluation is not None:
-        # The model is written: an interruption from here on costs the figures only.
-        report["evaluation"] = evaluation.describe() | {
-            "source": source_perplexity(source, evaluation, progress),
-            "converted": converted_perplexity(target, evaluation, progress),
-        }
-        write_report(target, report)
+        # The model is written: an interruption from here on costs the figures only, which the same command adds.
+        report = _add_evaluation(report, source, target, evaluation, progress)
+    return report
+
+
+def _unmeasured_report(target: Path) -> dict[str, Any] | None:
+    """The report of a finished conversion whose perplexity was not measured, if that is what `target` holds."""
+    path = target / CONVERSION_REPORT
+    if not path.is_file() or not (target / "config.json").is_file() or (staging_path(target) / JOURNAL).is_file():
+        return None
+    report = read_json(path, "choose another target or remove it")
+    return None if "evaluation" in report else report
+
+
+def _check_same_conversion(target: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Raises `FileExistsError` where a finished conversion is not the one that is asked for."""
+    wanted = json.loads(json.dumps(wanted))
+    different = [
+        name
+        for name in ("source", "layout", "plan", "recipe", "refinement", "calibration")
+        if found.get(name) != wanted[name]
+    ]
+    if found.get("settings", {}).get("dtype") != wanted["settings"]["dtype"]:
+        different.append("dtype")
+    if found.get("weights_sha256") != weights_sha256(target):
+        different.append("weights")
+    if different:
+        raise FileExistsError(
+            f"{target} exists and is not empty: it holds a finished conversion with other settings "
+            f"({', '.join(different)}). Give the same ones to measure it, choose another target or remove it."
+        )
+
+
+def _add_evaluation(
+    report: dict[str, Any], source: str | Path, target: Path, evaluation: EvaluationText, progress: Progress | None
+) -> dict[str, Any]:
+    """The report of a written model with perplexities before and after, which is written too."""
+    perplexities = {
+        "source": source_perplexity(source, evaluation, progress),
+        "converted": converted_perplexity(target, evaluation, progress),
+    }
+    report = report | {"evaluation": evaluation.describe() | perplexities}
+    write_report(target, report)
     return report
 
 
