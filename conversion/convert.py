@@ -16,7 +16,15 @@ from transformers.dynamic_module_utils import custom_object_save
 
 import egmla
 from egmla import EGMLAConfig
-from egmla.provenance import peak_bytes, public_name, software_versions, source_commit, weights_sha256
+from egmla.provenance import (
+    CONVERSION_REPORT,
+    peak_bytes,
+    public_name,
+    read_json,
+    software_versions,
+    source_commit,
+    weights_sha256,
+)
 
 from .checks import check_tensors
 from .estimates import estimate
@@ -24,8 +32,8 @@ from .families import find_family
 from .family import Family
 from .layers import exact_layer, gate_at_identity, low_rank_layer, smaller_latent_layer, target_config
 from .layout import check_layout, deepseek_attention, deepseek_config, query_factor
-from .plan import Plan, full_widths, plan_conversion, plan_latent
-from .recipes import Recipe, find_recipe, nearest_recipe, recipe_options
+from .plan import Plan, full_widths, is_full_latent, plan_conversion, plan_latent
+from .recipes import Recipe, find_recipe, nearest_recipe, recipe_options, refinement_options
 from .refinement import ConvertedRun, Refinement
 from .report import (
     Progress,
@@ -38,8 +46,15 @@ from .report import (
 )
 from .sources import Source, open_source
 from .statistics import MEASURED_TOKENS, SourceRun, measured_sequences
-from .texts import MAX_CHARACTERS_PER_TOKEN, EvaluationText, check_calibration_text, open_evaluation, read_text
-from .writing import Journal, ShardWriter, check_target, check_unfinished, staged_folder
+from .texts import (
+    MAX_CHARACTERS_PER_TOKEN,
+    EvaluationText,
+    check_calibration_text,
+    check_token_ids,
+    open_evaluation,
+    read_text,
+)
+from .writing import JOURNAL, Journal, ShardWriter, check_target, check_unfinished, staged_folder, staging_path
 
 
 MIN_SEQUENCES = 4
@@ -101,15 +116,20 @@ def convert_checkpoint(
     """
     started = time.time()
     target = Path(target).resolve()
+    refined = refinement is not None and refinement.steps > 0
     recipe = find_recipe(recipe, {"latent_norm": True} if latent_norm else None)
     check_layout(layout)
     if refinement is None:
         refinement = Refinement() if nearest_recipe(recipe) == "default" else Refinement(steps=0)
     output_dtype = _parse_dtype(dtype)
-    check_target(target)
+    unmeasured = _unmeasured_report(target) if resume and evaluate is not None and not dry_run else None
+    if unmeasured is None:
+        check_target(target)
     opened = open_source(source)
     family = find_family(opened.config)
     if family.latent:
+        if calibration is None and is_full_latent(opened.config, kv_lora_rank, qk_rope_head_dim):
+            exact, kv_lora_rank, qk_rope_head_dim = True, None, None  # as below
         plan = plan_latent(opened.config, exact, kv_lora_rank, qk_rope_head_dim, cache)
     else:
         shape = family.shape(opened.config)
@@ -124,11 +144,12 @@ def convert_checkpoint(
     _check_latent_norm(opened.config, family, plan, recipe)
     if layout == "deepseek_v3":
         deepseek_config(_planned_config(opened.config, family, plan, recipe))
-    check_tensors(opened, family)
-    family.check_weights(opened)
+    if plan.exact:
+        _check_exact(calibration, calibration_tokens, refined, recipe)
     evaluation = None
     if evaluate is not None:
-        evaluation = open_evaluation(evaluate, opened.tokenizer, opened.config, evaluation_windows)
+        tokenizer = opened.needed_tokenizer("evaluation")
+        evaluation = open_evaluation(evaluate, tokenizer, opened.config, evaluation_windows)
     sequences, calibration_report = torch.empty(0, 0, dtype=torch.long), None
     if not exact:
         if calibration_tokens is None:
@@ -137,6 +158,8 @@ def convert_checkpoint(
             opened, calibration, calibration_tokens, recipe.sequence_length, evaluation
         )
         calibration_report["sequences_measured"] = measured_sequences(*sequences.shape, refined=bool(refinement.steps))
+    check_tensors(opened, family)
+    family.check_weights(opened)
     report: dict[str, Any] = {
         "source": {
             "label": public_name(opened.label),
@@ -173,12 +196,19 @@ def convert_checkpoint(
         "tokenizer": None if opened.tokenizer is None else type(opened.tokenizer).__name__,
     }
     if opened.tokenizer is None:
-        warnings.warn(f"{source} has no tokenizer that can be read; the converted model will have none.", stacklevel=2)
+        warnings.warn(
+            f"{source} has no tokenizer that can be read ({opened.without_tokenizer}); the converted model will have "
+            "none.",
+            stacklevel=2,
+        )
     if dry_run:
         if not exact:
             shape = family.shape(opened.config)
             report["estimate"] = asdict(estimate(opened.config, shape, plan, sequences, refinement))
         return report
+    if unmeasured is not None and evaluation is not None:
+        _check_same_conversion(target, unmeasured, report)
+        return _add_evaluation(unmeasured | {"command": report["command"]}, source, target, evaluation, progress)
 
     settings = {
         "source": opened.fingerprint(),
@@ -238,12 +268,49 @@ def convert_checkpoint(
         journal.remove()
         writer.remove_parts()
     if evaluation is not None:
-        # The model is written: an interruption from here on costs the figures only.
-        report["evaluation"] = evaluation.describe() | {
-            "source": source_perplexity(source, evaluation, progress),
-            "converted": converted_perplexity(target, evaluation, progress),
-        }
-        write_report(target, report)
+        # The model is written: an interruption from here on costs the figures only, which the same command adds.
+        report = _add_evaluation(report, source, target, evaluation, progress)
+    return report
+
+
+def _unmeasured_report(target: Path) -> dict[str, Any] | None:
+    """The report of a finished conversion whose perplexity was not measured, if that is what `target` holds."""
+    path = target / CONVERSION_REPORT
+    if not path.is_file() or not (target / "config.json").is_file() or (staging_path(target) / JOURNAL).is_file():
+        return None
+    report = read_json(path, "choose another target or remove it")
+    return None if "evaluation" in report else report
+
+
+def _check_same_conversion(target: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Raises `FileExistsError` where a finished conversion is not the one that is asked for."""
+    wanted = json.loads(json.dumps(wanted))
+    different = [
+        name
+        for name in ("source", "layout", "plan", "recipe", "refinement", "calibration")
+        if found.get(name) != wanted[name]
+    ]
+    if found.get("settings", {}).get("dtype") != wanted["settings"]["dtype"]:
+        different.append("dtype")
+    if found.get("weights_sha256") != weights_sha256(target):
+        different.append("weights")
+    if different:
+        raise FileExistsError(
+            f"{target} exists and is not empty: it holds a finished conversion with other settings "
+            f"({', '.join(different)}). Give the same ones to measure it, choose another target or remove it."
+        )
+
+
+def _add_evaluation(
+    report: dict[str, Any], source: str | Path, target: Path, evaluation: EvaluationText, progress: Progress | None
+) -> dict[str, Any]:
+    """The report of a written model with perplexities before and after, which is written too."""
+    perplexities = {
+        "source": source_perplexity(source, evaluation, progress),
+        "converted": converted_perplexity(target, evaluation, progress),
+    }
+    report = report | {"evaluation": evaluation.describe() | perplexities}
+    write_report(target, report)
     return report
 
 
@@ -337,6 +404,23 @@ def _check_latent_norm(config: PreTrainedConfig, family: Family, plan: Plan, rec
         )
 
 
+def _check_exact(
+    calibration: str | Path | None, calibration_tokens: int | None, refined: bool, recipe: Recipe
+) -> None:
+    """Refuses what exact mode has no use for: nothing asked for is ignored."""
+    text = calibration is not None or calibration_tokens is not None
+    given = {
+        "calibration text (--calibration, --calibration-tokens)": text,
+        "refinement (--refine-steps, --refine-gate)": refined,
+        "choices of a recipe (--recipe, --set)": recipe != Recipe(),
+    }
+    if unused := [name for name, there in given.items() if there]:
+        raise ValueError(
+            f"exact mode keeps the source's function and has no use for {' and '.join(unused)}; leave that out, or "
+            "--exact, and say how small the cache shall be."
+        )
+
+
 def _planned_config(config: PreTrainedConfig, family: Family, plan: Plan, recipe: Recipe) -> EGMLAConfig:
     """The converted model's configuration as far as it is known before the work: rotary slots only if uniform."""
     count = plan.rope_dim // 2
@@ -377,16 +461,13 @@ def _calibration_sequences(
         )
     path = Path(calibration)
     text = read_text(path, "Calibration", MAX_CHARACTERS_PER_TOKEN * tokens)
-    if source.tokenizer is None:
-        raise ValueError(
-            f"{source.label} has no tokenizer, which calibration needs; add its tokenizer files to the folder."
-        )
+    tokenizer = source.needed_tokenizer("calibration")
     check_calibration_text(path, text, evaluation)
-    ids = source.tokenizer(text, add_special_tokens=False, return_tensors="pt", verbose=False)["input_ids"][0]
+    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt", verbose=False)["input_ids"][0]
     length = min(length, source.config.max_position_embeddings)
     # Where the tokenizer puts a first token before every text, that token draws the attention: it must be measured.
-    first = source.tokenizer("a")["input_ids"][: -len(source.tokenizer("a", add_special_tokens=False)["input_ids"])]
-    first = [token for token in first if token == source.tokenizer.bos_token_id]
+    first = tokenizer("a")["input_ids"][: -len(tokenizer("a", add_special_tokens=False)["input_ids"])]
+    first = [token for token in first if token == tokenizer.bos_token_id]
     own = length - len(first)
     count = min(ids.numel(), tokens) // own
     if count < MIN_SEQUENCES:
@@ -398,6 +479,7 @@ def _calibration_sequences(
     sequences = ids[: count * own].view(count, own)
     if first:
         sequences = torch.cat((torch.full((count, 1), first[0]), sequences), dim=1)
+    check_token_ids(sequences, source.config)
     return sequences, {
         "file": path.name,
         "tokens_asked": tokens,
@@ -422,8 +504,8 @@ def _command(
         options |= {"--evaluate": evaluation.name, "--evaluation-windows": len(evaluation.windows)}
     options |= {"--layout": None if layout == "egmla" else layout, "--dtype": dtype}
     words += [word for name, value in options.items() if value is not None for word in (name, str(value))]
-    if calibration is not None and refinement.gate:
-        words.append("--refine-gate")
+    if calibration is not None and refinement.steps:
+        words += refinement_options(refinement)
     return shlex.join(words + ([] if exact else recipe_options(recipe)))
 
 

@@ -23,7 +23,7 @@ attention are the same in source and target unless `copied` or `mlp` say otherwi
 import difflib
 import math
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -337,6 +337,16 @@ MISSING = {
 }
 
 
+def refuse_architecture(model_type: str) -> NoReturn:
+    """Raises `ValueError` that names the architecture, the nearest supported one and what is missing."""
+    by_name = difflib.get_close_matches(model_type, FAMILIES, n=1, cutoff=0.0)[0]
+    near, lacks = MISSING.get(model_type, (by_name, "a description of its layers (nearest is by name alone)"))
+    raise ValueError(
+        f"Architecture {model_type!r} is not supported. Supported: {', '.join(FAMILIES)}. Nearest: {near}; "
+        f"missing: {lacks}. A new family is an entry in conversion/families.py."
+    )
+
+
 def find_family(config: PreTrainedConfig) -> Family:
     """The family of a source.
 
@@ -344,15 +354,9 @@ def find_family(config: PreTrainedConfig) -> Family:
         ValueError: for an architecture or a variant that is not supported; the message names the architecture, the
             nearest supported one and what is missing.
     """
-    model_type = config.model_type
-    if model_type not in FAMILIES:
-        by_name = difflib.get_close_matches(model_type, FAMILIES, n=1, cutoff=0.0)[0]
-        near, lacks = MISSING.get(model_type, (by_name, "a description of its layers (nearest is by name alone)"))
-        raise ValueError(
-            f"Architecture {model_type!r} is not supported. Supported: {', '.join(FAMILIES)}. Nearest: {near}; "
-            f"missing: {lacks}. A new family is an entry in conversion/families.py."
-        )
-    family = FAMILIES[model_type]
+    if config.model_type not in FAMILIES:
+        refuse_architecture(config.model_type)
+    family = FAMILIES[config.model_type]
     family.check(config)
     return family
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from egmla import EGMLAConfig
 
@@ -111,6 +112,13 @@ class Family:
 
     def check(self, config: PreTrainedConfig) -> None:
         """Raises `ValueError` for a variant of the architecture that cannot be converted."""
+        rope = getattr(config, "rope_parameters", None) or {}
+        known = ("default", *ROPE_INIT_FUNCTIONS)
+        if rope.get("rope_type", "default") not in known:
+            raise ValueError(
+                f"rope_type={rope['rope_type']!r} in the rope_parameters of config.json: must be one of "
+                f"{', '.join(known)}; correct it."
+            )
         window = getattr(config, "sliding_window", None)
         slides = not self.window_per_layer or "sliding_attention" in config.layer_types
         # A token sees itself and the `window - 1` before it: never less than all of the longest context from here on.
@@ -129,7 +137,7 @@ class Family:
                 f"neither EG-MLA nor Transformers' own {config.model_type} does; remove the field from its "
                 "config.json only if the model was trained without."
             )
-        partial = (getattr(config, "rope_parameters", None) or {}).get("partial_rotary_factor", 1.0)
+        partial = rope.get("partial_rotary_factor", 1.0)
         if partial not in (None, 1.0) and not self.partial_rotary:
             raise ValueError(
                 f"This {config.model_type} checkpoint rotates only part of its heads (partial_rotary_factor="

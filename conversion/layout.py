@@ -81,23 +81,30 @@ def query_factor(config: EGMLAConfig, deepseek: DeepseekV3Config) -> float:
 
 
 def _check_frequencies(config: EGMLAConfig, deepseek: DeepseekV3Config) -> None:
-    ours, theirs = EGMLARotaryEmbedding(config), DeepseekV3RotaryEmbedding(deepseek)  # type: ignore[arg-type]
-    type_ = (config.rope_parameters or {})["rope_type"]
+    ours = EGMLARotaryEmbedding(config)  # type: ignore[arg-type]
+    type_, pairs = (config.rope_parameters or {})["rope_type"], len(ours.inv_freq)
+    given = (
+        "its rotary slots are not at the stock frequencies of a rotary key of that width "
+        f"({config.qk_rope_head_dim}, rope_type {type_!r})"
+    )
+    if 2 * pairs != config.qk_rope_head_dim and type_ not in ELEMENTWISE_ROPE:
+        _refuse(
+            [
+                f"{given}; those of this type depend on the width, so a narrower key than the source's never has "
+                f"them; convert with --set slots=uniform and --qk-rope-head-dim {2 * pairs}"
+            ]
+        )
+    theirs = DeepseekV3RotaryEmbedding(deepseek)
     slots = config.rope_slots if config.rope_slots is not None else list(range(config.qk_rope_head_dim // 2))
     layers = slots if slots and isinstance(slots[0], list) else [slots]
     same = all(
         ours.inv_freq[layer].shape == theirs.inv_freq.shape and torch.allclose(ours.inv_freq[layer], theirs.inv_freq)
         for layer in layers
     )
-    narrower = 2 * len(ours.inv_freq) != config.qk_rope_head_dim
-    if not same or (narrower and type_ not in ELEMENTWISE_ROPE) or ours.attention_scaling != theirs.attention_scaling:
-        _refuse(
-            [
-                "its rotary slots are not at the stock frequencies of a rotary key of that width "
-                f"({config.qk_rope_head_dim}, rope_type {type_!r}); convert with --set slots=uniform --set freqfold=4 "
-                "and a --qk-rope-head-dim which that allows"
-            ]
-        )
+    if not same or ours.attention_scaling != theirs.attention_scaling:
+        fold = next(fold for fold in (4, 3, 2, pairs) if pairs % fold == 0)
+        folds = f" --set freqfold={fold} and a --qk-rope-head-dim which that allows"
+        _refuse([f"{given}; convert with --set slots=uniform{folds if type_ in ELEMENTWISE_ROPE else ''}"])
 
 
 def _refuse(reasons: list[str]) -> None:

@@ -1,5 +1,6 @@
 """What a conversion will do, decided and checked before it starts."""
 
+import math
 from dataclasses import dataclass
 
 from transformers import PreTrainedConfig
@@ -51,6 +52,7 @@ def plan_conversion(
     if exact:
         _no_widths(full - width, width, kv_lora_rank, qk_rope_head_dim, cache)
         return Plan(True, [full - width] * layers, width, full * layers, full * layers)
+    chosen = qk_rope_head_dim is None
     if cache is not None:
         elements = _elements_kept(cache, kv_lora_rank, full)
         if qk_rope_head_dim is None:
@@ -72,6 +74,9 @@ def plan_conversion(
             f"qk_rope_head_dim={qk_rope_head_dim}: with slots={recipe.slots!r} and freqfold={recipe.freqfold} it must "
             f"be one of {', '.join(map(str, allowed))} for this source."
         )
+    if cache is not None:
+        why = f"the narrowest with slots={recipe.slots!r} and freqfold={recipe.freqfold}" if chosen else "as asked for"
+        _check_share(cache, elements, full, qk_rope_head_dim, why)
     holds = (
         f"what keys and values of this source hold beside qk_rope_head_dim={qk_rope_head_dim} ({shape.kv_heads} "
         f"key/value heads of {shape.head_dim}: {full} elements)"
@@ -83,6 +88,21 @@ def plan_conversion(
 def full_widths(shape: AttentionShape) -> tuple[int, int]:
     """Latent and rotary width of exact mode."""
     return 2 * shape.kv_width - shape.rope_width, shape.rope_width
+
+
+def latent_ranks(config: PreTrainedConfig) -> list[int]:
+    """Latent width of each layer of an MLA source."""
+    ranks = config.kv_lora_rank
+    return list(ranks) if isinstance(ranks, list) else [ranks] * config.num_hidden_layers
+
+
+def is_full_latent(
+    config: PreTrainedConfig, kv_lora_rank: int | list[int] | None, qk_rope_head_dim: int | None
+) -> bool:
+    """Whether these widths are all that an MLA source has."""
+    own = latent_ranks(config)
+    ranks = kv_lora_rank if isinstance(kv_lora_rank, list) else [kv_lora_rank] * len(own)
+    return ranks == own and qk_rope_head_dim in (None, config.qk_rope_head_dim)
 
 
 def plan_latent(
@@ -98,7 +118,7 @@ def plan_latent(
         ValueError: for widths the source does not allow, or contradictory ones.
     """
     rope_dim, layers = config.qk_rope_head_dim, config.num_hidden_layers
-    own = config.kv_lora_rank if isinstance(config.kv_lora_rank, list) else [config.kv_lora_rank] * layers
+    own = latent_ranks(config)
     elements = sum(own) + layers * rope_dim
     if exact:
         _no_widths(config.kv_lora_rank, rope_dim, kv_lora_rank, qk_rope_head_dim, cache)
@@ -109,7 +129,9 @@ def plan_latent(
             "leave it out."
         )
     if cache is not None:
-        kv_lora_rank = [_elements_kept(cache, kv_lora_rank, rank + rope_dim) - rope_dim for rank in own]
+        elements_kept = [_elements_kept(cache, kv_lora_rank, rank + rope_dim) for rank in own]
+        _check_share(cache, min(elements_kept), min(own) + rope_dim, rope_dim, "which stays as it is in an MLA source")
+        kv_lora_rank = [kept - rope_dim for kept in elements_kept]
     if kv_lora_rank is None:
         raise ValueError("Say how small the cache shall be: kv_lora_rank, or cache, or exact.")
     ranks = _layer_ranks(kv_lora_rank, own, f"the latent of this source beside its {rope_dim} rotary elements")
@@ -123,6 +145,16 @@ def _elements_kept(cache: float, kv_lora_rank: int | list[int] | None, full: int
     if not 0 < cache <= 1:
         raise ValueError(f"cache={cache}: the share of the source's cache to keep must be above 0 and at most 1.")
     return round(cache * full)
+
+
+def _check_share(cache: float, kept: int, full: int, rope_dim: int, why: str) -> None:
+    """Raises `ValueError` for a share of the cache that leaves no latent beside the rotary key."""
+    if kept <= rope_dim:
+        least = math.ceil(1000 * (rope_dim + 1) / full) / 1000
+        raise ValueError(
+            f"cache={cache}: of {full} elements per token and layer that keeps {kept}, and the rotary key takes "
+            f"{rope_dim}, {why}; a latent needs at least 1 more, so the share must be at least {least}."
+        )
 
 
 def _layer_ranks(kv_lora_rank: int | list[int], largest: list[int], holds: str) -> list[int]:

@@ -10,8 +10,10 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, get_type_hints
 
 from .family import AttentionShape
+from .refinement import Refinement
 
 
+REFINE = "refine."  # what the refinement's choices begin with beside those of a recipe
 CHOICES: dict[str, tuple[str, ...]] = {
     "rope_metric": ("query", "key", "heads"),
     "slots": ("lost", "uniform", "heads"),
@@ -139,14 +141,47 @@ def find_recipe(recipe: str | Recipe | None, changes: Mapping[str, Any] | None =
             raise ValueError(f"Recipe {recipe!r} is not known: must be one of {', '.join(RECIPES)}{hint}")
         recipe = RECIPES[recipe]
     recipe = recipe or Recipe()
-    kinds = get_type_hints(Recipe)
-    for name, value in (changes or {}).items():
+    _check_kinds("A recipe", get_type_hints(Recipe), changes or {})
+    return replace(recipe, **(changes or {}))
+
+
+def find_refinement(
+    steps: int | None = None, gate: bool = False, changes: Mapping[str, Any] | None = None
+) -> Refinement | None:
+    """The refinement asked for on a command line, `None` for that of the recipe.
+
+    Args:
+        steps (`int`, *optional*): training steps of each layer.
+        gate (`bool`): train the gate too.
+        changes (`Mapping`, *optional*): its other choices.
+
+    Raises:
+        ValueError, TypeError: for an unknown choice, a value of another kind, or choices without steps.
+    """
+    kinds = {name: kind for name, kind in get_type_hints(Refinement).items() if name not in ("steps", "gate")}
+    _check_kinds("The refinement", kinds, changes or {})
+    if steps == 0 and (gate or changes):
+        given = "--refine-gate" if gate else f"--set {REFINE}{next(iter(changes or ()))}"
+        raise ValueError(f"{given} with --refine-steps 0: without refinement nothing is trained; leave one out.")
+    if steps is None and not gate and not changes:
+        return None
+    settings: dict[str, Any] = {**(changes or {}), **({} if steps is None else {"steps": steps})}
+    return Refinement(gate=gate, **settings)
+
+
+def split_choices(choices: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Choices of a recipe, and those of the refinement: the ones that are named `refine.` and more."""
+    recipe = {name: value for name, value in choices.items() if not name.startswith(REFINE)}
+    return recipe, {name.removeprefix(REFINE): choices[name] for name in choices if name not in recipe}
+
+
+def _check_kinds(what: str, kinds: Mapping[str, type], changes: Mapping[str, Any]) -> None:
+    for name, value in changes.items():
         if name not in kinds:
-            raise ValueError(f"A recipe has no choice {name!r}; it has {', '.join(kinds)}.")
+            raise ValueError(f"{what} has no choice {name!r}; it has {', '.join(kinds)}.")
         allowed = (int, float) if kinds[name] is float else (kinds[name],)
         if not isinstance(value, allowed) or (isinstance(value, bool) and kinds[name] is not bool):
             raise TypeError(f"{name}={value!r}: must be of type {kinds[name].__name__}.")
-    return replace(recipe, **(changes or {}))
 
 
 def nearest_recipe(recipe: Recipe) -> str:
@@ -159,6 +194,14 @@ def recipe_options(recipe: Recipe) -> list[str]:
     name = nearest_recipe(recipe)
     words = [] if name == "default" else ["--recipe", name]
     return words + [word for key, value in _changes(recipe, name).items() for word in ("--set", f"{key}={value}")]
+
+
+def refinement_options(refinement: Refinement) -> list[str]:
+    """The command-line options beside `--refine-steps` that give this refinement."""
+    words, usual = ["--refine-gate"] if refinement.gate else [], asdict(Refinement())
+    changed = {name: value for name, value in asdict(refinement).items() if value != usual[name]}
+    others = (f"{REFINE}{name}={value}" for name, value in changed.items() if name not in ("steps", "gate"))
+    return words + [word for choice in others for word in ("--set", choice)]
 
 
 def _changes(recipe: Recipe, name: str) -> dict[str, Any]:

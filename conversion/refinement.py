@@ -91,6 +91,11 @@ class Refinement:
     def __post_init__(self):
         if self.steps < 0:
             raise ValueError(f"refine_steps={self.steps}: must be 0 (no refinement) or more.")
+        if not (self.learning_rate > 0 and self.batch_size >= 1 and 0 <= self.carry <= 1):
+            raise ValueError(
+                f"learning_rate={self.learning_rate}, batch_size={self.batch_size}, carry={self.carry} of the "
+                "refinement: the rate must be above 0, the batch at least 1 sequence, and carry from 0 to 1."
+            )
         if self.dtype not in ("auto", "float32", "bfloat16"):
             raise ValueError(f"dtype={self.dtype!r} of the refinement: must be auto, float32 or bfloat16.")
         if self.dtype == "auto":

@@ -1,7 +1,7 @@
 """Reading a checkpoint to convert: a local folder, a hub id or a GGUF file, tensor by tensor."""
 
 import contextlib
-import json
+import itertools
 import re
 import subprocess
 import sys
@@ -9,13 +9,23 @@ import tempfile
 import zipfile
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedConfig
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+)
+
+from egmla.provenance import read_json
 
 
 SMOLLM2_REPOSITORY = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -42,7 +52,8 @@ class Source:
     Attributes:
         label (`str`): what the user called it (a path or a hub id).
         config: its Transformers configuration.
-        tokenizer: its tokenizer, or `None` when it has none.
+        tokenizer: its tokenizer, or `None` when it has none that can be read.
+        without_tokenizer (`str`): why it has none.
         generation_config: its generation settings, or `None`.
         files (`dict[str, Path]`): the safetensors file each tensor is in.
         tensors (`dict[str, torch.Tensor]`): tensors already in memory (GGUF).
@@ -52,6 +63,7 @@ class Source:
     label: str
     config: PreTrainedConfig
     tokenizer: Any | None = None
+    without_tokenizer: str = "it has no tokenizer files"
     generation_config: GenerationConfig | None = None
     files: dict[str, Path] = field(default_factory=dict)
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -65,13 +77,27 @@ class Source:
 
     @cached_property
     def experts(self) -> dict[str, list[str]]:
-        """For each tensor of experts side by side, the tensors of single ones that it is made of, in order."""
+        """For each tensor of experts side by side, the tensors of single ones that it is made of, in order.
+
+        Raises:
+            ValueError: when one of them is missing.
+        """
         found: dict[str, list[tuple[int, str, str]]] = {}
         for name in self.files.keys() | self.tensors.keys():
             if match := EXPERT.fullmatch(name):
                 module, number, part = match.groups()
                 joined = "down_proj" if part == "down" else "gate_up_proj"
                 found.setdefault(f"{module}.{joined}", []).append((int(number), part, name))
+        for joined, members in found.items():
+            module, _, parts = joined.rpartition(".")
+            names = {name for *_, name in members}
+            count = max(getattr(self.config, "n_routed_experts", None) or 0, 1 + max(number for number, *_ in members))
+            for number, part in itertools.product(range(count), parts.removesuffix("_proj").split("_")):
+                if (name := f"{module}.{number}.{part}_proj.weight") not in names:
+                    raise ValueError(
+                        f"{self.label} lacks {name}, of one of its {count} experts; the checkpoint is incomplete: "
+                        "download it again."
+                    )
         return {joined: [name for _, _, name in sorted(members)] for joined, members in found.items()}
 
     def tensor(self, name: str) -> torch.Tensor:
@@ -120,6 +146,19 @@ class Source:
         with safe_open(str(self.files[name]), framework="pt") as file:
             return tuple(file.get_slice(name).get_shape())
 
+    def needed_tokenizer(self, purpose: str) -> Any:
+        """The tokenizer.
+
+        Raises:
+            ValueError: when there is none; the message says for what `purpose` it is needed, and why there is none.
+        """
+        if self.tokenizer is None:
+            raise ValueError(
+                f"{self.label} has no tokenizer that can be read, which {purpose} needs ({self.without_tokenizer}); "
+                "add its tokenizer files to the folder, or what they need to be read."
+            )
+        return self.tokenizer
+
     def fingerprint(self) -> dict[str, Any]:
         """What tells this checkpoint from others: its configuration, and names, sizes and times of its files."""
         files = sorted(set(self.files.values()) or {Path(self.label)})
@@ -149,25 +188,58 @@ def open_source(source: str | Path) -> Source:
         raise FileNotFoundError(
             f"{path} has no config.json; give the folder of a Transformers checkpoint, or a .gguf file."
         )
-    try:
-        config = AutoConfig.from_pretrained(path)
-    except (StrictDataclassError, AttributeError) as error:  # the latter for a dtype that PyTorch does not have
-        raise ValueError(f"{path}/config.json has a value that does not work ({error}); correct it.") from error
-    opened = Source(
+    config = _config(path / "config.json")
+    if getattr(config, "quantization_config", None) is not None:
+        _refuse_quantised(str(source), config.quantization_config.get("quant_method", "unknown"))
+    tokenizer, without = _tokenizer(path)
+    return Source(
         label=str(source),
         config=config,
-        tokenizer=_tokenizer(path),
+        tokenizer=tokenizer,
+        without_tokenizer=without,
         generation_config=_generation_config(path),
         files=_weight_files(path),
         origin=_origin(path / "README.md", repository),
     )
-    if getattr(opened.config, "quantization_config", None) is not None:
+
+
+def _config(file: Path) -> PreTrainedConfig:
+    """A folder's configuration, by Transformers' own class for it: code that comes with a checkpoint never runs.
+
+    Raises:
+        ValueError: for an architecture that Transformers does not know, or values that do not work.
+    """
+    model_type = read_json(file, "download it again").get("model_type")
+    if not isinstance(model_type, str):
         raise ValueError(
-            f"{source} has quantised weights ({opened.config.quantization_config.get('quant_method', 'unknown')}); "
-            "conversion needs the original ones. Use the unquantised checkpoint (GGUF files are de-quantised on "
-            "reading)."
+            f"{file} has model_type={model_type!r}: it must name an architecture, as of every Transformers checkpoint."
         )
-    return opened
+    if model_type not in CONFIG_MAPPING:
+        from .families import refuse_architecture  # which reads sources
+
+        refuse_architecture(model_type)
+    try:
+        return AutoConfig.from_pretrained(file.parent, trust_remote_code=False)
+    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
+        # A key that is missing in rope_parameters, a dtype that PyTorch does not have, ...
+        raise ValueError(f"{file} has a value that does not work ({_reason(error)}); correct it.") from error
+
+
+def _refuse_quantised(source: str, method: str) -> NoReturn:
+    remedy = "Use the unquantised checkpoint (GGUF files are de-quantised on reading)."
+    if method == "fp8":
+        remedy = (
+            "Where they were published in FP8 only, as DeepSeek-V3's and R1's, use a bfloat16 copy of the hub, or "
+            "make one: inference/fp8_cast_bf16.py of github.com/deepseek-ai/DeepSeek-V3 writes the weights, and "
+            "quantization_config must leave their config.json."
+        )
+    raise ValueError(f"{source} has quantised weights ({method}); conversion needs the original ones. {remedy}")
+
+
+def _reason(error: BaseException) -> str:
+    """What an error says, in one line."""
+    text = error.args[0] if isinstance(error, KeyError) and error.args else error
+    return " ".join(str(text).split()) or type(error).__name__
 
 
 def load_source(source: str | Path) -> tuple[Any, Any]:
@@ -179,7 +251,8 @@ def load_source(source: str | Path) -> tuple[Any, Any]:
     opened = open_source(source)
     if not opened.tensors:
         folder = next(iter(opened.files.values())).parent
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), opened.tokenizer
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
+        return model.eval(), opened.tokenizer
     model = AutoModelForCausalLM.from_config(opened.config, dtype=torch.float32)
     model.load_state_dict(opened.tensors)
     model.generation_config = opened.generation_config
@@ -212,7 +285,11 @@ def _weight_files(path: Path) -> dict[str, Path]:
     index = path / "model.safetensors.index.json"
     single = path / "model.safetensors"
     if index.is_file():
-        weight_map = json.loads(index.read_text())["weight_map"]
+        weight_map = read_json(index, "download it again").get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+            raise ValueError(
+                f"{index} has no weight_map that gives each tensor's file; download the checkpoint again."
+            )
         shards = {name: path / shard for name, shard in weight_map.items()}
         missing = sorted({file.name for file in shards.values() if not file.is_file()})
         if missing:
@@ -245,24 +322,69 @@ def _weight_files(path: Path) -> dict[str, Path]:
 def _open_gguf(path: Path) -> Source:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; give the path of a .gguf file.")
+    reader = _gguf_reader(path)
+    _check_gguf_rotation(path, reader)
     try:
-        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-    except ImportError as error:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
+        )
+    except (ImportError, NotImplementedError, ValueError, KeyError) as error:
+        # An architecture or a format of numbers that its reader does not know, ...
         raise ValueError(
-            f"Reading {path.name} needs the gguf package: pip install 'egmla[gguf]' ({error})."
+            f"Transformers cannot read {path} ({_reason(error)}); use the safetensors checkpoint that it was made of."
         ) from error
+    model, info = loaded
+    if info["missing_keys"]:
+        raise ValueError(
+            f"{path} lacks {len(info['missing_keys'])} tensors of its architecture, first "
+            f"{min(info['missing_keys'])}; download it again."
+        )
     config = model.config
     # The weights are plain floats now; the note that they were quantised would stop every save.
     if hasattr(config, "quantization_config"):
         del config.quantization_config
+    tokenizer, without = _tokenizer(path.parent, gguf_file=path.name)
     return Source(
         label=str(path),
         config=config,
-        tokenizer=_tokenizer(path.parent, gguf_file=path.name),
+        tokenizer=tokenizer,
+        without_tokenizer=without,
         generation_config=model.generation_config,
         tensors=model.state_dict(),
-        origin=_gguf_origin(path),
+        origin=_gguf_origin(reader),
     )
+
+
+def _gguf_reader(path: Path) -> Any:
+    try:
+        from gguf import GGUFReader
+    except ImportError as error:
+        raise ValueError(
+            f"Reading {path.name} needs the gguf package: pip install 'egmla[gguf]' ({error})."
+        ) from error
+    try:
+        return GGUFReader(path)
+    except Exception as error:  # NumPy's errors, of many classes, where the file ends too early
+        raise ValueError(
+            f"{path} is truncated, no GGUF file, or of a newer kind than the gguf package knows ({_reason(error)}); "
+            "download it again."
+        ) from error
+
+
+def _check_gguf_rotation(path: Path, reader: Any) -> None:
+    """Refuses scaled rotary frequencies, which Transformers' reader leaves out: the model would be another one."""
+    factors = [tensor for tensor in reader.tensors if tensor.name.startswith(("rope_freqs.", "rope_factors_"))]
+    found = [tensor.name for tensor in factors if (tensor.data != 1).any()]
+    found += [
+        f"{name} {field.contents()!r}"
+        for name, field in reader.fields.items()
+        if name.endswith(".rope.scaling.type") and field.contents() != "none"
+    ]
+    if found:
+        raise ValueError(
+            f"{path} scales its rotary frequencies ({', '.join(found)}), which Transformers does not read from GGUF "
+            "files: the model would be another one. Use the safetensors checkpoint that it was made of."
+        )
 
 
 def _origin(card: Path, repository: str | None) -> dict[str, Any]:
@@ -291,19 +413,36 @@ def _cached_repository(folder: Path) -> str | None:
     return names[-1].removeprefix("models--").replace("--", "/", 1) if names else None
 
 
-def _gguf_origin(path: Path) -> dict[str, Any]:
-    from gguf import GGUFReader
-
-    fields = GGUFReader(path).fields
+def _gguf_origin(reader: Any) -> dict[str, Any]:
     names = {"license": "general.license", "languages": "general.languages"}
-    return {name: fields[key].contents() for name, key in names.items() if key in fields}
+    return {name: reader.fields[key].contents() for name, key in names.items() if key in reader.fields}
 
 
-def _tokenizer(path: Path, **kwargs):
+def _tokenizer(path: Path, **kwargs) -> tuple[Any | None, str]:
+    """A source's tokenizer, or `None` and why there is none.
+
+    Raises:
+        ValueError: for files that are damaged.
+    """
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        if not kwargs and (path / name).is_file():
+            read_json(path / name, "download it again")
     try:
-        return AutoTokenizer.from_pretrained(path, **kwargs)
-    except (OSError, ValueError):
-        return None
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False, **kwargs), ""
+    except (OSError, ValueError, ImportError) as error:
+        files = {file.name for pattern in ("*token*", "vocab*", "*.model") for file in path.glob(pattern)}
+        if not kwargs and not files:
+            return None, "it has no tokenizer files"
+        if not kwargs and "tokenizer.model" in files and find_spec("sentencepiece") is None:
+            return None, "its tokenizer.model needs a package to be read: pip install sentencepiece"
+        if "trust_remote_code" in str(error):
+            return None, "its tokenizer is code that comes with it, which is not run; a tokenizer.json would do"
+        return None, _reason(error)
+    except Exception as error:  # the tokenizers library has no class of its own for what it cannot read
+        raise ValueError(
+            f"{path / kwargs.get('gguf_file', 'tokenizer.json')} holds no tokenizer that can be read "
+            f"({_reason(error)}); download it again."
+        ) from error
 
 
 def _generation_config(path: Path) -> GenerationConfig | None:

@@ -64,7 +64,7 @@ def sweep(
             "A sweep needs at least one size and one recipe, such as caches=[0.5, 0.25] (--cache 0.5,0.25)."
         )
     opened = open_source(source)
-    evaluation = open_evaluation(evaluate, opened.tokenizer, opened.config, evaluation_windows)
+    evaluation = open_evaluation(evaluate, opened.needed_tokenizer("evaluation"), opened.config, evaluation_windows)
     most = calibration_tokens or CALIBRATION_TOKENS * REFINEMENT_TOKENS_FACTOR
     text = read_text(Path(calibration), "Calibration", MAX_CHARACTERS_PER_TOKEN * most)
     settings = {

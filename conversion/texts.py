@@ -95,22 +95,31 @@ def open_evaluation(path: str | Path, tokenizer: Any, config: PreTrainedConfig, 
 
     Args:
         path (`str` or `Path`): a plain text file.
-        tokenizer: the source's, or `None`.
+        tokenizer: the source's.
         config (`PreTrainedConfig`): the source's; windows are no longer than its context.
         windows (`int`): how many to use at most.
 
     Raises:
-        ValueError, FileNotFoundError: for a text that cannot be read or does not fill one window.
+        ValueError, FileNotFoundError: for a text that cannot be read or does not fill one window, or a tokenizer of
+            another model.
     """
     if windows < 1:
         raise ValueError(f"evaluation_windows={windows}: at least 1 is needed.")
-    if tokenizer is None:
-        raise ValueError("The source has no tokenizer, which evaluation needs; add its tokenizer files to the folder.")
     path, window = Path(path), min(WINDOW, config.max_position_embeddings)
     text = read_text(path, "Evaluation", MAX_CHARACTERS_PER_TOKEN * windows * window)
     ids = token_windows(tokenizer, text, window)
+    check_token_ids(ids, config)
     used = text[: math.ceil(len(text) * min(1.0, windows / len(ids)))]
     return EvaluationText(path.name, hashlib.sha256(text.encode()).hexdigest(), ids[:windows], used)
+
+
+def check_token_ids(ids: torch.Tensor, config: PreTrainedConfig) -> None:
+    """Raises `ValueError` for token ids that the model has no embedding of."""
+    if ids.max() >= config.vocab_size:
+        raise ValueError(
+            f"The tokenizer gives token id {int(ids.max())} and the source has embeddings of {config.vocab_size} "
+            "tokens (vocab_size): it is another model's. Put the source's own tokenizer files into its folder."
+        )
 
 
 def check_calibration_text(path: Path, text: str, evaluation: EvaluationText | None) -> None:

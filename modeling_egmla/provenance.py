@@ -76,7 +76,8 @@ def peak_bytes() -> int:
 
 def public_name(label: str) -> str:
     """A model's or file's name without the folders it lies in: reports are published."""
-    return Path(label).name if Path(label).exists() else label
+    # Not `resolve`: files of the hub's cache are links to names that tell nothing.
+    return Path(os.path.abspath(label)).name or label if Path(label).exists() else label
 
 
 def read_json(path: Path, remedy: str = "write it again") -> dict[str, Any]:

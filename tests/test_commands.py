@@ -255,11 +255,14 @@ def test_convert_exact_and_generate(llama, tmp_path):
 
 def test_convert_to_half_the_cache(llama, text, tmp_path):
     options = "--kv-lora-rank", "8,12", "--qk-rope-head-dim", 6, "--calibration", text, "--calibration-tokens", 4096
-    result = run("convert", llama, tmp_path / "half", *options, "--refine-steps", 2, "--refine-gate")
+    options += "--refine-steps", 2, "--refine-gate", "--set", "refine.learning_rate=3e-4", "--set", "balance=2"
+    result = run("convert", llama, tmp_path / "half", *options)
     assert result.exit_code == 0, result.output
     report = json.loads((tmp_path / "half" / "conversion_report.json").read_text())
     assert report["refinement"]["steps"] == 2 and report["refinement"]["gate"]
-    assert "--refine-steps 2" in report["command"] and report["command"].endswith(" --refine-gate")
+    assert report["refinement"]["learning_rate"] == 3e-4 and report["recipe"]["balance"] == 2
+    assert "--refine-steps 2" in report["command"]
+    assert report["command"].endswith(" --refine-gate --set refine.learning_rate=0.0003 --set balance=2")
     assert "64 -> 32" in result.stdout
     assert "8 to 12, one per layer" in result.stdout
     assert EGMLAConfig.from_pretrained(tmp_path / "half").kv_lora_rank == [8, 12]
@@ -283,6 +286,10 @@ def test_convert_dry_run_writes_nothing(llama, text, tmp_path):
         (("--kv-lora-rank", "8", "--qk-rope-head-dim", "4"), "needs calibration text"),
         (("--kv-lora-rank", "8", "--qk-rope-head-dim", "4", "--calibration", "nix.txt"), "nix.txt does not exist"),
         (("--cache", "0.5", "--refine-steps", "0", "--refine-gate"), "--refine-gate with --refine-steps 0"),
+        (("--cache", "0.5", "--set", "refine.rate=1"), "The refinement has no choice 'rate'; it has learning_rate"),
+        (("--exact", "--refine-gate"), "exact mode keeps the source's function and has no use for refinement"),
+        (("--exact", "--refine-steps", "9", "--calibration", "nix.txt"), "(--calibration, --calibration-tokens) and "),
+        (("--exact", "--set", "balance=2"), "has no use for choices of a recipe (--recipe, --set)"),
     ],
 )
 def test_convert_refuses(llama, tmp_path, options, message):
@@ -313,7 +320,41 @@ def test_interruption_exits_with_130(monkeypatch, tmp_path):
     monkeypatch.setattr(egmla.conversion, "convert_checkpoint", fail_with(KeyboardInterrupt()))
     result = run("convert", "source", tmp_path / "target", "--exact")
     assert result.exit_code == 130
-    assert "Interrupted." in result.stderr
+    assert result.stderr.strip() == "Interrupted."
+
+
+def test_interruption_says_what_is_kept(llama, text, tmp_path, monkeypatch):
+    """Finished layers of a conversion, its model while it is measured, the models of a sweep."""
+    monkeypatch.chdir(tmp_path)
+    options = "--kv-lora-rank", 8, "--qk-rope-head-dim", 4, "--calibration", text, "--calibration-tokens", 4096
+    options += "--refine-steps", 0
+    with monkeypatch.context() as patch:
+        patch.setattr("egmla.conversion.convert.ShardWriter.finish", fail_with(KeyboardInterrupt()))
+        result = run("convert", llama, "half", *options)
+    assert result.exit_code == 130
+    expected = "Interrupted. The layers that are finished are kept, and the same command goes on from there."
+    assert result.stderr.strip().endswith(expected)
+    other = tmp_path / "other.txt"
+    other.write_text(sample_text("evaluation")[:60_000])
+    options += "--evaluate", other, "--evaluation-windows", 1
+    with monkeypatch.context() as patch:
+        patch.setattr("egmla.conversion.convert.source_perplexity", fail_with(KeyboardInterrupt()))
+        result = run("convert", llama, "half", *options)
+    assert result.stderr.strip().endswith("Interrupted. The model is written, and the same command measures it.")
+    result = run("convert", llama, "half", *options)
+    assert result.exit_code == 0 and "perplexity, 1 windows of other.txt" in result.stdout
+    with monkeypatch.context() as patch:
+        patch.setattr("egmla.conversion.sweep.converted_perplexity", fail_with(KeyboardInterrupt()))
+        result = run("sweep", llama, "models", "--cache", "0.5", *options[4:])
+    assert "Interrupted. The models and layers that are finished are kept" in result.stderr
+
+
+def test_the_current_folder_has_a_name(llama, tmp_path, monkeypatch):
+    monkeypatch.chdir(llama)
+    assert run("convert", ".", tmp_path / "t", "--exact").exit_code == 0
+    report = json.loads((tmp_path / "t" / "conversion_report.json").read_text())
+    assert report["source"]["label"] == llama.name
+    assert report["command"] == f"egmla convert {llama.name} TARGET --exact"
 
 
 @pytest.mark.parametrize("flag", [("--debug",), ()])

@@ -115,6 +115,45 @@ def test_interrupted_evaluation_leaves_the_model(llama_folder, evaluation, tmp_p
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "t").config.model_type == "egmla"
 
 
+def test_the_same_command_adds_the_evaluation(converted, llama_folder, calibration, evaluation, tmp_path, monkeypatch):
+    """To a finished model that was not measured, with the same settings; nothing is converted again."""
+    target, returned = converted
+    folder = shutil.copytree(target, tmp_path / "t")
+    path = folder / "conversion_report.json"
+    unmeasured = {name: value for name, value in returned.items() if name != "evaluation"}
+    path.write_text(json.dumps(unmeasured | {"command": "without"}))
+    before = {file.name: file.read_bytes() for file in folder.iterdir() if file != path}
+
+    def again(**changes):
+        arguments = {
+            "kv_lora_rank": [12, 20],
+            "qk_rope_head_dim": 8,
+            "calibration": calibration,
+            "calibration_tokens": 4096,
+            "refinement": Refinement(steps=3),
+            "evaluate": evaluation,
+            "evaluation_windows": 2,
+        }
+        return convert_checkpoint(llama_folder, folder, **arguments | changes)
+
+    monkeypatch.setattr("egmla.conversion.convert.staged_folder", None)
+    with pytest.raises(FileExistsError, match=r"finished conversion with other settings \(plan\)"):
+        again(kv_lora_rank=[12, 19])
+    with pytest.raises(FileExistsError, match=r"other settings \(refinement, dtype\)"):
+        again(refinement=Refinement(steps=4), dtype="bfloat16")
+    for changes in ({"resume": False}, {"evaluate": None}, {"dry_run": True}):
+        with pytest.raises(FileExistsError, match=r"exists and is not empty; a new or empty folder"):
+            again(**changes)
+    with monkeypatch.context() as patch, pytest.raises(FileExistsError, match=r"other settings \(weights\)"):
+        patch.setattr("egmla.conversion.convert.weights_sha256", lambda folder: "of a healed model")
+        again()
+    assert json.loads(path.read_text())["command"] == "without"
+    assert again() == json.loads(path.read_text()) == json.loads(json.dumps(returned))
+    assert before == {file.name: file.read_bytes() for file in folder.iterdir() if file != path}
+    with pytest.raises(FileExistsError, match=r"exists and is not empty; a new or empty folder"):
+        again()  # it is measured
+
+
 def test_cards_show_the_evaluation_and_the_figure(converted, tmp_path):
     target, returned = converted
     folder = shutil.copytree(target, tmp_path / "small")

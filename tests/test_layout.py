@@ -42,7 +42,13 @@ def assert_same_function(ours, theirs, ids):
 @pytest.mark.parametrize("refinement", [CLOSED_FORM, REFINED], ids=["closed form", "refined"])
 @pytest.mark.parametrize(
     ("name", "freqfold", "P"),
-    [("llama linear", 1, 10), ("llama llama3, wide heads", 7, 2), ("mistral, window of the whole context", 1, 14)],
+    [
+        ("llama linear", 1, 10),
+        ("llama llama3, wide heads", 7, 2),
+        ("mistral, window of the whole context", 1, 14),
+        ("mistral yarn mqa", 1, 10),
+        ("llama dynamic", 1, 10),
+    ],
 )
 def test_converted_with_latent_norm(make_source, calibration, tmp_path, name, freqfold, P, refinement):
     """All frequencies in slots, or every seventh: both are stock frequencies of that width."""
@@ -125,7 +131,17 @@ def test_latent_norm_costs_one_number(make_source, calibration, tmp_path):
         (
             "llama linear",
             {"cache": 0.5, "layout": "deepseek_v3", "latent_norm": True},
-            r"not at the stock frequencies .* --set slots=uniform",
+            r"not at the stock frequencies .* --set slots=uniform --set freqfold=5",
+        ),
+        (
+            "mistral yarn mqa",
+            {"cache": 0.5, "layout": "deepseek_v3", "latent_norm": True},
+            r"'yarn'\); those of this type depend on the width.*slots=uniform and --qk-rope-head-dim 10",
+        ),
+        (
+            "llama dynamic",
+            {"cache": 0.25, "layout": "deepseek_v3", "recipe": Recipe(slots="uniform", freqfold=5, latent_norm=True)},
+            r"'dynamic'\); those of this type depend on the width.*slots=uniform and --qk-rope-head-dim 10",
         ),
         ("deepseek_v3", {"kv_lora_rank": 8, "layout": "deepseek_v3"}, r"made smaller behind its norm, by an encoder"),
         (

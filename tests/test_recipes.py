@@ -8,10 +8,11 @@ from test_commands import run
 from test_conversion import EXACT_TOLERANCE, random_layer
 from transformers import AutoModelForCausalLM
 
-from egmla.conversion import RECIPES, Recipe, convert_checkpoint, find_recipe
+from egmla.commands.common import read_settings
+from egmla.conversion import RECIPES, Recipe, Refinement, convert_checkpoint, find_recipe
 from egmla.conversion.closed_form import low_rank_attention
 from egmla.conversion.family import AttentionShape
-from egmla.conversion.recipes import recipe_options
+from egmla.conversion.recipes import find_refinement, recipe_options, refinement_options, split_choices
 
 
 SHAPE = AttentionShape(heads=6, kv_heads=3, head_dim=8, hidden_size=48)
@@ -112,6 +113,39 @@ def test_recipes_by_name_and_back():
     changed = find_recipe("transmla-like", {"freqfold": 2})
     assert recipe_options(changed) == ["--recipe", "transmla-like", "--set", "freqfold=2"]
     assert recipe_options(Recipe()) == []
+
+
+def test_refinement_by_options_and_back():
+    assert find_refinement() is None
+    assert find_refinement(7) == Refinement(steps=7)
+    usual = {"learning_rate": 1e-3, "batch_size": 2, "carry": 0.0, "dtype": Refinement().dtype}
+    assert refinement_options(find_refinement(7, changes=usual)) == []
+    assert split_choices({"balance": 2.0, "refine.carry": 1}) == ({"balance": 2.0}, {"carry": 1})
+    other = "float32" if Refinement().dtype == "bfloat16" else "bfloat16"
+    changed = {"learning_rate": 3e-4, "batch_size": 4, "carry": 0.5, "dtype": other}
+    words = refinement_options(find_refinement(gate=True, changes=changed))
+    assert words[0] == "--refine-gate" and "refine.learning_rate=0.0003" in words and len(words) == 1 + 2 * 4
+    recipe, refinement = split_choices(read_settings(words[2::2]))
+    assert not recipe and find_refinement(None, True, refinement) == Refinement(gate=True, **changed)
+
+
+@pytest.mark.parametrize(
+    ("steps", "gate", "changes", "message"),
+    [
+        (None, False, {"rate": 1}, r"The refinement has no choice 'rate'; it has learning_rate, batch_size, carry"),
+        (None, False, {"steps": 1}, r"no choice 'steps'"),
+        (None, False, {"batch_size": 1.5}, r"batch_size=1.5: must be of type int"),
+        (None, False, {"batch_size": 0}, r"batch_size=0, carry=0.0 of the refinement: .* at least 1 sequence"),
+        (None, False, {"learning_rate": 0}, r"learning_rate=0, .* the rate must be above 0"),
+        (None, False, {"carry": 2}, r"carry from 0 to 1"),
+        (None, False, {"dtype": "int8"}, r"dtype='int8' of the refinement: must be auto, float32 or bfloat16"),
+        (0, True, {}, r"--refine-gate with --refine-steps 0: without refinement nothing is trained"),
+        (0, False, {"carry": 1}, r"--set refine.carry with --refine-steps 0"),
+    ],
+)
+def test_bad_choices_of_the_refinement(steps, gate, changes, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        find_refinement(steps, gate, changes)
 
 
 @pytest.mark.parametrize(

@@ -112,6 +112,39 @@ def test_bad_input_shows_before_anything_is_made(llama_folder, texts, tmp_path):
         sweep(llama_folder, tmp_path, CACHES, **texts)
 
 
+def test_options_of_the_models_on_the_command_line(llama_folder, texts, tmp_path, monkeypatch):
+    passed = []
+
+    def swept(*args, **options):
+        passed.append(options)
+        raise ValueError("enough")
+
+    monkeypatch.setattr(module, "sweep", swept)
+    words = ["sweep", llama_folder, tmp_path / "t", "--cache", "0.5"]
+    words += ["--calibration", texts["calibration"], "--evaluate", texts["evaluate"]]
+    more = [
+        "--refine-gate",
+        "--set",
+        "refine.carry=1",
+        "--set",
+        "balance=2",
+        "--latent-norm",
+        "--layout",
+        "deepseek_v3",
+    ]
+    assert "enough" in run(*words).stderr and "enough" in run(*words, *more).stderr
+    plain, special = passed
+    assert plain["choices"] == {} and plain["refinement"] is None and "layout" not in plain
+    assert special["choices"] == {"balance": 2, "latent_norm": True} and special["layout"] == "deepseek_v3"
+    assert special["refinement"] == Refinement(gate=True, carry=1)
+
+
+def test_sweep_in_deepseeks_layout(llama_folder, texts, tmp_path):
+    with pytest.raises(ValueError, match=r"does not fit layout deepseek_v3: its queries have biases"):
+        sweep(llama_folder, tmp_path / "t", [0.5], **texts, choices={"latent_norm": True}, layout="deepseek_v3")
+    assert not (tmp_path / "t").exists()
+
+
 def test_sweep_on_the_command_line(swept, llama_folder, texts):
     """All is there already: the table of a second run."""
     target, report, _ = swept

@@ -46,11 +46,25 @@ class CommandGroup(typer.core.TyperGroup):
                 f"Error: {_paragraph(error)}", style="red", markup=False
             )
             raise typer.Exit(1) from error
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as interruption:
             if ctx.params.get("debug"):
                 raise
-            Console(stderr=True).print("Interrupted.", style="red")
+            kept = f" {interruption}" if interruption.args else ""
+            Console(stderr=True, soft_wrap=True, highlight=False).print(
+                f"Interrupted.{kept}", style="red", markup=False
+            )
             raise typer.Exit(130) from None
+
+
+@contextlib.contextmanager
+def interruption_says(kept: Callable[[], str | None]) -> Iterator[None]:
+    """Adds what `kept` says, if anything, to the message of an interruption inside."""
+    try:
+        yield
+    except KeyboardInterrupt as interruption:
+        if said := kept():
+            raise KeyboardInterrupt(said) from interruption
+        raise
 
 
 def _paragraph(error: BaseException) -> str:

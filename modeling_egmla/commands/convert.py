@@ -1,15 +1,11 @@
 """`egmla convert`."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from .common import DType
-
-
-if TYPE_CHECKING:
-    from egmla.conversion import Refinement
 
 
 def convert(
@@ -49,7 +45,12 @@ def convert(
         typer.Option(metavar="NAME", help="Recipe: default, transmla-like or mha2mla-like."),
     ] = "default",
     choices: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A choice of the recipe; repeatable.")
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="A choice of the recipe, or as refine.KEY=VALUE of the refinement; repeatable.",
+        ),
     ] = None,
     latent_norm: Annotated[
         bool, typer.Option("--latent-norm", help="Give the latent a norm, which --layout deepseek_v3 wants.")
@@ -65,11 +66,13 @@ def convert(
 ) -> None:
     """Convert a model with multi-head, grouped-query or latent attention to EG-MLA."""
     from egmla.conversion import convert_checkpoint, find_recipe
+    from egmla.conversion.recipes import find_refinement, split_choices
 
-    from .common import console, progress_bars, quiet_transformers, read_settings
+    from .common import console, interruption_says, progress_bars, quiet_transformers, read_settings
 
     quiet_transformers()
-    with progress_bars() as progress:
+    of_recipe, of_refinement = split_choices(read_settings(choices or ()))
+    with interruption_says(lambda: _kept(target) if resume else None), progress_bars() as progress:
         report = convert_checkpoint(
             source,
             target,
@@ -79,10 +82,10 @@ def convert(
             cache=cache,
             calibration=calibration,
             calibration_tokens=calibration_tokens,
-            refinement=_refinement(refine_steps, refine_gate),
+            refinement=find_refinement(refine_steps, refine_gate, of_refinement),
             evaluate=evaluate,
             evaluation_windows=evaluation_windows,
-            recipe=find_recipe(recipe, read_settings(choices or ())),
+            recipe=find_recipe(recipe, of_recipe),
             latent_norm=latent_norm,
             layout=layout,
             dtype=None if dtype is DType.auto else dtype.value,
@@ -95,15 +98,16 @@ def convert(
         console().print(f"Try it: egmla generate {target} --prompt 'What is the capital of France?'", style="dim")
 
 
-def _refinement(steps: int | None, gate: bool) -> "Refinement | None":
-    """The refinement asked for, `None` for that of the recipe."""
-    from egmla.conversion import Refinement
+def _kept(target: Path) -> str | None:
+    """What an interrupted conversion has left to go on from."""
+    from egmla.conversion.writing import JOURNAL, staging_path
 
-    if gate and steps == 0:
-        raise ValueError("--refine-gate with --refine-steps 0: without refinement nothing is trained; leave one out.")
-    if steps is None:
-        return Refinement(gate=True) if gate else None
-    return Refinement(steps=steps, gate=gate)
+    target = target.resolve()
+    if (staging_path(target) / JOURNAL).is_file():
+        return "The layers that are finished are kept, and the same command goes on from there."
+    if (target / "config.json").is_file():
+        return "The model is written, and the same command measures it."
+    return None
 
 
 def _ranks(text: str | None) -> int | list[int] | None:

@@ -18,8 +18,17 @@ def sweep(
         str, typer.Option(metavar="NAMES", help="Recipes: default,transmla-like,mha2mla-like.")
     ] = "default",
     choices: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A choice of each recipe; repeatable.")
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="A choice of each recipe, or as refine.KEY=VALUE of the refinement; repeatable.",
+        ),
     ] = None,
+    latent_norm: Annotated[
+        bool, typer.Option("--latent-norm", help="Give the latents a norm, which --layout deepseek_v3 wants.")
+    ] = False,
+    layout: Annotated[str, typer.Option(metavar="LAYOUT", help="egmla or deepseek_v3, as of convert.")] = "egmla",
     qk_rope_head_dim: Annotated[
         int | None, typer.Option(metavar="P", help="Width of the shared rotary key, the same in all.")
     ] = None,
@@ -29,17 +38,24 @@ def sweep(
     refine_steps: Annotated[
         int | None, typer.Option(min=0, help="Training steps of each layer's attention; as of convert by default.")
     ] = None,
+    refine_gate: Annotated[
+        bool, typer.Option("--refine-gate", help="Train the gates with the rest of each layer's attention.")
+    ] = False,
     evaluation_windows: Annotated[int, typer.Option(min=1, help="Windows to measure, 2,048 tokens each.")] = 9,
     dtype: Annotated[DType, typer.Option(help="Format of the written weights; auto is the source's.")] = DType.auto,
 ) -> None:
     """Convert a model at several cache sizes and measure each; a killed sweep goes on where it stopped."""
-    from egmla.conversion import Refinement
+    from egmla.conversion.recipes import find_refinement, split_choices
     from egmla.conversion.sweep import sweep as run_sweep
 
-    from .common import console, progress_bars, quiet_transformers, read_settings, split_names
+    from .common import console, interruption_says, progress_bars, quiet_transformers, read_settings, split_names
 
     quiet_transformers()
-    with progress_bars() as progress:
+    of_recipes, of_refinement = split_choices(read_settings(choices or ()))
+    if latent_norm:
+        of_recipes["latent_norm"] = True
+    options = {} if layout == "egmla" else {"layout": layout}
+    with interruption_says(lambda: _kept(target)), progress_bars() as progress:
         report = run_sweep(
             source,
             target,
@@ -47,16 +63,26 @@ def sweep(
             calibration=calibration,
             evaluate=evaluate,
             recipes=split_names(recipe),
-            choices=read_settings(choices or ()),
+            choices=of_recipes,
             qk_rope_head_dim=qk_rope_head_dim,
             calibration_tokens=calibration_tokens,
-            refinement=None if refine_steps is None else Refinement(steps=refine_steps),
+            refinement=find_refinement(refine_steps, refine_gate, of_refinement),
             evaluation_windows=evaluation_windows,
             dtype=None if dtype is DType.auto else dtype.value,
             progress=progress,
+            **options,
         )
     _print_report(report)
     console().print(f"Wrote sweep.json and sweep.png in {target}", style="dim", markup=False, soft_wrap=True)
+
+
+def _kept(target: Path) -> str | None:
+    """What an interrupted sweep has left to go on from."""
+    from egmla.conversion.sweep import SWEEP_REPORT
+
+    if not (target / SWEEP_REPORT).is_file():
+        return None
+    return "The models and layers that are finished are kept, and the same command goes on from there."
 
 
 def _fractions(text: str) -> list[float]:
