@@ -102,9 +102,9 @@ def convert_checkpoint(
     started = time.time()
     target = Path(target).resolve()
     recipe = find_recipe(recipe, {"latent_norm": True} if latent_norm else None)
-    check_layout(layout)
     if refinement is None:
         refinement = Refinement() if nearest_recipe(recipe) == "default" else Refinement(steps=0)
+    check_layout(layout, refinement)
     output_dtype = _parse_dtype(dtype)
     check_target(target)
     opened = open_source(source)
