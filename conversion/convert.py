@@ -106,7 +106,7 @@ def convert_checkpoint(
         refinement = Refinement() if nearest_recipe(recipe) == "default" else Refinement(steps=0)
     check_layout(layout, refinement)
     output_dtype = _parse_dtype(dtype)
-    check_target(target)
+    check_target(target, resume)
     opened = open_source(source)
     family = find_family(opened.config)
     if family.latent:
@@ -190,52 +190,54 @@ def convert_checkpoint(
         check_unfinished(target, settings)
     with staged_folder(target, keep=True) as folder, torch.no_grad():
         journal = Journal(folder, settings, resume)
-        finished = len(journal.layers)
-        writer = ShardWriter(folder, parts=finished + 1 if finished else 0)
-        if not finished:
-            for name, rows in family.copied(opened.config, None).items():
-                writer.add(name, _cast(name, opened.read(rows), output_dtype))
-            writer.end_part()
-        elif progress is not None:
-            progress("convert", finished, len(plan.ranks))
-        for tensors, details, states in _converted_layers(
-            opened, family, plan, recipe, refinement, sequences, journal, progress
-        ):
-            layer_idx = details["layer"]
-            for name, rows in family.copied(opened.config, layer_idx).items():
-                writer.add(name, _cast(name, opened.read(rows), output_dtype))
-            stored = opened.tensor(f"model.layers.{layer_idx}.self_attn.o_proj.weight").dtype
+        if journal.report is None:
+            finished = len(journal.layers)
+            writer = ShardWriter(folder, parts=finished + 1 if finished else 0)
+            if not finished:
+                for name, rows in family.copied(opened.config, None).items():
+                    writer.add(name, _cast(name, opened.read(rows), output_dtype))
+                writer.end_part()
+            elif progress is not None:
+                progress("convert", finished, len(plan.ranks))
+            for tensors, details, states in _converted_layers(
+                opened, family, plan, recipe, refinement, sequences, journal, progress
+            ):
+                layer_idx = details["layer"]
+                for name, rows in family.copied(opened.config, layer_idx).items():
+                    writer.add(name, _cast(name, opened.read(rows), output_dtype))
+                stored = opened.tensor(f"model.layers.{layer_idx}.self_attn.o_proj.weight").dtype
+                if layout == "deepseek_v3":
+                    own = _planned_config(opened.config, family, plan, recipe)
+                    tensors = deepseek_attention(tensors, query_factor(own, deepseek_config(own)))
+                for name, tensor in tensors.items():
+                    writer.add(f"model.layers.{layer_idx}.self_attn.{name}", tensor.to(output_dtype or stored))
+                writer.end_part()
+                journal.finish_layer(details, states)
+            writer.finish()
+            slots = [layer["rope_slots"] for layer in journal.layers]
+            config: Any = target_config(opened.config, family, plan, slots, recipe.latent_norm)
             if layout == "deepseek_v3":
-                own = _planned_config(opened.config, family, plan, recipe)
-                tensors = deepseek_attention(tensors, query_factor(own, deepseek_config(own)))
-            for name, tensor in tensors.items():
-                writer.add(f"model.layers.{layer_idx}.self_attn.{name}", tensor.to(output_dtype or stored))
-            writer.end_part()
-            journal.finish_layer(details, states)
-        writer.finish()
-        slots = [layer["rope_slots"] for layer in journal.layers]
-        config: Any = target_config(opened.config, family, plan, slots, recipe.latent_norm)
-        if layout == "deepseek_v3":
-            config = deepseek_config(config)
-        config.dtype = output_dtype or opened.tensor("model.layers.0.self_attn.o_proj.weight").dtype
-        _write_companions(folder, config, opened, writer)
-        report |= {
-            "layers": journal.layers,
-            "seconds": round(time.time() - started, 1),
-            "peak_bytes": peak_bytes(),
-            "dtype": str(config.dtype).removeprefix("torch."),
-            "versions": software_versions(),
-            "commit": source_commit(),
-            "weights_sha256": weights_sha256(folder),
-        }
-        if not plan.exact:
-            report["slots_per_frequency"] = slots_per_frequency(
-                [layer["rope_slots"] for layer in journal.layers], family.shape(opened.config).frequencies
-            )
-            draw_report(folder, report)
-        write_report(folder, report)
-        journal.remove()
-        writer.remove_parts()
+                config = deepseek_config(config)
+            config.dtype = output_dtype or opened.tensor("model.layers.0.self_attn.o_proj.weight").dtype
+            _write_companions(folder, config, opened, writer)
+            report |= {
+                "layers": journal.layers,
+                "seconds": round(time.time() - started, 1),
+                "peak_bytes": peak_bytes(),
+                "dtype": str(config.dtype).removeprefix("torch."),
+                "versions": software_versions(),
+                "commit": source_commit(),
+                "weights_sha256": weights_sha256(folder),
+            }
+            if not plan.exact:
+                report["slots_per_frequency"] = slots_per_frequency(
+                    [layer["rope_slots"] for layer in journal.layers], family.shape(opened.config).frequencies
+                )
+                draw_report(folder, report)
+            write_report(folder, report)
+            journal.finish(report)
+        else:
+            report = journal.report  # an earlier run was stopped while it moved the files
     if evaluation is not None:
         # The model is written: an interruption from here on costs the figures only.
         report["evaluation"] = evaluation.describe() | {

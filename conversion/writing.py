@@ -2,7 +2,7 @@
 
 Everything goes into a hidden staging folder beside the target: a part for each finished layer, the hidden states
 behind the last one, and a journal that says what is done. At the end the parts become shards, and the folder the
-target.
+target; the journal goes last, so that the same command finishes what was stopped at any point.
 """
 
 import errno
@@ -23,16 +23,22 @@ from safetensors.torch import load_file, save_file
 MAX_SHARD_BYTES = 1024**3
 LOCK = ".lock"
 JOURNAL = "journal.json"
+PARTS, STATES = "part-*.safetensors", "states-*.safetensors"
 
 
-def check_target(target: Path) -> None:
+def check_target(target: Path, resume: bool = False) -> None:
     """Looks at a target before there is work to lose.
+
+    Args:
+        target (`Path`): the folder to write.
+        resume (`bool`): allow one that is half published, by an earlier run whose journal is there.
 
     Raises:
         FileExistsError: when it is a file, or a folder with something in it.
         PermissionError: when it cannot be written.
     """
-    if target.is_file() or (target.is_dir() and any(target.iterdir())):
+    content = {path.name for path in target.iterdir()} if target.is_dir() else set()
+    if target.is_file() or (content and not (resume and content <= _published(staging_path(target)))):
         raise FileExistsError(
             f"{target} exists and is not empty; a new or empty folder is needed. Choose another target or remove it."
         )
@@ -49,18 +55,32 @@ def staging_path(target: Path) -> Path:
     return target.parent / f".{target.name}.partial"
 
 
+def _read_journal(staging: Path) -> dict[str, Any] | None:
+    file = staging / JOURNAL
+    return json.loads(file.read_text()) if file.is_file() else None
+
+
+def _published(staging: Path) -> set[str]:
+    """Names of the files that an earlier run has moved from there to its target already."""
+    journal = _read_journal(staging)
+    if journal is None or journal.get("report") is None:
+        return set()
+    return set(journal["files"]) - {path.name for path in staging.iterdir()}
+
+
 @contextmanager
 def staged_folder(target: Path, keep: bool = False) -> Iterator[Path]:
     """A hidden folder beside `target` to write into; it takes the target's name when the block ends without an error.
 
     On an error or an interruption the hidden folder is removed, so that nothing is left that looks like a model; with
-    `keep` it is taken over if it is there, and stays once a journal in it has a finished layer.
+    `keep` it is taken over if it is there, and stays once a journal in it has a finished layer. With a journal the
+    files move one by one, `config.json` last, and a target where only some have arrived is finished.
 
     Raises:
         BlockingIOError: when another process is writing the same target.
         OSError: when the target cannot be written.
     """
-    check_target(target)
+    check_target(target, resume=keep)
     staging = staging_path(target)
     staging.mkdir(parents=True, exist_ok=True)
     lock = FileLock(staging / LOCK, blocking=False)
@@ -80,15 +100,20 @@ def staged_folder(target: Path, keep: bool = False) -> Iterator[Path]:
 
     try:
         yield staging
-        lock.release()
-        (staging / LOCK).unlink(missing_ok=True)
-        if target.is_dir():
+        journal = staging / JOURNAL
+        if target.is_dir() or journal.is_file():
             # An empty folder may be the current one or a mount point, so it stays; config.json makes it a model and
             # comes last.
-            for file in sorted(staging.iterdir(), key=lambda file: file.name == "config.json"):
+            target.mkdir(exist_ok=True)
+            files = [file for file in staging.iterdir() if file.name not in (JOURNAL, LOCK)]
+            for file in sorted(files, key=lambda file: file.name == "config.json"):
                 file.rename(target / file.name)
-            staging.rmdir()
+            journal.unlink(missing_ok=True)
+            lock.release()
+            shutil.rmtree(staging)
         else:
+            lock.release()
+            (staging / LOCK).unlink(missing_ok=True)
             staging.rename(target)
     except OSError as error:
         left = leave()
@@ -109,7 +134,8 @@ def staged_folder(target: Path, keep: bool = False) -> Iterator[Path]:
 class Journal:
     """What of a conversion is done: its settings, what is known of each finished layer, the hidden states behind it.
 
-    A layer counts as finished once the journal says so: its part and the states are written before.
+    A layer counts as finished once the journal says so: its part and the states are written before. So does the whole
+    model, whose report the journal then holds: only moving it to its place is left.
 
     Args:
         folder (`Path`): the staging folder.
@@ -118,15 +144,19 @@ class Journal:
 
     Attributes:
         layers: what is known of each finished layer.
+        report: the report of the whole model once it is written, else `None`.
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any], resume: bool = True):
         self.folder, self.settings = folder, settings
         self.layers: list[dict[str, Any]] = []
-        if resume and (folder / JOURNAL).is_file():
-            self.layers = json.loads((folder / JOURNAL).read_text())["layers"]
-        else:
+        self.report: dict[str, Any] | None = None
+        found = _read_journal(folder) if resume else None
+        if found is None:
             _remove_content(folder)
+        else:
+            self.layers, self.report = found["layers"], found.get("report")
+            self._remove_stale()
 
     def states(self) -> dict[str, torch.Tensor]:
         """The hidden states behind the last finished layer; empty before the first and where none were needed."""
@@ -139,15 +169,30 @@ class Journal:
         if states:
             save_tensors(states, self._states(count))
         self.layers.append(layer)
-        waiting = self.folder / f"{JOURNAL}.waiting"
-        waiting.write_text(json.dumps({"settings": self.settings, "layers": self.layers}))
-        waiting.replace(self.folder / JOURNAL)
-        self._states(count - 1).unlink(missing_ok=True)
+        self._write()
+        self._remove_stale()
 
-    def remove(self) -> None:
-        """Removes the journal and its states: the folder is about to become a model."""
-        self._states(len(self.layers)).unlink(missing_ok=True)
-        (self.folder / JOURNAL).unlink(missing_ok=True)
+    def finish(self, report: dict[str, Any]) -> None:
+        """Notes that the whole model is written beside the journal, and what its report says."""
+        self.report = report
+        self._write()
+        self._remove_stale()
+
+    def _write(self) -> None:
+        content = {"settings": self.settings, "layers": self.layers, "report": self.report}
+        if self.report is not None:
+            content["files"] = [path.name for path in self.folder.iterdir()]
+        waiting = self.folder / f"{JOURNAL}.waiting"
+        waiting.write_text(json.dumps(content))
+        waiting.replace(self.folder / JOURNAL)
+
+    def _remove_stale(self) -> None:
+        """Removes states that no layer starts from any more, and all that is not part of a model once it is whole."""
+        stale = set(self.folder.glob(STATES)) - {self._states(len(self.layers))}
+        if self.report is not None:
+            stale = {path for pattern in (PARTS, STATES) for path in self.folder.glob(pattern)}
+        for path in stale:
+            path.unlink()
 
     def _states(self, count: int) -> Path:
         return self.folder / f"states-{count:05d}.safetensors"
@@ -206,11 +251,6 @@ class ShardWriter:
             total = sum(part.size for group in groups for part in group)
             index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
             (self.folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-
-    def remove_parts(self) -> None:
-        """Removes the parts, which are all in shards."""
-        for number in range(self.parts):
-            self._part(number).unlink()
 
     def _part(self, number: int) -> Path:
         return self.folder / f"part-{number:05d}.safetensors"
@@ -275,9 +315,10 @@ def _remove_content(folder: Path) -> None:
 def check_unfinished(target: Path, settings: dict[str, Any]) -> None:
     """Raises `ValueError` where an unfinished conversion into `target` was begun under other settings."""
     folder = staging_path(target)
-    if not (folder / JOURNAL).is_file():
+    journal = _read_journal(folder)
+    if journal is None:
         return
-    found = json.loads((folder / JOURNAL).read_text())["settings"]
+    found = journal["settings"]
     if different := [name for name in settings if settings[name] != found.get(name)]:
         raise ValueError(
             f"{folder} holds an unfinished conversion with other settings: "
