@@ -16,7 +16,7 @@ from transformers.dynamic_module_utils import custom_object_save
 
 import egmla
 from egmla import EGMLAConfig
-from egmla.provenance import peak_bytes, public_name, software_versions, source_commit, weights_sha256
+from egmla.provenance import machine, peak_bytes, public_name, software_versions, source_commit, weights_sha256
 
 from .checks import check_tensors
 from .estimates import estimate
@@ -184,6 +184,7 @@ def convert_checkpoint(
         **{name: report[name] for name in ("layout", "plan", "recipe", "refinement", "calibration")},
         "dtype": dtype,
         "versions": software_versions(),
+        "machine": None if plan.exact else machine(),  # training carries on in which order sums were taken
     }
     settings = json.loads(json.dumps(settings))  # as the journal of an earlier run has them
     if resume:
@@ -226,6 +227,7 @@ def convert_checkpoint(
                 "peak_bytes": peak_bytes(),
                 "dtype": str(config.dtype).removeprefix("torch."),
                 "versions": software_versions(),
+                "machine": machine(),
                 "commit": source_commit(),
                 "weights_sha256": weights_sha256(folder),
             }

@@ -323,5 +323,7 @@ def check_unfinished(target: Path, settings: dict[str, Any]) -> None:
         raise ValueError(
             f"{folder} holds an unfinished conversion with other settings: "
             + "; ".join(f"{name} was {found.get(name)} and is {settings[name]}" for name in different)
-            + ". Give the same ones to finish it, or --no-resume (resume=False) to start over."
+            + ". Give the same ones to finish it"
+            + (" (OMP_NUM_THREADS sets the threads)" if "machine" in different else "")
+            + ", or --no-resume (resume=False) to start over."
         )

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import test_families
+import torch
 from transformers import AutoModelForCausalLM
 
 from egmla.conversion import Recipe, Refinement, convert, convert_checkpoint, writing
@@ -166,3 +167,19 @@ def test_no_resume_starts_over(whole, tmp_path):
     )
     assert min(done) < 1
     assert_same_files(tmp_path / "t", expected)
+
+
+def test_other_threads_are_refused(whole, tmp_path):
+    """They sum in another order, and the result would be neither run's."""
+    expected, folder, arguments = whole("refined")
+    assert json.loads((expected / "conversion_report.json").read_text())["machine"]["threads"] == 1
+    with stopped_at(writing.Journal, "finish_layer", lambda call, *_: call == 2):
+        convert_checkpoint(folder, tmp_path / "t", **arguments)
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(
+            ValueError, match=r"machine was .*'threads': 1.* and is .*'threads': 2.*OMP_NUM_THREADS sets"
+        ):
+            convert_checkpoint(folder, tmp_path / "t", **arguments)
+    finally:
+        torch.set_num_threads(1)
