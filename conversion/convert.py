@@ -16,7 +16,7 @@ from transformers.dynamic_module_utils import custom_object_save
 
 import egmla
 from egmla import EGMLAConfig
-from egmla.provenance import machine, peak_bytes, public_name, software_versions, source_commit, weights_sha256
+from egmla.provenance import machine, public_name, software_versions, source_commit, weights_sha256
 
 from .checks import check_tensors
 from .estimates import estimate
@@ -93,7 +93,8 @@ def convert_checkpoint(
         progress (*optional*): called with (stage, done, total).
 
     Returns:
-        `dict`: the conversion report (also written as `conversion_report.json`), or with `dry_run` its plan part.
+        `dict`: the conversion report (also written as `conversion_report.json`), or with `dry_run` its plan part. Of a
+            conversion that was interrupted its `seconds` and `peak_bytes` cover all `runs`.
 
     Raises:
         ValueError, FileNotFoundError, FileExistsError: for bad input, before any long work starts.
@@ -190,7 +191,7 @@ def convert_checkpoint(
     if resume:
         check_unfinished(target, settings)
     with staged_folder(target, keep=True) as folder, torch.no_grad():
-        journal = Journal(folder, settings, resume)
+        journal = Journal(folder, settings, resume, started)
         if journal.report is None:
             finished = len(journal.layers)
             writer = ShardWriter(folder, parts=finished + 1 if finished else 0)
@@ -223,8 +224,7 @@ def convert_checkpoint(
             _write_companions(folder, config, opened, writer)
             report |= {
                 "layers": journal.layers,
-                "seconds": round(time.time() - started, 1),
-                "peak_bytes": peak_bytes(),
+                **journal.spent(),
                 "dtype": str(config.dtype).removeprefix("torch."),
                 "versions": software_versions(),
                 "machine": machine(),

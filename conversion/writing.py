@@ -9,6 +9,7 @@ import errno
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,8 @@ import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+
+from egmla.provenance import peak_bytes
 
 
 MAX_SHARD_BYTES = 1024**3
@@ -141,14 +144,17 @@ class Journal:
         folder (`Path`): the staging folder.
         settings (`dict`): everything the result depends on, in types that JSON keeps.
         resume (`bool`): take up what is there; otherwise start over.
+        started (`float`, *optional*): when this run began, seconds as of `time.time`; now by default.
 
     Attributes:
         layers: what is known of each finished layer.
         report: the report of the whole model once it is written, else `None`.
     """
 
-    def __init__(self, folder: Path, settings: dict[str, Any], resume: bool = True):
+    def __init__(self, folder: Path, settings: dict[str, Any], resume: bool = True, started: float | None = None):
         self.folder, self.settings = folder, settings
+        self.started = time.time() if started is None else started
+        self.earlier = {"runs": 0, "seconds": 0.0, "peak_bytes": 0}
         self.layers: list[dict[str, Any]] = []
         self.report: dict[str, Any] | None = None
         found = _read_journal(folder) if resume else None
@@ -156,6 +162,7 @@ class Journal:
             _remove_content(folder)
         else:
             self.layers, self.report = found["layers"], found.get("report")
+            self.earlier = found.get("spent", self.earlier)
             self._remove_stale()
 
     def states(self) -> dict[str, torch.Tensor]:
@@ -178,8 +185,21 @@ class Journal:
         self._write()
         self._remove_stale()
 
+    def spent(self) -> dict[str, Any]:
+        """Of all runs: how many, their seconds (earlier ones up to the journal's last note), the most bytes held."""
+        return {
+            "runs": self.earlier["runs"] + 1,
+            "seconds": round(self.earlier["seconds"] + time.time() - self.started, 1),
+            "peak_bytes": max(self.earlier["peak_bytes"], peak_bytes()),
+        }
+
     def _write(self) -> None:
-        content = {"settings": self.settings, "layers": self.layers, "report": self.report}
+        content: dict[str, Any] = {
+            "settings": self.settings,
+            "layers": self.layers,
+            "report": self.report,
+            "spent": self.spent(),
+        }
         if self.report is not None:
             content["files"] = [path.name for path in self.folder.iterdir()]
         waiting = self.folder / f"{JOURNAL}.waiting"

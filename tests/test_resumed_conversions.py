@@ -3,6 +3,7 @@
 import json
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import test_families
@@ -152,6 +153,21 @@ def test_every_kind_goes_on_behind_its_first_layer(whole, tmp_path, kind):
     assert min(done) >= 1, "the first layer was done again"
     assert_same_files(tmp_path / "t", expected)
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "t").config.num_hidden_layers == 2
+
+
+def test_report_covers_all_runs(whole, tmp_path, monkeypatch):
+    """Time and memory of a run that was stopped count; each look at the clock is ten seconds after the one before."""
+    expected, folder, arguments = whole("exact")
+    assert json.loads((expected / "conversion_report.json").read_text())["runs"] == 1
+    clock = iter(range(0, 1000, 10))
+    for module in (convert, writing):
+        monkeypatch.setattr(module, "time", SimpleNamespace(time=lambda: next(clock)))
+    monkeypatch.setattr(writing, "peak_bytes", lambda: 7)
+    with stopped_at(writing.Journal, "finish_layer", lambda call, *_: call == 2):
+        convert_checkpoint(folder, tmp_path / "t", **arguments)  # starts at 0, the first layer ends at 10
+    monkeypatch.setattr(writing, "peak_bytes", lambda: 5)
+    report = convert_checkpoint(folder, tmp_path / "t", **arguments)  # 20; 30 and 40
+    assert (report["runs"], report["seconds"], report["peak_bytes"]) == (2, 30.0, 7)
 
 
 def test_no_resume_starts_over(whole, tmp_path):
