@@ -532,6 +532,35 @@ def test_experts_as_they_are_stored(make_source, tmp_path, name, stored):
         assert torch.equal(again(ids).logits, converted(ids).logits)
 
 
+@pytest.mark.parametrize(
+    ("name", "fields", "layer", "known"),
+    [
+        ("deepseek_v3", {}, 2, True),
+        ("deepseek_v3", {"num_nextn_predict_layers": 2}, 3, True),
+        ("deepseek_v3", {}, 3, False),
+        ("deepseek_v3", {"num_nextn_predict_layers": 0}, 2, False),
+        ("glm4_moe_lite", {}, 2, True),
+        ("deepseek_v2", {}, 2, False),
+        ("youtu", {"num_nextn_predict_layers": 1}, 2, False),
+        ("minicpm3 untied", {}, 2, False),
+        ("egmla", {}, 2, False),
+    ],
+)
+def test_layers_behind_the_last(make_source, tmp_path, name, fields, layer, known):
+    """Those that predict further tokens are left out, where the family and its configuration know of them."""
+    _, folder = make_source(name)
+    source = change_config(folder, tmp_path / "source", **fields)
+    [file] = source.glob("*.safetensors")
+    extra = f"model.layers.{layer}.input_layernorm.weight"
+    save_file({**load_file(file), extra: torch.ones(60)}, file, {"format": "pt"})
+    if known:
+        convert_checkpoint(source, tmp_path / "t", exact=True)
+        assert not any(key.startswith("model.layers.2.") for key in load_file(tmp_path / "t/model.safetensors"))
+        return
+    with pytest.raises(ValueError, match=rf"has 1 tensors that a \w+ model does not, first {extra}"):
+        convert_checkpoint(source, tmp_path / "t", exact=True)
+
+
 def test_experts_learn(make_source, tmp_path):
     """Gradients reach experts and router, and the gate."""
     _, folder = make_source("deepseek_v3 experts")
