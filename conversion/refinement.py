@@ -141,7 +141,7 @@ class ConvertedRun:
         config._attn_implementation = "egmla_blocks" if self.device.type == "cpu" else "sdpa"
         layer = EGMLADecoderLayer(config, layer_idx)
         layer.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
-        layer.to(self.device).requires_grad_(False)
+        layer.to(self.device).requires_grad_(False).eval()  # without dropout: what is trained is a fit
         positions = torch.arange(self.states.shape[1], device=self.device)[None]
         rotary = EGMLARotaryEmbedding(config)  # type: ignore[arg-type]  # its hint says Llama's, it takes any
         tables = rotary.to(self.device)(self.states.new_zeros(1, device=self.device), positions)

@@ -19,6 +19,7 @@ from transformers import (
     MistralConfig,
     MistralForCausalLM,
 )
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from egmla import EGMLACache
 from egmla.conversion import Recipe, Refinement, convert_checkpoint
@@ -57,6 +58,7 @@ SOURCES = {
     "llama-gqa-tied": (LlamaForCausalLM, LlamaConfig, {"tie_word_embeddings": True}),
     "llama-mha": (LlamaForCausalLM, LlamaConfig, {"num_attention_heads": 5, "num_key_value_heads": 5}),
     "llama-mqa": (LlamaForCausalLM, LlamaConfig, {"num_key_value_heads": 1}),
+    "llama-dropout": (LlamaForCausalLM, LlamaConfig, {"attention_dropout": 0.5}),
     "llama-biases": (LlamaForCausalLM, LlamaConfig, {"attention_bias": True, "mlp_bias": True}),
     "llama3-rope": (LlamaForCausalLM, LlamaConfig, {"rope_parameters": LLAMA3_ROPE}),
     "llama-yarn": (LlamaForCausalLM, LlamaConfig, {"rope_parameters": YARN_ROPE}),
@@ -377,6 +379,21 @@ def test_refined_gate_leaves_identity(make_source, calibration, tmp_path):
     convert_checkpoint(folder, tmp_path / "t", **settings, calibration=calibration)
     norms = [v for k, v in load_file(tmp_path / "t/model.safetensors").items() if "kv_gate_norm.weight" in k]
     assert all(norm.abs().max() > 0 for norm in norms)
+
+
+def test_refinement_has_no_dropout(make_source, calibration, tmp_path, monkeypatch):
+    """Whatever the source was trained with; on a GPU the attention function would follow it."""
+    _, folder = make_source("llama-dropout")
+    seen = set()
+
+    def attend(*args, dropout=0.0, **kwargs):
+        seen.add(dropout)
+        return causal_attention_in_blocks(*args, **kwargs)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "egmla_blocks", attend)
+    convert_checkpoint(folder, tmp_path / "t", **SHRUNK, calibration=calibration)
+    assert seen == {0.0}
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "t").config.attention_dropout == 0.5
 
 
 def test_refined_states_are_those_of_the_written_model(make_source, calibration, tmp_path, monkeypatch):
