@@ -212,7 +212,8 @@ def convert_checkpoint(
                     own = _planned_config(opened.config, family, plan, recipe)
                     tensors = deepseek_attention(tensors, query_factor(own, deepseek_config(own)))
                 for name, tensor in tensors.items():
-                    writer.add(f"model.layers.{layer_idx}.self_attn.{name}", tensor.to(output_dtype or stored))
+                    name = f"model.layers.{layer_idx}.self_attn.{name}"
+                    writer.add(name, _cast(name, tensor, output_dtype or stored))
                 writer.end_part()
                 journal.finish_layer(details, states)
             writer.finish()
@@ -437,5 +438,17 @@ def _parse_dtype(dtype: str | None) -> torch.dtype | None:
 
 
 def _cast(name: str, tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
-    """A copied tensor in the dtype to write; what decides between experts stays as fine as it is."""
-    return tensor if dtype is None or name.endswith("e_score_correction_bias") else tensor.to(dtype)
+    """A tensor in the dtype to write, `None` for its own; what decides between experts stays as fine as it is.
+
+    Raises:
+        ValueError: when it has values that dtype cannot hold.
+    """
+    if dtype in (None, tensor.dtype) or name.endswith("e_score_correction_bias"):
+        return tensor
+    written = tensor.to(dtype)
+    if not torch.stack(written.aminmax()).isfinite().all():
+        raise ValueError(
+            f"Tensor {name} of the converted model has values of up to {tensor.abs().max():.3g}, and {dtype} holds up "
+            f"to {torch.finfo(dtype).max:.3g}; use dtype bfloat16 or float32 (--dtype)."
+        )
+    return written

@@ -495,6 +495,22 @@ def test_nan_weights(make_source, tmp_path, name):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("part", ["copied", "computed"])
+def test_values_too_large_for_the_dtype(make_source, calibration, tmp_path, part):
+    """Large values make a large latent, and its norm a constant 300 times as large, which its gain takes back."""
+    _, folder = make_source("llama-mha")
+    name = "mlp.up_proj.weight" if part == "copied" else "self_attn.v_proj.weight"
+    change_weights(folder, lambda tensors: tensors[f"model.layers.1.{name}"].mul_(1e6 if part == "copied" else 1e3))
+    widths = {"kv_lora_rank": 12, "qk_rope_head_dim": 6, "calibration_tokens": 1024, "refinement": CLOSED_FORM}
+    settings = {"exact": True} if part == "copied" else {**widths, "calibration": calibration, "latent_norm": True}
+    named = name if part == "copied" else "self_attn.kv_a_layernorm.weight"
+    message = rf"Tensor model.layers.1.{named} .* torch.float16 holds up to 6.55e\+04; use dtype bfloat16 or float32"
+    with pytest.raises(ValueError, match=message):
+        convert_checkpoint(folder, tmp_path / "t", **settings, dtype="float16")
+    assert list(tmp_path.iterdir()) == []
+    convert_checkpoint(folder, tmp_path / "t", **settings, dtype="bfloat16")
+
+
 def test_missing_and_unknown_tensors(make_source, tmp_path):
     _, folder = make_source("llama-mha")
     change_weights(folder, lambda tensors: tensors.update({"model.layers.0.extra.weight": torch.ones(1)}))
