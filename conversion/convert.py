@@ -68,7 +68,9 @@ def convert_checkpoint(
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Converts a checkpoint of a supported family (`families.py`) into an EG-MLA checkpoint, its gate at identity.
+    """Converts a checkpoint of a supported family (`families.py`) into an EG-MLA checkpoint.
+
+    Its gate is at identity, unless the refinement trains it.
 
     Args:
         source (`str` or `Path`): a local folder with safetensors, a hub id, or a GGUF file.
