@@ -277,17 +277,16 @@ def _converted_layers(
                 progress("convert", layer_idx + 1, count)
         return
 
-    dtype = refinement.dtype if refinement.steps else "float32"
-    run = SourceRun(source, family, sequences, recipe.weighting, dtype)
-    converted = ConvertedRun(run, refinement) if refinement.steps else None
+    if not refinement.steps:
+        refinement = Refinement(steps=0, dtype="float32")  # errors are measured, no more
+    run = SourceRun(source, family, sequences, recipe.weighting, refinement.dtype)
+    converted = ConvertedRun(run, refinement)
     states = journal.states()
     if states:
-        run.states = states["source"]
-        if converted is not None:
-            converted.states = states["converted"]
+        run.states, converted.states = states["source"], states["converted"]
     slots: list[list[int]] = [layer["rope_slots"] for layer in journal.layers]
     for layer_idx in range(len(journal.layers), count):
-        stages = _layer_progress(progress, layer_idx, count, refined=converted is not None)
+        stages = _layer_progress(progress, layer_idx, count, refined=bool(refinement.steps))
         rank, source_states = plan.ranks[layer_idx], run.states
         calibration = run.measure(layer_idx, stages["calibrate"])
         compute = smaller_latent_layer if family.latent else low_rank_layer
@@ -302,19 +301,22 @@ def _converted_layers(
             "energy_kept": float(spectrum[:rank].sum() / spectrum.sum()),
             "energy_by_rank": energy_by_rank(spectrum),
         }
-        if converted is not None:
-            copied = {name: source.read(rows) for name, rows in family.copied(config, layer_idx).items()}
-            prefix = f"model.layers.{layer_idx}."
-            layer_tensors = {name.removeprefix(prefix): tensor for name, tensor in copied.items()}
-            layer_tensors |= {f"self_attn.{name}": tensor for name, tensor in tensors.items()}
-            # Of the config only this layer is looked at, so the layers to come may have its slots.
-            all_slots = slots + [layer_slots] * (count - len(slots))
-            layer_config = target_config(config, family, plan, all_slots, recipe.latent_norm)
-            tensors, details["attention_error"] = converted.refine(
-                layer_config, layer_idx, layer_tensors, source_states, calibration.outputs, stages["refine"]
-            )
-        states = {"source": run.states} | ({} if converted is None else {"converted": converted.states})
-        yield tensors, details, states
+        copied = {name: source.read(rows) for name, rows in family.copied(config, layer_idx).items()}
+        prefix = f"model.layers.{layer_idx}."
+        layer_tensors = {name.removeprefix(prefix): tensor for name, tensor in copied.items()}
+        layer_tensors |= {f"self_attn.{name}": tensor for name, tensor in tensors.items()}
+        # Of the config only this layer is looked at, so the layers to come may have its slots.
+        all_slots = slots + [layer_slots] * (count - len(slots))
+        layer_config = target_config(config, family, plan, all_slots, recipe.latent_norm)
+        refined, details["attention_error"] = converted.refine(
+            layer_config, layer_idx, layer_tensors, source_states, calibration.outputs, stages.get("refine")
+        )
+        # Without refinement in fp64 as they are, so that they are rounded once.
+        yield (
+            refined if refinement.steps else tensors,
+            details,
+            {"source": run.states, "converted": converted.states},
+        )
 
 
 def _layer_progress(progress: Progress | None, layer_idx: int, count: int, refined: bool) -> dict[str, Any]:

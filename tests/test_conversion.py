@@ -414,6 +414,28 @@ def test_refined_states_are_those_of_the_written_model(make_source, calibration,
     torch.testing.assert_close(seen[0], runs[0].states[:2], atol=2e-4, rtol=1e-4)
 
 
+def test_errors_of_the_closed_form_are_those_of_the_written_model(make_source, calibration, tmp_path, monkeypatch):
+    """Without refinement, too, the report has each attention's error, on the last sequence."""
+    from egmla.conversion import convert
+
+    source, folder = make_source("llama-yarn")
+    seen = []
+    run = convert.SourceRun
+    monkeypatch.setattr(convert, "SourceRun", lambda *args: seen.append(args[2]) or run(*args))
+    settings = {**SHRUNK, "refinement": CLOSED_FORM, "dtype": "float32"}
+    report = convert_checkpoint(folder, tmp_path / "t", **settings, calibration=calibration)
+    converted = AutoModelForCausalLM.from_pretrained(tmp_path / "t").eval()
+    outputs = {source: [], converted: []}
+    for model, kept in outputs.items():
+        for layer in model.model.layers:
+            layer.self_attn.register_forward_hook(lambda module, args, output, kept=kept: kept.append(output[0]))
+        with torch.no_grad():
+            model(seen[0][-1:])
+    for layer, ours, theirs in zip(report["layers"], outputs[converted], outputs[source], strict=True):
+        error = (ours - theirs).square().sum() / theirs.square().sum()
+        assert layer["attention_error"] == {"before": pytest.approx(float(error), rel=1e-3)}
+
+
 def test_two_conversions_are_identical(make_source, calibration, tmp_path):
     _, folder = make_source("llama-gqa-tied")
     for name in ("a", "b"):
