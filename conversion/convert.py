@@ -19,7 +19,7 @@ from egmla import EGMLAConfig
 from egmla.provenance import machine, public_name, software_versions, source_commit, weights_sha256
 
 from .checks import check_tensors
-from .estimates import estimate
+from .estimates import disk, estimate
 from .families import find_family
 from .family import Family
 from .layers import exact_layer, gate_at_identity, low_rank_layer, smaller_latent_layer, target_config
@@ -39,7 +39,7 @@ from .report import (
 from .sources import Source, open_source
 from .statistics import SourceRun
 from .texts import MAX_CHARACTERS_PER_TOKEN, EvaluationText, check_calibration_text, open_evaluation, read_text
-from .writing import Journal, ShardWriter, check_target, check_unfinished, staged_folder
+from .writing import Journal, ShardWriter, check_space, check_target, check_unfinished, staged_folder
 
 
 MIN_SEQUENCES = 4
@@ -91,7 +91,8 @@ def convert_checkpoint(
         layout (`str`): `"egmla"`, or `"deepseek_v3"` for a checkpoint of Transformers' own DeepSeek-V3 class.
         dtype (`str`, *optional*): dtype to write, `"float32"`, `"bfloat16"` or `"float16"`; the source's by default.
         resume (`bool`): go on where an interrupted conversion into the same target with the same settings stopped.
-        dry_run (`bool`): check everything, return the plan and an estimate of time and memory, write nothing.
+        dry_run (`bool`): check everything, return the plan, the bytes on disk and an estimate of time and memory,
+            write nothing.
         progress (*optional*): called with (stage, done, total).
 
     Returns:
@@ -100,7 +101,8 @@ def convert_checkpoint(
 
     Raises:
         ValueError, FileNotFoundError, FileExistsError: for bad input, before any long work starts.
-        OSError: when the target cannot be written; nothing is left there but what `resume` goes on from.
+        OSError: when its disk has no room for the work, or the target cannot be written; nothing is left there but
+            what `resume` goes on from.
     """
     started = time.time()
     target = Path(target).resolve()
@@ -125,8 +127,8 @@ def convert_checkpoint(
                 "rotary slot can only take components of its own frequency; use freqfold=1."
             )
     _check_latent_norm(opened.config, family, plan, recipe)
-    if layout == "deepseek_v3":
-        deepseek_config(_planned_config(opened.config, family, plan, recipe))
+    own = _planned_config(opened.config, family, plan, recipe)
+    planned: Any = deepseek_config(own) if layout == "deepseek_v3" else own
     check_tensors(opened, family)
     family.check_weights(opened)
     evaluation = None
@@ -139,6 +141,10 @@ def convert_checkpoint(
         sequences, calibration_report = _calibration_sequences(
             opened, calibration, calibration_tokens, recipe.sequence_length, evaluation
         )
+    stored = output_dtype or opened.tensor("model.layers.0.self_attn.o_proj.weight").dtype
+    states_shape = (0, 0, 0) if exact else (*sequences.shape, opened.config.hidden_size)
+    room = disk(_wanted_shapes(_empty_model(planned)).values(), stored, states_shape, refinement)
+    check_space(target, room.needed_bytes)
     report: dict[str, Any] = {
         "source": {
             "label": public_name(opened.label),
@@ -177,9 +183,9 @@ def convert_checkpoint(
     if opened.tokenizer is None:
         warnings.warn(f"{source} has no tokenizer that can be read; the converted model will have none.", stacklevel=2)
     if dry_run:
+        report["disk"] = asdict(room)
         if not exact:
-            shape = family.shape(opened.config)
-            report["estimate"] = asdict(estimate(opened.config, shape, plan, sequences, refinement))
+            report["estimate"] = asdict(estimate(own, family.shape(opened.config), plan, sequences, refinement))
         return report
 
     settings = {
@@ -209,13 +215,12 @@ def convert_checkpoint(
                 layer_idx = details["layer"]
                 for name, rows in family.copied(opened.config, layer_idx).items():
                     writer.add(name, _cast(name, opened.read(rows), output_dtype))
-                stored = opened.tensor(f"model.layers.{layer_idx}.self_attn.o_proj.weight").dtype
+                own_dtype = opened.tensor(f"model.layers.{layer_idx}.self_attn.o_proj.weight").dtype
                 if layout == "deepseek_v3":
-                    own = _planned_config(opened.config, family, plan, recipe)
-                    tensors = deepseek_attention(tensors, query_factor(own, deepseek_config(own)))
+                    tensors = deepseek_attention(tensors, query_factor(own, planned))
                 for name, tensor in tensors.items():
                     name = f"model.layers.{layer_idx}.self_attn.{name}"
-                    writer.add(name, _cast(name, tensor, output_dtype or stored))
+                    writer.add(name, _cast(name, tensor, output_dtype or own_dtype))
                 writer.end_part()
                 journal.finish_layer(details, states)
             writer.finish()
@@ -223,7 +228,7 @@ def convert_checkpoint(
             config: Any = target_config(opened.config, family, plan, slots, recipe.latent_norm)
             if layout == "deepseek_v3":
                 config = deepseek_config(config)
-            config.dtype = output_dtype or opened.tensor("model.layers.0.self_attn.o_proj.weight").dtype
+            config.dtype = stored
             _write_companions(folder, config, opened, writer)
             report |= {
                 "layers": journal.layers,
@@ -352,17 +357,32 @@ def _planned_config(config: PreTrainedConfig, family: Family, plan: Plan, recipe
     return target_config(config, family, plan, slots, recipe.latent_norm)
 
 
+def _empty_model(config: Any) -> Any:
+    """The converted model without weights."""
+    with torch.device("meta"):
+        return (
+            egmla.EGMLAForCausalLM(config)
+            if isinstance(config, EGMLAConfig)
+            else AutoModelForCausalLM.from_config(config)
+        )
+
+
+def _wanted_shapes(model: Any) -> dict[str, torch.Size]:
+    """The tensors in a model's checkpoint, by name."""
+    wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        wanted.pop("lm_head.weight", None)
+    return wanted
+
+
 def _write_companions(folder: Path, config: Any, source: Source, writer: ShardWriter) -> None:
     """Config, code, tokenizer and generation settings; checks that the weights are just those the model wants."""
-    own = isinstance(config, EGMLAConfig)
-    with torch.device("meta"):
-        model = egmla.EGMLAForCausalLM(config) if own else AutoModelForCausalLM.from_config(config)
-    wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    if config.tie_word_embeddings:
-        wanted.pop("lm_head.weight", None)
+    model = _empty_model(config)
+    wanted = _wanted_shapes(model)
     if wanted != writer.shapes:
         different = sorted(set(wanted.items()) ^ set(writer.shapes.items()))[:4]
         raise ValueError(f"The converted tensors are not those of the model's config; first differences: {different}.")
+    own = isinstance(config, EGMLAConfig)
     if own:
         config.auto_map = dict(egmla.configuration_egmla.AUTO_MAP)
         config.architectures = ["EGMLAForCausalLM"]

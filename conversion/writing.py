@@ -45,12 +45,32 @@ def check_target(target: Path, resume: bool = False) -> None:
         raise FileExistsError(
             f"{target} exists and is not empty; a new or empty folder is needed. Choose another target or remove it."
         )
-    # What is written is renamed into place, so the folder around it counts.
-    existing = next(parent for parent in target.absolute().parents if parent.exists())
+    existing = _folder_around(target)
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise PermissionError(
             f"{target} cannot be written: {existing} is no folder with write permission; choose another target."
         )
+
+
+def check_space(target: Path, needed: int) -> None:
+    """Raises `OSError` when the disk has no room for `needed` bytes, of which an earlier run may have left some."""
+    staging = staging_path(target)
+    journal = _read_journal(staging)
+    if journal is not None and journal.get("report") is not None:
+        return  # all is written
+    there = sum(path.stat().st_size for path in staging.rglob("*") if path.is_file())
+    free = shutil.disk_usage(_folder_around(target)).free + there
+    if free < needed:
+        raise OSError(
+            errno.ENOSPC,
+            f"{target} has {free / 1e9:,.2f} GB free on its disk, and the conversion needs {needed / 1e9:,.2f} GB "
+            "there while it works. Free space or choose another disk.",
+        )
+
+
+def _folder_around(target: Path) -> Path:
+    """The nearest folder above the target that is there: what is written is renamed into place, so it counts."""
+    return next(parent for parent in target.absolute().parents if parent.exists())
 
 
 def staging_path(target: Path) -> Path:

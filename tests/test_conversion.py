@@ -22,7 +22,7 @@ from transformers import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from egmla import EGMLACache
-from egmla.conversion import Recipe, Refinement, convert_checkpoint
+from egmla.conversion import Recipe, Refinement, convert_checkpoint, writing
 from egmla.conversion.closed_form import exact_attention, low_rank_attention, smaller_latent
 from egmla.conversion.families import AttentionShape, AttentionWeights
 from egmla.conversion.refinement import ConvertedRun as refinement_run
@@ -307,8 +307,6 @@ def test_exact_attention_needs_equal_blocks():
 
 def test_shards_and_dtype(make_source, tmp_path, monkeypatch):
     _, folder = make_source("llama-mha", max_shard_size="100KB")
-    from egmla.conversion import writing
-
     assert len(list(folder.glob("*.safetensors"))) > 1
     monkeypatch.setattr(writing.ShardWriter.__init__, "__defaults__", (100_000,))
     target = tmp_path / "converted"
@@ -329,6 +327,43 @@ def test_dry_run_writes_nothing(make_source, calibration, tmp_path):
     assert plan["plan"]["target_elements"] == 52 and plan["plan"]["source_elements"] == 240
     assert plan["estimate"]["seconds"] > 0 and plan["estimate"]["memory_bytes"] > 0
     assert list(tmp_path.iterdir()) == []
+
+
+def test_room_on_disk(make_source, calibration, tmp_path, monkeypatch):
+    """Known before the work, refused where there is less; what an interrupted run left there is counted as room."""
+    _, folder = make_source("llama-gqa-tied")
+    target, arguments = tmp_path / "t", {**SHRUNK, "calibration": calibration}
+    room = convert_checkpoint(folder, target, **arguments, dry_run=True)["disk"]
+    used, parts = [0], []
+    usage = writing.shutil.disk_usage(tmp_path)
+
+    def less(missing):
+        there = sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())
+        monkeypatch.setattr(
+            writing.shutil, "disk_usage", lambda path: usage._replace(free=room["needed_bytes"] - there - missing)
+        )
+
+    def watch(*step):
+        used.append(sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()))
+        parts.append(len(list(tmp_path.rglob("part-*"))))
+        if len(parts) > 5 and max(parts) > 1:
+            raise KeyboardInterrupt
+
+    for dry_run in (True, False):
+        less(1)
+        with pytest.raises(
+            OSError, match=r"has \d.\d\d GB free on its disk, and the conversion needs .* Free space or"
+        ):
+            convert_checkpoint(folder, target, **arguments, dry_run=dry_run)
+        assert list(tmp_path.iterdir()) == []
+    less(0)
+    with pytest.raises(KeyboardInterrupt):
+        convert_checkpoint(folder, target, **arguments, progress=watch)
+    less(0)
+    convert_checkpoint(folder, target, **arguments)
+    assert max(used) <= 1.1 * room["needed_bytes"]
+    tensors = load_file(target / "model.safetensors").values()
+    assert room["weights_bytes"] == sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def test_refinement_lowers_the_error_on_text_it_was_not_trained_on(make_source, calibration, tmp_path):
