@@ -7,6 +7,10 @@ from .family import Family
 from .sources import Rows, Source
 
 
+# Families that may store layers behind the last, to predict further tokens; Transformers leaves them out too.
+PREDICTING = ("deepseek_v3", "glm4_moe_lite")
+
+
 def check_tensors(source: Source, family: Family) -> None:
     """Every tensor the conversion needs is there and of its shape, and none is left that it does not know."""
     parts: list[Rows] = list(family.copied(source.config, None).values())
@@ -24,12 +28,13 @@ def check_tensors(source: Source, family: Family) -> None:
         )
     # A tied head is the embedding under another name, and old checkpoints carry the rotary frequencies.
     known = needed | {"lm_head.weight"}
-    # Behind the last layer, DeepSeek stores one that predicts the token after next; Transformers leaves it out too.
-    beyond = f"model.layers.{source.config.num_hidden_layers}." if family.latent else "rotary_emb.inv_freq"
+    layers = source.config.num_hidden_layers
+    more = getattr(source.config, "num_nextn_predict_layers", 1) if source.config.model_type in PREDICTING else 0
+    left_out = tuple(f"model.layers.{layer_idx}." for layer_idx in range(layers, layers + (more or 0)))
     unknown = sorted(
         name
         for name in source.names - known
-        if not name.endswith("rotary_emb.inv_freq") and not name.startswith(beyond)
+        if not name.endswith("rotary_emb.inv_freq") and not name.startswith(left_out)
     )
     if unknown:
         raise ValueError(

@@ -18,7 +18,7 @@ import egmla
 from egmla import EGMLAConfig
 from egmla.provenance import (
     CONVERSION_REPORT,
-    peak_bytes,
+    machine,
     public_name,
     read_json,
     software_versions,
@@ -27,7 +27,7 @@ from egmla.provenance import (
 )
 
 from .checks import check_tensors
-from .estimates import estimate
+from .estimates import disk, estimate
 from .families import find_family
 from .family import Family
 from .layers import exact_layer, gate_at_identity, low_rank_layer, smaller_latent_layer, target_config
@@ -54,7 +54,16 @@ from .texts import (
     open_evaluation,
     read_text,
 )
-from .writing import JOURNAL, Journal, ShardWriter, check_target, check_unfinished, staged_folder, staging_path
+from .writing import (
+    JOURNAL,
+    Journal,
+    ShardWriter,
+    check_space,
+    check_target,
+    check_unfinished,
+    staged_folder,
+    staging_path,
+)
 
 
 MIN_SEQUENCES = 4
@@ -83,7 +92,9 @@ def convert_checkpoint(
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Converts a checkpoint of a supported family (`families.py`) into an EG-MLA checkpoint, its gate at identity.
+    """Converts a checkpoint of a supported family (`families.py`) into an EG-MLA checkpoint.
+
+    Its gate is at identity, unless the refinement trains it.
 
     Args:
         source (`str` or `Path`): a local folder with safetensors, a hub id, or a GGUF file.
@@ -104,27 +115,30 @@ def convert_checkpoint(
         layout (`str`): `"egmla"`, or `"deepseek_v3"` for a checkpoint of Transformers' own DeepSeek-V3 class.
         dtype (`str`, *optional*): dtype to write, `"float32"`, `"bfloat16"` or `"float16"`; the source's by default.
         resume (`bool`): go on where an interrupted conversion into the same target with the same settings stopped.
-        dry_run (`bool`): check everything, return the plan and an estimate of time and memory, write nothing.
+        dry_run (`bool`): check everything, return the plan, the bytes on disk and an estimate of time and memory,
+            write nothing.
         progress (*optional*): called with (stage, done, total).
 
     Returns:
-        `dict`: the conversion report (also written as `conversion_report.json`), or with `dry_run` its plan part.
+        `dict`: the conversion report (also written as `conversion_report.json`), or with `dry_run` its plan part. Of a
+            conversion that was interrupted its `seconds` and `peak_bytes` cover all `runs`.
 
     Raises:
         ValueError, FileNotFoundError, FileExistsError: for bad input, before any long work starts.
-        OSError: when the target cannot be written; nothing is left there but what `resume` goes on from.
+        OSError: when its disk has no room for the work, or the target cannot be written; nothing is left there but
+            what `resume` goes on from.
     """
     started = time.time()
     target = Path(target).resolve()
     refined = refinement is not None and refinement.steps > 0
     recipe = find_recipe(recipe, {"latent_norm": True} if latent_norm else None)
-    check_layout(layout)
     if refinement is None:
         refinement = Refinement() if nearest_recipe(recipe) == "default" else Refinement(steps=0)
+    check_layout(layout, refinement)
     output_dtype = _parse_dtype(dtype)
     unmeasured = _unmeasured_report(target) if resume and evaluate is not None and not dry_run else None
     if unmeasured is None:
-        check_target(target)
+        check_target(target, resume)
     opened = open_source(source)
     family = find_family(opened.config)
     if family.latent:
@@ -142,8 +156,8 @@ def convert_checkpoint(
                 "rotary slot can only take components of its own frequency; use freqfold=1."
             )
     _check_latent_norm(opened.config, family, plan, recipe)
-    if layout == "deepseek_v3":
-        deepseek_config(_planned_config(opened.config, family, plan, recipe))
+    own = _planned_config(opened.config, family, plan, recipe)
+    planned: Any = deepseek_config(own) if layout == "deepseek_v3" else own
     if plan.exact:
         _check_exact(calibration, calibration_tokens, refined, recipe)
     evaluation = None
@@ -160,6 +174,11 @@ def convert_checkpoint(
         calibration_report["sequences_measured"] = measured_sequences(*sequences.shape, refined=bool(refinement.steps))
     check_tensors(opened, family)
     family.check_weights(opened)
+    stored = output_dtype or opened.tensor("model.layers.0.self_attn.o_proj.weight").dtype
+    states_shape = (0, 0, 0) if exact else (*sequences.shape, opened.config.hidden_size)
+    room = disk(_wanted_shapes(_empty_model(planned)).values(), stored, states_shape, refinement)
+    if unmeasured is None:
+        check_space(target, room.needed_bytes)
     report: dict[str, Any] = {
         "source": {
             "label": public_name(opened.label),
@@ -202,9 +221,9 @@ def convert_checkpoint(
             stacklevel=2,
         )
     if dry_run:
+        report["disk"] = asdict(room)
         if not exact:
-            shape = family.shape(opened.config)
-            report["estimate"] = asdict(estimate(opened.config, shape, plan, sequences, refinement))
+            report["estimate"] = asdict(estimate(own, family.shape(opened.config), plan, sequences, refinement))
         return report
     if unmeasured is not None and evaluation is not None:
         _check_same_conversion(target, unmeasured, report)
@@ -215,58 +234,61 @@ def convert_checkpoint(
         **{name: report[name] for name in ("layout", "plan", "recipe", "refinement", "calibration")},
         "dtype": dtype,
         "versions": software_versions(),
+        "machine": None if plan.exact else machine(),  # training carries on in which order sums were taken
     }
     settings = json.loads(json.dumps(settings))  # as the journal of an earlier run has them
     if resume:
         check_unfinished(target, settings)
     with staged_folder(target, keep=True) as folder, torch.no_grad():
-        journal = Journal(folder, settings, resume)
-        finished = len(journal.layers)
-        writer = ShardWriter(folder, parts=finished + 1 if finished else 0)
-        if not finished:
-            for name, rows in family.copied(opened.config, None).items():
-                writer.add(name, _cast(name, opened.read(rows), output_dtype))
-            writer.end_part()
-        elif progress is not None:
-            progress("convert", finished, len(plan.ranks))
-        for tensors, details, states in _converted_layers(
-            opened, family, plan, recipe, refinement, sequences, journal, progress
-        ):
-            layer_idx = details["layer"]
-            for name, rows in family.copied(opened.config, layer_idx).items():
-                writer.add(name, _cast(name, opened.read(rows), output_dtype))
-            stored = opened.tensor(f"model.layers.{layer_idx}.self_attn.o_proj.weight").dtype
+        journal = Journal(folder, settings, resume, started)
+        if journal.report is None:
+            finished = len(journal.layers)
+            writer = ShardWriter(folder, parts=finished + 1 if finished else 0)
+            if not finished:
+                for name, rows in family.copied(opened.config, None).items():
+                    writer.add(name, _cast(name, opened.read(rows), output_dtype))
+                writer.end_part()
+            elif progress is not None:
+                progress("convert", finished, len(plan.ranks))
+            for tensors, details, states in _converted_layers(
+                opened, family, plan, recipe, refinement, sequences, journal, progress
+            ):
+                layer_idx = details["layer"]
+                for name, rows in family.copied(opened.config, layer_idx).items():
+                    writer.add(name, _cast(name, opened.read(rows), output_dtype))
+                own_dtype = opened.tensor(f"model.layers.{layer_idx}.self_attn.o_proj.weight").dtype
+                if layout == "deepseek_v3":
+                    tensors = deepseek_attention(tensors, query_factor(own, planned))
+                for name, tensor in tensors.items():
+                    name = f"model.layers.{layer_idx}.self_attn.{name}"
+                    writer.add(name, _cast(name, tensor, output_dtype or own_dtype))
+                writer.end_part()
+                journal.finish_layer(details, states)
+            writer.finish()
+            slots = [layer["rope_slots"] for layer in journal.layers]
+            config: Any = target_config(opened.config, family, plan, slots, recipe.latent_norm)
             if layout == "deepseek_v3":
-                own = _planned_config(opened.config, family, plan, recipe)
-                tensors = deepseek_attention(tensors, query_factor(own, deepseek_config(own)))
-            for name, tensor in tensors.items():
-                writer.add(f"model.layers.{layer_idx}.self_attn.{name}", tensor.to(output_dtype or stored))
-            writer.end_part()
-            journal.finish_layer(details, states)
-        writer.finish()
-        slots = [layer["rope_slots"] for layer in journal.layers]
-        config: Any = target_config(opened.config, family, plan, slots, recipe.latent_norm)
-        if layout == "deepseek_v3":
-            config = deepseek_config(config)
-        config.dtype = output_dtype or opened.tensor("model.layers.0.self_attn.o_proj.weight").dtype
-        _write_companions(folder, config, opened, writer)
-        report |= {
-            "layers": journal.layers,
-            "seconds": round(time.time() - started, 1),
-            "peak_bytes": peak_bytes(),
-            "dtype": str(config.dtype).removeprefix("torch."),
-            "versions": software_versions(),
-            "commit": source_commit(),
-            "weights_sha256": weights_sha256(folder),
-        }
-        if not plan.exact:
-            report["slots_per_frequency"] = slots_per_frequency(
-                [layer["rope_slots"] for layer in journal.layers], family.shape(opened.config).frequencies
-            )
-            draw_report(folder, report)
-        write_report(folder, report)
-        journal.remove()
-        writer.remove_parts()
+                config = deepseek_config(config)
+            config.dtype = stored
+            _write_companions(folder, config, opened, writer)
+            report |= {
+                "layers": journal.layers,
+                **journal.spent(),
+                "dtype": str(config.dtype).removeprefix("torch."),
+                "versions": software_versions(),
+                "machine": machine(),
+                "commit": source_commit(),
+                "weights_sha256": weights_sha256(folder),
+            }
+            if not plan.exact:
+                report["slots_per_frequency"] = slots_per_frequency(
+                    [layer["rope_slots"] for layer in journal.layers], family.shape(opened.config).frequencies
+                )
+                draw_report(folder, report)
+            write_report(folder, report)
+            journal.finish(report)
+        else:
+            report = journal.report  # an earlier run was stopped while it moved the files
     if evaluation is not None:
         # The model is written: an interruption from here on costs the figures only, which the same command adds.
         report = _add_evaluation(report, source, target, evaluation, progress)
@@ -338,18 +360,17 @@ def _converted_layers(
                 progress("convert", layer_idx + 1, count)
         return
 
-    dtype = refinement.dtype if refinement.steps else "float32"
     measured = measured_sequences(*sequences.shape, refined=bool(refinement.steps))
-    run = SourceRun(source, family, sequences, recipe.weighting, dtype, measured)
-    converted = ConvertedRun(run, refinement) if refinement.steps else None
+    if not refinement.steps:
+        refinement = Refinement(steps=0, dtype="float32")  # errors are measured, no more
+    run = SourceRun(source, family, sequences, recipe.weighting, refinement.dtype, measured)
+    converted = ConvertedRun(run, refinement)
     states = journal.states()
     if states:
-        run.states = states["source"]
-        if converted is not None:
-            converted.states = states["converted"]
+        run.states, converted.states = states["source"], states["converted"]
     slots: list[list[int]] = [layer["rope_slots"] for layer in journal.layers]
     for layer_idx in range(len(journal.layers), count):
-        stages = _layer_progress(progress, layer_idx, count, refined=converted is not None)
+        stages = _layer_progress(progress, layer_idx, count, refined=bool(refinement.steps))
         rank, source_states = plan.ranks[layer_idx], run.states
         calibration = run.measure(layer_idx, stages["calibrate"])
         compute = smaller_latent_layer if family.latent else low_rank_layer
@@ -364,19 +385,22 @@ def _converted_layers(
             "energy_kept": float(spectrum[:rank].sum() / spectrum.sum()),
             "energy_by_rank": energy_by_rank(spectrum),
         }
-        if converted is not None:
-            copied = {name: source.read(rows) for name, rows in family.copied(config, layer_idx).items()}
-            prefix = f"model.layers.{layer_idx}."
-            layer_tensors = {name.removeprefix(prefix): tensor for name, tensor in copied.items()}
-            layer_tensors |= {f"self_attn.{name}": tensor for name, tensor in tensors.items()}
-            # Of the config only this layer is looked at, so the layers to come may have its slots.
-            all_slots = slots + [layer_slots] * (count - len(slots))
-            layer_config = target_config(config, family, plan, all_slots, recipe.latent_norm)
-            tensors, details["attention_error"] = converted.refine(
-                layer_config, layer_idx, layer_tensors, source_states, calibration.outputs, stages["refine"]
-            )
-        states = {"source": run.states} | ({} if converted is None else {"converted": converted.states})
-        yield tensors, details, states
+        copied = {name: source.read(rows) for name, rows in family.copied(config, layer_idx).items()}
+        prefix = f"model.layers.{layer_idx}."
+        layer_tensors = {name.removeprefix(prefix): tensor for name, tensor in copied.items()}
+        layer_tensors |= {f"self_attn.{name}": tensor for name, tensor in tensors.items()}
+        # Of the config only this layer is looked at, so the layers to come may have its slots.
+        all_slots = slots + [layer_slots] * (count - len(slots))
+        layer_config = target_config(config, family, plan, all_slots, recipe.latent_norm)
+        refined, details["attention_error"] = converted.refine(
+            layer_config, layer_idx, layer_tensors, source_states, calibration.outputs, stages.get("refine")
+        )
+        # Without refinement in fp64 as they are, so that they are rounded once.
+        yield (
+            refined if refinement.steps else tensors,
+            details,
+            {"source": run.states, "converted": converted.states},
+        )
 
 
 def _layer_progress(progress: Progress | None, layer_idx: int, count: int, refined: bool) -> dict[str, Any]:
@@ -429,17 +453,32 @@ def _planned_config(config: PreTrainedConfig, family: Family, plan: Plan, recipe
     return target_config(config, family, plan, slots, recipe.latent_norm)
 
 
+def _empty_model(config: Any) -> Any:
+    """The converted model without weights."""
+    with torch.device("meta"):
+        return (
+            egmla.EGMLAForCausalLM(config)
+            if isinstance(config, EGMLAConfig)
+            else AutoModelForCausalLM.from_config(config)
+        )
+
+
+def _wanted_shapes(model: Any) -> dict[str, torch.Size]:
+    """The tensors in a model's checkpoint, by name."""
+    wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        wanted.pop("lm_head.weight", None)
+    return wanted
+
+
 def _write_companions(folder: Path, config: Any, source: Source, writer: ShardWriter) -> None:
     """Config, code, tokenizer and generation settings; checks that the weights are just those the model wants."""
-    own = isinstance(config, EGMLAConfig)
-    with torch.device("meta"):
-        model = egmla.EGMLAForCausalLM(config) if own else AutoModelForCausalLM.from_config(config)
-    wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    if config.tie_word_embeddings:
-        wanted.pop("lm_head.weight", None)
+    model = _empty_model(config)
+    wanted = _wanted_shapes(model)
     if wanted != writer.shapes:
         different = sorted(set(wanted.items()) ^ set(writer.shapes.items()))[:4]
         raise ValueError(f"The converted tensors are not those of the model's config; first differences: {different}.")
+    own = isinstance(config, EGMLAConfig)
     if own:
         config.auto_map = dict(egmla.configuration_egmla.AUTO_MAP)
         config.architectures = ["EGMLAForCausalLM"]
@@ -517,5 +556,17 @@ def _parse_dtype(dtype: str | None) -> torch.dtype | None:
 
 
 def _cast(name: str, tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
-    """A copied tensor in the dtype to write; what decides between experts stays as fine as it is."""
-    return tensor if dtype is None or name.endswith("e_score_correction_bias") else tensor.to(dtype)
+    """A tensor in the dtype to write, `None` for its own; what decides between experts stays as fine as it is.
+
+    Raises:
+        ValueError: when it has values that dtype cannot hold.
+    """
+    if dtype in (None, tensor.dtype) or name.endswith("e_score_correction_bias"):
+        return tensor
+    written = tensor.to(dtype)
+    if not torch.stack(written.aminmax()).isfinite().all():
+        raise ValueError(
+            f"Tensor {name} of the converted model has values of up to {tensor.abs().max():.3g}, and {dtype} holds up "
+            f"to {torch.finfo(dtype).max:.3g}; use dtype bfloat16 or float32 (--dtype)."
+        )
+    return written

@@ -12,6 +12,7 @@ from egmla import EGMLAConfig
 from egmla.modeling_egmla import EGMLAAttention, EGMLARotaryEmbedding
 
 from .family import KEPT_FIELDS
+from .refinement import Refinement
 
 
 LAYOUTS = ("egmla", "deepseek_v3")
@@ -20,10 +21,15 @@ LATENT_NORM_EPS = 1e-6  # fixed in DeepSeek's class
 ELEMENTWISE_ROPE = ("default", "linear", "llama3")
 
 
-def check_layout(layout: str) -> None:
-    """Raises `ValueError` for a layout that is not known."""
+def check_layout(layout: str, refinement: Refinement) -> None:
+    """Raises `ValueError` for a layout that is not known, or has no place for what the refinement would train."""
     if layout not in LAYOUTS:
         raise ValueError(f"layout={layout!r}: must be one of {', '.join(LAYOUTS)}.")
+    if layout == "deepseek_v3" and refinement.steps and refinement.gate:
+        raise ValueError(
+            "layout='deepseek_v3' with a gate trained in refinement (--refine-gate, Refinement(gate=True)): that "
+            "class has no gate, so it must stay at identity. Leave out --refine-gate, or --layout."
+        )
 
 
 def deepseek_config(config: EGMLAConfig) -> DeepseekV3Config:

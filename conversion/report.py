@@ -60,8 +60,8 @@ def slots_per_frequency(slots: Sequence[Sequence[int]], frequencies: int) -> lis
 def draw_report(folder: Path, report: Mapping[str, Any]) -> None:
     """Draws the report of a calibrated conversion into its folder, or warns that matplotlib is missing.
 
-    Panels: the error of each layer's attention where the report has it, the energy its latent keeps, and how many of
-    its rotary slots turn at each frequency.
+    Panels: the error of each layer's attention, the energy its latent keeps, and how many of its rotary slots turn at
+    each frequency.
     """
     try:
         check_matplotlib()
@@ -74,24 +74,24 @@ def draw_report(folder: Path, report: Mapping[str, Any]) -> None:
 
     layers = report["layers"]
     numbers = [layer["layer"] for layer in layers]
-    refined = all("attention_error" in layer for layer in layers)
-    panels = 1 + refined + bool(report["plan"]["rope_dim"])
+    refined = report["refinement"] is not None
+    panels = 2 + bool(report["plan"]["rope_dim"])
     figure = Figure(figsize=(1 + 4 * panels, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, panels, squeeze=False)[0]
-    if refined:
-        for label, key, colour in (("closed form", "before", COLOURS[0]), ("refined", "after", COLOURS[2])):
-            errors = [layer["attention_error"][key] for layer in layers]
-            axes[0].plot(numbers, errors, marker="o", markersize=4, color=colour, label=label)
-        axes[0].set_title("Attention error", fontsize=12, fontweight="bold", loc="left")
-        axes[0].set_ylabel("relative squared, held-out text", fontsize=10)
-        axes[0].set_ylim(bottom=0)
-        axes[0].legend(frameon=False, fontsize=9)
-    energy = axes[int(refined)]
+    lines = (("closed form", "before", COLOURS[0]), ("refined", "after", COLOURS[2]))
+    for label, key, colour in lines if refined else lines[:1]:
+        errors = [layer["attention_error"][key] for layer in layers]
+        axes[0].plot(numbers, errors, marker="o", markersize=4, color=colour, label=label)
+    axes[0].set_title("Attention error", fontsize=12, fontweight="bold", loc="left")
+    axes[0].set_ylabel(f"relative squared, {'held-out' if refined else 'calibration'} text", fontsize=10)
+    axes[0].set_ylim(bottom=0)
+    axes[0].legend(frameon=False, fontsize=9)
+    energy = axes[1]
     energy.bar(numbers, [layer["energy_kept"] for layer in layers], color=COLOURS[1])
     energy.set_title("Energy kept", fontsize=12, fontweight="bold", loc="left")
     energy.set_ylabel("share of the latent's second moment", fontsize=10)
-    for axis in axes[: 1 + refined]:
+    for axis in axes[:2]:
         axis.set_xlabel("layer", fontsize=10)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.spines[["top", "right"]].set_visible(False)

@@ -69,6 +69,9 @@ def sweep(
     text = read_text(Path(calibration), "Calibration", MAX_CHARACTERS_PER_TOKEN * most)
     settings = {
         "source": public_name(opened.label),
+        # A hash: the configuration in it is long, and the report may be published.
+        "source_fingerprint": hashlib.sha256(json.dumps(opened.fingerprint(), sort_keys=True).encode()).hexdigest(),
+        "versions": software_versions(),
         "calibration": {
             "file": Path(calibration).name,
             "sha256": hashlib.sha256(text.encode()).hexdigest(),
@@ -137,7 +140,6 @@ def _start(target: Path, settings: dict[str, Any]) -> dict[str, Any]:
         return {
             "settings": settings,
             "source": {"name": settings["source"]},
-            "versions": software_versions(),
             "commit": source_commit(),
         }
     report = read_json(path, "remove it to measure the models in its folder again")

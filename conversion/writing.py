@@ -2,13 +2,14 @@
 
 Everything goes into a hidden staging folder beside the target: a part for each finished layer, the hidden states
 behind the last one, and a journal that says what is done. At the end the parts become shards, and the folder the
-target.
+target; the journal goes last, so that the same command finishes what was stopped at any point.
 """
 
 import errno
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,29 +20,57 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+from egmla.provenance import peak_bytes
+
 
 MAX_SHARD_BYTES = 1024**3
 LOCK = ".lock"
 JOURNAL = "journal.json"
+PARTS, STATES = "part-*.safetensors", "states-*.safetensors"
 
 
-def check_target(target: Path) -> None:
+def check_target(target: Path, resume: bool = False) -> None:
     """Looks at a target before there is work to lose.
+
+    Args:
+        target (`Path`): the folder to write.
+        resume (`bool`): allow one that is half published, by an earlier run whose journal is there.
 
     Raises:
         FileExistsError: when it is a file, or a folder with something in it.
         PermissionError: when it cannot be written.
     """
-    if target.is_file() or (target.is_dir() and any(target.iterdir())):
+    content = {path.name for path in target.iterdir()} if target.is_dir() else set()
+    if target.is_file() or (content and not (resume and content <= _published(staging_path(target)))):
         raise FileExistsError(
             f"{target} exists and is not empty; a new or empty folder is needed. Choose another target or remove it."
         )
-    # What is written is renamed into place, so the folder around it counts.
-    existing = next(parent for parent in target.absolute().parents if parent.exists())
+    existing = _folder_around(target)
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise PermissionError(
             f"{target} cannot be written: {existing} is no folder with write permission; choose another target."
         )
+
+
+def check_space(target: Path, needed: int) -> None:
+    """Raises `OSError` when the disk has no room for `needed` bytes, of which an earlier run may have left some."""
+    staging = staging_path(target)
+    journal = _read_journal(staging)
+    if journal is not None and journal.get("report") is not None:
+        return  # all is written
+    there = sum(path.stat().st_size for path in staging.rglob("*") if path.is_file())
+    free = shutil.disk_usage(_folder_around(target)).free + there
+    if free < needed:
+        raise OSError(
+            errno.ENOSPC,
+            f"{target} has {free / 1e9:,.2f} GB free on its disk, and the conversion needs {needed / 1e9:,.2f} GB "
+            "there while it works. Free space or choose another disk.",
+        )
+
+
+def _folder_around(target: Path) -> Path:
+    """The nearest folder above the target that is there: what is written is renamed into place, so it counts."""
+    return next(parent for parent in target.absolute().parents if parent.exists())
 
 
 def staging_path(target: Path) -> Path:
@@ -49,18 +78,32 @@ def staging_path(target: Path) -> Path:
     return target.parent / f".{target.name}.partial"
 
 
+def _read_journal(staging: Path) -> dict[str, Any] | None:
+    file = staging / JOURNAL
+    return json.loads(file.read_text()) if file.is_file() else None
+
+
+def _published(staging: Path) -> set[str]:
+    """Names of the files that an earlier run has moved from there to its target already."""
+    journal = _read_journal(staging)
+    if journal is None or journal.get("report") is None:
+        return set()
+    return set(journal["files"]) - {path.name for path in staging.iterdir()}
+
+
 @contextmanager
 def staged_folder(target: Path, keep: bool = False) -> Iterator[Path]:
     """A hidden folder beside `target` to write into; it takes the target's name when the block ends without an error.
 
     On an error or an interruption the hidden folder is removed, so that nothing is left that looks like a model; with
-    `keep` it is taken over if it is there, and stays once a journal in it has a finished layer.
+    `keep` it is taken over if it is there, and stays once a journal in it has a finished layer. With a journal the
+    files move one by one, `config.json` last, and a target where only some have arrived is finished.
 
     Raises:
         BlockingIOError: when another process is writing the same target.
         OSError: when the target cannot be written.
     """
-    check_target(target)
+    check_target(target, resume=keep)
     staging = staging_path(target)
     staging.mkdir(parents=True, exist_ok=True)
     lock = FileLock(staging / LOCK, blocking=False)
@@ -80,15 +123,20 @@ def staged_folder(target: Path, keep: bool = False) -> Iterator[Path]:
 
     try:
         yield staging
-        lock.release()
-        (staging / LOCK).unlink(missing_ok=True)
-        if target.is_dir():
+        journal = staging / JOURNAL
+        if target.is_dir() or journal.is_file():
             # An empty folder may be the current one or a mount point, so it stays; config.json makes it a model and
             # comes last.
-            for file in sorted(staging.iterdir(), key=lambda file: file.name == "config.json"):
+            target.mkdir(exist_ok=True)
+            files = [file for file in staging.iterdir() if file.name not in (JOURNAL, LOCK)]
+            for file in sorted(files, key=lambda file: file.name == "config.json"):
                 file.rename(target / file.name)
-            staging.rmdir()
+            journal.unlink(missing_ok=True)
+            lock.release()
+            shutil.rmtree(staging)
         else:
+            lock.release()
+            (staging / LOCK).unlink(missing_ok=True)
             staging.rename(target)
     except OSError as error:
         left = leave()
@@ -109,24 +157,33 @@ def staged_folder(target: Path, keep: bool = False) -> Iterator[Path]:
 class Journal:
     """What of a conversion is done: its settings, what is known of each finished layer, the hidden states behind it.
 
-    A layer counts as finished once the journal says so: its part and the states are written before.
+    A layer counts as finished once the journal says so: its part and the states are written before. So does the whole
+    model, whose report the journal then holds: only moving it to its place is left.
 
     Args:
         folder (`Path`): the staging folder.
         settings (`dict`): everything the result depends on, in types that JSON keeps.
         resume (`bool`): take up what is there; otherwise start over.
+        started (`float`, *optional*): when this run began, seconds as of `time.time`; now by default.
 
     Attributes:
         layers: what is known of each finished layer.
+        report: the report of the whole model once it is written, else `None`.
     """
 
-    def __init__(self, folder: Path, settings: dict[str, Any], resume: bool = True):
+    def __init__(self, folder: Path, settings: dict[str, Any], resume: bool = True, started: float | None = None):
         self.folder, self.settings = folder, settings
+        self.started = time.time() if started is None else started
+        self.earlier = {"runs": 0, "seconds": 0.0, "peak_bytes": 0}
         self.layers: list[dict[str, Any]] = []
-        if resume and (folder / JOURNAL).is_file():
-            self.layers = json.loads((folder / JOURNAL).read_text())["layers"]
-        else:
+        self.report: dict[str, Any] | None = None
+        found = _read_journal(folder) if resume else None
+        if found is None:
             _remove_content(folder)
+        else:
+            self.layers, self.report = found["layers"], found.get("report")
+            self.earlier = found.get("spent", self.earlier)
+            self._remove_stale()
 
     def states(self) -> dict[str, torch.Tensor]:
         """The hidden states behind the last finished layer; empty before the first and where none were needed."""
@@ -139,15 +196,43 @@ class Journal:
         if states:
             save_tensors(states, self._states(count))
         self.layers.append(layer)
-        waiting = self.folder / f"{JOURNAL}.waiting"
-        waiting.write_text(json.dumps({"settings": self.settings, "layers": self.layers}))
-        waiting.replace(self.folder / JOURNAL)
-        self._states(count - 1).unlink(missing_ok=True)
+        self._write()
+        self._remove_stale()
 
-    def remove(self) -> None:
-        """Removes the journal and its states: the folder is about to become a model."""
-        self._states(len(self.layers)).unlink(missing_ok=True)
-        (self.folder / JOURNAL).unlink(missing_ok=True)
+    def finish(self, report: dict[str, Any]) -> None:
+        """Notes that the whole model is written beside the journal, and what its report says."""
+        self.report = report
+        self._write()
+        self._remove_stale()
+
+    def spent(self) -> dict[str, Any]:
+        """Of all runs: how many, their seconds (earlier ones up to the journal's last note), the most bytes held."""
+        return {
+            "runs": self.earlier["runs"] + 1,
+            "seconds": round(self.earlier["seconds"] + time.time() - self.started, 1),
+            "peak_bytes": max(self.earlier["peak_bytes"], peak_bytes()),
+        }
+
+    def _write(self) -> None:
+        content: dict[str, Any] = {
+            "settings": self.settings,
+            "layers": self.layers,
+            "report": self.report,
+            "spent": self.spent(),
+        }
+        if self.report is not None:
+            content["files"] = [path.name for path in self.folder.iterdir()]
+        waiting = self.folder / f"{JOURNAL}.waiting"
+        waiting.write_text(json.dumps(content))
+        waiting.replace(self.folder / JOURNAL)
+
+    def _remove_stale(self) -> None:
+        """Removes states that no layer starts from any more, and all that is not part of a model once it is whole."""
+        stale = set(self.folder.glob(STATES)) - {self._states(len(self.layers))}
+        if self.report is not None:
+            stale = {path for pattern in (PARTS, STATES) for path in self.folder.glob(pattern)}
+        for path in stale:
+            path.unlink()
 
     def _states(self, count: int) -> Path:
         return self.folder / f"states-{count:05d}.safetensors"
@@ -206,11 +291,6 @@ class ShardWriter:
             total = sum(part.size for group in groups for part in group)
             index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
             (self.folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-
-    def remove_parts(self) -> None:
-        """Removes the parts, which are all in shards."""
-        for number in range(self.parts):
-            self._part(number).unlink()
 
     def _part(self, number: int) -> Path:
         return self.folder / f"part-{number:05d}.safetensors"
@@ -275,12 +355,15 @@ def _remove_content(folder: Path) -> None:
 def check_unfinished(target: Path, settings: dict[str, Any]) -> None:
     """Raises `ValueError` where an unfinished conversion into `target` was begun under other settings."""
     folder = staging_path(target)
-    if not (folder / JOURNAL).is_file():
+    journal = _read_journal(folder)
+    if journal is None:
         return
-    found = json.loads((folder / JOURNAL).read_text())["settings"]
+    found = journal["settings"]
     if different := [name for name in settings if settings[name] != found.get(name)]:
         raise ValueError(
             f"{folder} holds an unfinished conversion with other settings: "
             + "; ".join(f"{name} was {found.get(name)} and is {settings[name]}" for name in different)
-            + ". Give the same ones to finish it, or --no-resume (resume=False) to start over."
+            + ". Give the same ones to finish it"
+            + (" (OMP_NUM_THREADS sets the threads)" if "machine" in different else "")
+            + ", or --no-resume (resume=False) to start over."
         )

@@ -455,6 +455,7 @@ def _made(conversion: dict, folder: Path) -> str:
             f"- calibration: {calibration['sequences']} sequences of {calibration['sequence_length']:,} tokens from "
             f"`{calibration['file']}`, SHA-256 of the text read `{calibration['sha256']}`"
         )
+        lines += _refinement(conversion)
     else:
         lines.append("- calibration: none, an exact conversion needs none")
     if recipe:
@@ -467,14 +468,38 @@ def _made(conversion: dict, folder: Path) -> str:
     return "\n".join(lines)
 
 
+def _refinement(conversion: dict) -> list[str]:
+    """The line about the refinement; none for reports from before there was one."""
+    if "refinement" not in conversion:
+        return []
+    refinement = conversion["refinement"]
+    if refinement is None:
+        return ["- refinement: none, the closed form as it is"]
+    batch, length = refinement["batch_size"], conversion["calibration"]["sequence_length"]
+    gate = "the gate trained with the rest" if refinement["gate"] else "the gate left at identity"
+    return [
+        f"- refinement: each layer's attention by itself, {refinement['steps']} steps of {batch} of those sequences "
+        f"({refinement['steps'] * batch * length:,} tokens), {gate}; learning rate {refinement['learning_rate']:g}, "
+        f"matrix products in {refinement['dtype']}"
+    ]
+
+
 def _limits(conversion: dict, results: dict | None, training: dict | None, changed: bool) -> list[str]:
     limits = []
+    refinement = conversion.get("refinement")
     if conversion["plan"]["exact"]:
         limits.append("The cache is as large as the source's: a starting point for training, not a saving.")
     elif training is None and not changed:
-        limits.append("Nothing was trained after the conversion, so quality below the source's is to be expected.")
+        what = (
+            "Each layer's attention was refined by itself on the calibration text and nothing was trained end to end"
+            if refinement
+            else "Nothing was trained after the conversion"
+        )
+        limits.append(f"{what}, so quality below the source's is to be expected.")
     if changed:
         limits.append("The weights have changed since they were last reported on, and nothing here says how.")
+    elif training is None and refinement and refinement["gate"]:
+        limits.append("The gate was trained in that refinement only.")
     elif training is None:
         limits.append("The gate is at identity: it changes nothing until the model is trained.")
     if training is not None:

@@ -30,6 +30,15 @@ def software_versions(*more: str) -> dict[str, str]:
     return versions
 
 
+def machine() -> dict[str, Any]:
+    """What decides in which order a result's sums are taken: device, threads, the processor's instructions."""
+    return {
+        "device": "cuda" if torch.cuda.is_available() else "cpu",
+        "threads": torch.get_num_threads(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
 def source_commit() -> str | None:
     """The commit of this package's repository, with `+changes` after it where files differ; None outside of one."""
     folder = Path(__file__).resolve().parent

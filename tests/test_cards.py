@@ -162,6 +162,24 @@ def test_command_in_the_card_makes_the_model_again(model, converted, tmp_path, m
         assert (tmp_path / "again" / name).read_bytes() == (model / name).read_bytes()
 
 
+def test_refinement_is_stated(model):
+    card = render_card(model)
+    report = json.loads((model / "conversion_report.json").read_text())
+    products, length = report["refinement"]["dtype"], report["calibration"]["sequence_length"]
+    assert f"2 steps of 2 of those sequences ({4 * length:,} tokens), the gate left at identity" in card
+    assert f"matrix products in {products}" in card
+    assert "was refined by itself on the calibration text and nothing was trained end to end" in card
+    assert "Nothing was trained after" not in card and "The gate is at identity" in card
+    write(model / "conversion_report.json", {**report, "refinement": {**report["refinement"], "gate": True}})
+    card = render_card(model)
+    assert "the gate trained with the rest" in card and "The gate was trained in that refinement only." in card
+    assert "at identity" not in card
+    write(model / "conversion_report.json", {**report, "refinement": None})
+    card = render_card(model)
+    assert "- refinement: none, the closed form as it is" in card
+    assert "Nothing was trained after the conversion" in card and "The gate is at identity" in card
+
+
 def test_scores_of_one_model(model, tmp_path):
     written = write_card(model, scores=write(tmp_path / "results.json", lm_eval_results(str(model))))
     assert [path.name for path in written] == ["results.json", "architecture.png", "README.md"]

@@ -19,9 +19,10 @@ from transformers import (
     MistralConfig,
     MistralForCausalLM,
 )
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from egmla import EGMLACache
-from egmla.conversion import Recipe, Refinement, convert_checkpoint
+from egmla.conversion import Recipe, Refinement, convert_checkpoint, writing
 from egmla.conversion.closed_form import exact_attention, low_rank_attention, smaller_latent
 from egmla.conversion.families import AttentionShape, AttentionWeights
 from egmla.conversion.refinement import ConvertedRun as refinement_run
@@ -57,6 +58,7 @@ SOURCES = {
     "llama-gqa-tied": (LlamaForCausalLM, LlamaConfig, {"tie_word_embeddings": True}),
     "llama-mha": (LlamaForCausalLM, LlamaConfig, {"num_attention_heads": 5, "num_key_value_heads": 5}),
     "llama-mqa": (LlamaForCausalLM, LlamaConfig, {"num_key_value_heads": 1}),
+    "llama-dropout": (LlamaForCausalLM, LlamaConfig, {"attention_dropout": 0.5}),
     "llama-biases": (LlamaForCausalLM, LlamaConfig, {"attention_bias": True, "mlp_bias": True}),
     "llama3-rope": (LlamaForCausalLM, LlamaConfig, {"rope_parameters": LLAMA3_ROPE}),
     "llama-yarn": (LlamaForCausalLM, LlamaConfig, {"rope_parameters": YARN_ROPE}),
@@ -305,8 +307,6 @@ def test_exact_attention_needs_equal_blocks():
 
 def test_shards_and_dtype(make_source, tmp_path, monkeypatch):
     _, folder = make_source("llama-mha", max_shard_size="100KB")
-    from egmla.conversion import writing
-
     assert len(list(folder.glob("*.safetensors"))) > 1
     monkeypatch.setattr(writing.ShardWriter.__init__, "__defaults__", (100_000,))
     target = tmp_path / "converted"
@@ -327,6 +327,43 @@ def test_dry_run_writes_nothing(make_source, calibration, tmp_path):
     assert plan["plan"]["target_elements"] == 52 and plan["plan"]["source_elements"] == 240
     assert plan["estimate"]["seconds"] > 0 and plan["estimate"]["memory_bytes"] > 0
     assert list(tmp_path.iterdir()) == []
+
+
+def test_room_on_disk(make_source, calibration, tmp_path, monkeypatch):
+    """Known before the work, refused where there is less; what an interrupted run left there is counted as room."""
+    _, folder = make_source("llama-gqa-tied")
+    target, arguments = tmp_path / "t", {**SHRUNK, "calibration": calibration}
+    room = convert_checkpoint(folder, target, **arguments, dry_run=True)["disk"]
+    used, parts = [0], []
+    usage = writing.shutil.disk_usage(tmp_path)
+
+    def less(missing):
+        there = sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())
+        monkeypatch.setattr(
+            writing.shutil, "disk_usage", lambda path: usage._replace(free=room["needed_bytes"] - there - missing)
+        )
+
+    def watch(*step):
+        used.append(sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()))
+        parts.append(len(list(tmp_path.rglob("part-*"))))
+        if len(parts) > 5 and max(parts) > 1:
+            raise KeyboardInterrupt
+
+    for dry_run in (True, False):
+        less(1)
+        with pytest.raises(
+            OSError, match=r"has \d.\d\d GB free on its disk, and the conversion needs .* Free space or"
+        ):
+            convert_checkpoint(folder, target, **arguments, dry_run=dry_run)
+        assert list(tmp_path.iterdir()) == []
+    less(0)
+    with pytest.raises(KeyboardInterrupt):
+        convert_checkpoint(folder, target, **arguments, progress=watch)
+    less(0)
+    convert_checkpoint(folder, target, **arguments)
+    assert max(used) <= 1.1 * room["needed_bytes"]
+    tensors = load_file(target / "model.safetensors").values()
+    assert room["weights_bytes"] == sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def test_refinement_lowers_the_error_on_text_it_was_not_trained_on(make_source, calibration, tmp_path):
@@ -379,6 +416,21 @@ def test_refined_gate_leaves_identity(make_source, calibration, tmp_path):
     assert all(norm.abs().max() > 0 for norm in norms)
 
 
+def test_refinement_has_no_dropout(make_source, calibration, tmp_path, monkeypatch):
+    """Whatever the source was trained with; on a GPU the attention function would follow it."""
+    _, folder = make_source("llama-dropout")
+    seen = set()
+
+    def attend(*args, dropout=0.0, **kwargs):
+        seen.add(dropout)
+        return causal_attention_in_blocks(*args, **kwargs)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "egmla_blocks", attend)
+    convert_checkpoint(folder, tmp_path / "t", **SHRUNK, calibration=calibration)
+    assert seen == {0.0}
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "t").config.attention_dropout == 0.5
+
+
 def test_refined_states_are_those_of_the_written_model(make_source, calibration, tmp_path, monkeypatch):
     """What the next layer is refined on is what the model gives when it is loaded, gate and rotation included."""
     from egmla.conversion import convert
@@ -395,6 +447,28 @@ def test_refined_states_are_those_of_the_written_model(make_source, calibration,
     with torch.no_grad():
         model(inputs_embeds=embeddings[:2])
     torch.testing.assert_close(seen[0], runs[0].states[:2], atol=2e-4, rtol=1e-4)
+
+
+def test_errors_of_the_closed_form_are_those_of_the_written_model(make_source, calibration, tmp_path, monkeypatch):
+    """Without refinement, too, the report has each attention's error, on the last sequence."""
+    from egmla.conversion import convert
+
+    source, folder = make_source("llama-yarn")
+    seen = []
+    run = convert.SourceRun
+    monkeypatch.setattr(convert, "SourceRun", lambda *args: seen.append(args[2]) or run(*args))
+    settings = {**SHRUNK, "refinement": CLOSED_FORM, "dtype": "float32"}
+    report = convert_checkpoint(folder, tmp_path / "t", **settings, calibration=calibration)
+    converted = AutoModelForCausalLM.from_pretrained(tmp_path / "t").eval()
+    outputs = {source: [], converted: []}
+    for model, kept in outputs.items():
+        for layer in model.model.layers:
+            layer.self_attn.register_forward_hook(lambda module, args, output, kept=kept: kept.append(output[0]))
+        with torch.no_grad():
+            model(seen[0][-1:])
+    for layer, ours, theirs in zip(report["layers"], outputs[converted], outputs[source], strict=True):
+        error = (ours - theirs).square().sum() / theirs.square().sum()
+        assert layer["attention_error"] == {"before": pytest.approx(float(error), rel=1e-3)}
 
 
 def test_two_conversions_are_identical(make_source, calibration, tmp_path):
@@ -476,6 +550,22 @@ def test_nan_weights(make_source, tmp_path, name):
     with pytest.raises(ValueError, match=rf"Tensor {name} in .* has 1 values that are NaN"):
         convert_checkpoint(folder, tmp_path / "t", exact=True)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("part", ["copied", "computed"])
+def test_values_too_large_for_the_dtype(make_source, calibration, tmp_path, part):
+    """Large values make a large latent, and its norm a constant 300 times as large, which its gain takes back."""
+    _, folder = make_source("llama-mha")
+    name = "mlp.up_proj.weight" if part == "copied" else "self_attn.v_proj.weight"
+    change_weights(folder, lambda tensors: tensors[f"model.layers.1.{name}"].mul_(1e6 if part == "copied" else 1e3))
+    widths = {"kv_lora_rank": 12, "qk_rope_head_dim": 6, "calibration_tokens": 1024, "refinement": CLOSED_FORM}
+    settings = {"exact": True} if part == "copied" else {**widths, "calibration": calibration, "latent_norm": True}
+    named = name if part == "copied" else "self_attn.kv_a_layernorm.weight"
+    message = rf"Tensor model.layers.1.{named} .* torch.float16 holds up to 6.55e\+04; use dtype bfloat16 or float32"
+    with pytest.raises(ValueError, match=message):
+        convert_checkpoint(folder, tmp_path / "t", **settings, dtype="float16")
+    assert list(tmp_path.iterdir()) == []
+    convert_checkpoint(folder, tmp_path / "t", **settings, dtype="bfloat16")
 
 
 def test_missing_and_unknown_tensors(make_source, tmp_path):

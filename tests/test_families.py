@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from egmla import EGMLACache, EGMLAConfig
 from egmla.conversion import FAMILIES, Recipe, Refinement, convert, convert_checkpoint
 from egmla.conversion.closed_form import low_rank_attention
+from egmla.conversion.estimates import _mlp_weights
 from egmla.conversion.families import MISSING, AttentionShape, find_family
 from egmla.conversion.refinement import ConvertedRun
 from egmla.conversion.sources import open_source
@@ -588,6 +589,47 @@ def test_a_missing_expert_is_named(make_source, tmp_path, expert, part):
     save_file(tensors, file, {"format": "pt"})
     with pytest.raises(ValueError, match=rf"lacks {lost}, of one of its 8 experts; .* incomplete: download it again"):
         convert_checkpoint(copied, tmp_path / "t", exact=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "layer", "known"),
+    [
+        ("deepseek_v3", {}, 2, True),
+        ("deepseek_v3", {"num_nextn_predict_layers": 2}, 3, True),
+        ("deepseek_v3", {}, 3, False),
+        ("deepseek_v3", {"num_nextn_predict_layers": 0}, 2, False),
+        ("glm4_moe_lite", {}, 2, True),
+        ("deepseek_v2", {}, 2, False),
+        ("youtu", {"num_nextn_predict_layers": 1}, 2, False),
+        ("minicpm3 untied", {}, 2, False),
+        ("egmla", {}, 2, False),
+    ],
+)
+def test_layers_behind_the_last(make_source, tmp_path, name, fields, layer, known):
+    """Those that predict further tokens are left out, where the family and its configuration know of them."""
+    _, folder = make_source(name)
+    source = change_config(folder, tmp_path / "source", **fields)
+    [file] = source.glob("*.safetensors")
+    extra = f"model.layers.{layer}.input_layernorm.weight"
+    save_file({**load_file(file), extra: torch.ones(60)}, file, {"format": "pt"})
+    if known:
+        convert_checkpoint(source, tmp_path / "t", exact=True)
+        assert not any(key.startswith("model.layers.2.") for key in load_file(tmp_path / "t/model.safetensors"))
+        return
+    with pytest.raises(ValueError, match=rf"has 1 tensors that a \w+ model does not, first {extra}"):
+        convert_checkpoint(source, tmp_path / "t", exact=True)
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3 experts", "glm4_moe_lite experts", "youtu"])
+def test_estimates_count_experts(make_source, name):
+    """All of them in memory, those that a token passes through in time; the router is too small to be counted."""
+    source, _ = make_source(name)
+    config = FAMILIES[source.config.model_type].target_config(source.config, kv_gate="latent")
+    held, used = _mlp_weights(config)
+    for layer, count in zip(source.model.layers, held, strict=True):
+        assert count == pytest.approx(sum(parameter.numel() for parameter in layer.mlp.parameters()), rel=0.05)
+    expert = 3 * 60 * 12
+    assert used == ([held[0], (3 + 2) * expert] if "experts" in name else held)
 
 
 def test_experts_learn(make_source, tmp_path):

@@ -150,6 +150,17 @@ def test_latent_norm_costs_one_number(make_source, calibration, tmp_path):
             r"latents of different widths",
         ),
         ("qwen2", {"cache": 0.5, "layout": "deepseek_v3", "recipe": UNIFORM}, r"its queries have biases"),
+        (
+            "llama linear",
+            {
+                "kv_lora_rank": 9,
+                "qk_rope_head_dim": 10,
+                "layout": "deepseek_v3",
+                "recipe": UNIFORM,
+                "refinement": Refinement(steps=3, gate=True),
+            },
+            r"layout='deepseek_v3' with a gate trained in refinement .* has no gate, .* Leave out --refine-gate",
+        ),
     ],
 )
 def test_refused(make_source, calibration, tmp_path, name, arguments, message):

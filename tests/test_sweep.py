@@ -1,8 +1,10 @@
 """Sweeps: every size and recipe is measured, a killed one goes on, figures of other settings are not mixed in."""
 
 import json
+import shutil
 
 import pytest
+from safetensors.torch import load_file, save_file
 from test_commands import run
 from transformers import AutoModelForCausalLM
 
@@ -94,6 +96,19 @@ def test_other_settings_are_not_mixed_in(swept, llama_folder, texts):
         sweep(llama_folder, target, CACHES, **texts, choices={"balance": 2.0})
     with pytest.raises(ValueError, match=r"other settings \(calibration\)"):
         sweep(llama_folder, target, CACHES, **{**texts, "calibration_tokens": 4096})
+
+
+def test_a_namesake_of_the_source_is_another(swept, llama_folder, texts, tmp_path, monkeypatch):
+    target, _, _ = swept
+    namesake = shutil.copytree(llama_folder, tmp_path / llama_folder.name)  # its files keep their times
+    sweep(namesake, target, CACHES, recipes=RECIPES, **texts)
+    tensors = load_file(namesake / "model.safetensors")
+    save_file({**tensors, "model.norm.weight": 2 * tensors["model.norm.weight"]}, namesake / "model.safetensors")
+    with pytest.raises(ValueError, match=r"holds a sweep with other settings \(source_fingerprint\)"):
+        sweep(namesake, target, CACHES, recipes=RECIPES, **texts)
+    monkeypatch.setattr(module, "software_versions", lambda: {"torch": "1.0"})
+    with pytest.raises(ValueError, match=r"other settings \(versions\)"):
+        sweep(llama_folder, target, CACHES, recipes=RECIPES, **texts)
 
 
 def test_bad_input_shows_before_anything_is_made(llama_folder, texts, tmp_path):

@@ -142,6 +142,9 @@ def _print_report(report: dict, title: str) -> None:
     if evaluation := report.get("evaluation"):
         change = f"{evaluation['source']:.3f} -> {evaluation['converted']:.3f}"
         table.add_row(f"perplexity, {evaluation['windows']} windows of {evaluation['file']}", change)
+    if disk := report.get("disk"):
+        table.add_row("weights to be written", f"{disk['weights_bytes'] / 1e9:,.2f} GB")
+        table.add_row("disk needed meanwhile", f"{disk['needed_bytes'] / 1e9:,.2f} GB")
     if estimate := report.get("estimate"):
         table.add_row("rough time here", f"{estimate['seconds'] / 60:,.0f} minutes")
         table.add_row("rough peak of memory", f"{estimate['memory_bytes'] / 1e9:,.1f} GB")
