@@ -171,7 +171,7 @@ def convert_checkpoint(
         sequences, calibration_report = _calibration_sequences(
             opened, calibration, calibration_tokens, recipe.sequence_length, evaluation
         )
-        calibration_report["sequences_measured"] = measured_sequences(*sequences.shape, refined=bool(refinement.steps))
+        calibration_report["sequences_measured"] = measured_sequences(sequences, refined=bool(refinement.steps))
     check_tensors(opened, family)
     family.check_weights(opened)
     stored = output_dtype or opened.tensor("model.layers.0.self_attn.o_proj.weight").dtype
@@ -360,7 +360,7 @@ def _converted_layers(
                 progress("convert", layer_idx + 1, count)
         return
 
-    measured = measured_sequences(*sequences.shape, refined=bool(refinement.steps))
+    measured = measured_sequences(sequences, refined=bool(refinement.steps))
     if not refinement.steps:
         refinement = Refinement(steps=0, dtype="float32")  # errors are measured, no more
     run = SourceRun(source, family, sequences, recipe.weighting, refinement.dtype, measured)

@@ -99,7 +99,7 @@ def estimate(
     converted = H * (2 * d + plan.rope_dim) * D + (rank + plan.rope_dim) * D + rank * H * 2 * d
     scores = H * d * T  # multiplications per token with the keys, and the same with the values, half of them masked
 
-    measured = measured_sequences(count, T, refined=bool(refinement.steps))
+    measured = measured_sequences(sequences, refined=bool(refinement.steps))
     source = count * T * (attention + mlp + scores) + measured * T * (H * T * MAP_COST + D * D)
     trained = converted + H * (d + plan.rope_dim) * T
     refined = 3 * refinement.steps * refinement.batch_size * T * trained + count * T * (trained + mlp)

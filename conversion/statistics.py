@@ -21,8 +21,9 @@ ROTATION_TOKENS = 24576
 MEASURED_TOKENS = 65536
 
 
-def measured_sequences(count: int, length: int, refined: bool) -> int:
-    """How many of `count` calibration sequences of `length` tokens the second moments are taken of."""
+def measured_sequences(sequences: torch.Tensor, refined: bool) -> int:
+    """Of how many of the calibration sequences `[sequences, T]`, the first ones, second moments are taken."""
+    count, length = sequences.shape
     return min(count, -(-MEASURED_TOKENS // length)) if refined else count
 
 
