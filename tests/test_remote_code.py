@@ -172,13 +172,13 @@ def test_without_trust_the_code_does_not_run(clean_process, tmp_path):
 
 
 def test_the_code_needs_only_what_a_checkpoint_may_ask_for():
-    """The three files travel in every checkpoint: flat relative imports, and of what is installed only these."""
+    """The four files travel in every checkpoint: flat relative imports, and of what is installed only these."""
     import ast
 
     import egmla
 
     allowed = {"torch", "transformers", "huggingface_hub"} | sys.stdlib_module_names
-    siblings = {"configuration_egmla", "cache_egmla", "modeling_egmla"}
+    siblings = {"configuration_egmla", "quantization_egmla", "cache_egmla", "modeling_egmla"}
     for name in siblings:
         tree = ast.parse((Path(egmla.__file__).parent / f"{name}.py").read_text())
         for node in ast.walk(tree):
