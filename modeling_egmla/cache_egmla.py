@@ -279,7 +279,7 @@ class Int8LatentLayer(QuantizedLatentLayer):
 
     @property
     def entries(self) -> ElementGroups:
-        return ElementGroups(*self.used, self.matrix, self.dtype)
+        return ElementGroups(*self.used, self.matrix, self.kv_lora_rank, self.dtype)
 
     def append(self, latent: torch.Tensor, rope_key: torch.Tensor) -> ElementGroups:
         if not self.is_initialized:
@@ -328,7 +328,7 @@ class Int4LatentLayer(QuantizedLatentLayer):
     @property
     def entries(self) -> TokenGroups:
         codes, scales, kept = self.used
-        return TokenGroups(kept, KEPT_FIRST_TOKENS, codes, scales, self.group_size)
+        return TokenGroups(kept, KEPT_FIRST_TOKENS, codes, scales, self.group_size, self.kv_lora_rank)
 
     def append(self, latent: torch.Tensor, rope_key: torch.Tensor) -> TokenGroups:
         if not self.is_initialized:

@@ -137,7 +137,7 @@ def latent_attention(
         scaling (`float`): factor on the scores.
 
     Returns:
-        `torch.Tensor`: `[B, H, T, R + P]`; only the first `R` elements mean anything.
+        `torch.Tensor`: `[B, H, T, R + P]`, of which only the first `R` elements mean anything and may come alone.
     """
     B, H, T, width = query.shape
     if H * T > PACK_MAX_ROWS and T > 1:
@@ -152,7 +152,7 @@ def latent_attention(
     if attention_mask is not None and (T > 1 or attention_mask.shape[1] > 1):
         attention_mask = attention_mask.expand(-1, H, -1, -1).reshape(-1, 1, H * T, attention_mask.shape[-1])
     if isinstance(entries, QuantizedEntries):
-        return _quantized_attention(packed, entries, attention_mask, scaling).view(B, H, T, width)
+        return _quantized_attention(packed, entries, attention_mask, scaling).view(B, H, T, -1)
     parts = _split_count(packed, entries)
     if parts > 1:
         output = _split_attention(packed, entries, attention_mask, scaling, parts)
@@ -212,36 +212,32 @@ def _split_attention(
 def _quantized_attention(
     query: torch.Tensor, entries: QuantizedEntries, attention_mask: torch.Tensor | None, scaling: float
 ) -> torch.Tensor:
-    """Attention `[B, 1, rows, R + P]` over quantised entries, `PIECE_TOKENS` at a time, merged by their log-sum-exp.
+    """Attention `[B, 1, rows, R]` over quantised entries, `PIECE_TOKENS` at a time, merged by their log-sum-exp.
 
     Sums are in fp32, whatever the model's dtype: pieces are made anew in each step, in either dtype as fast.
     """
+    R = entries.latent_width
     rotated = query[:, 0].float() * scaling  # [B, rows, R + P]
     if entries.rotation is not None:
         rotated = rotated @ entries.rotation
     # Not infinite: a piece without any visible token would give weights that are not numbers.
     hidden = torch.finfo(rotated.dtype).min
-    total = rotated.new_full((*rotated.shape[:2], 1), -torch.inf)
-    output = torch.zeros_like(rotated)
-    start = 0
+    outputs, totals, start = [], [], 0
     for piece in entries.pieces(PIECE_TOKENS):
-        stop = start + piece.shape[1]
-        if start == stop:
-            continue
         scores = torch.bmm(rotated, piece.transpose(1, 2))
         if attention_mask is not None:
-            mask = attention_mask[:, 0, :, start:stop]
+            mask = attention_mask[:, 0, :, start : start + piece.shape[1]]
             if mask.dtype == torch.bool:
                 scores = scores.masked_fill(~mask, hidden)
             else:
                 scores = (scores + mask).clamp(min=hidden)
-        piece_total = torch.logsumexp(scores, dim=-1, keepdim=True)
-        merged = torch.logaddexp(total, piece_total)
-        attended = torch.bmm(torch.exp(scores - piece_total), piece)
-        output = output * torch.exp(total - merged) + attended * torch.exp(piece_total - merged)
-        total, start = merged, stop
+        totals.append(torch.logsumexp(scores, dim=-1, keepdim=True))
+        outputs.append(torch.bmm(scores.softmax(dim=-1), piece[..., :R]))
+        start += piece.shape[1]
+    shares = torch.softmax(torch.stack(totals), dim=0)  # [pieces, B, rows, 1]
+    output = (torch.stack(outputs) * shares).sum(dim=0)
     if entries.rotation is not None:
-        output = output @ entries.rotation
+        output = output @ entries.rotation[:R, :R]
     return output.unsqueeze(1).to(query.dtype)
 
 

@@ -115,18 +115,20 @@ class QuantizedEntries:
 
     Args:
         shape (`torch.Size`): `[B, 1, S, R + P]`.
+        latent_width (`int`): `R`.
         dtype (`torch.dtype`): what entries had before, and have again when dequantised.
     """
 
     # What `pieces` are to be multiplied with from the right to be entries; its own inverse.
     rotation: torch.Tensor | None = None
 
-    def __init__(self, shape: torch.Size, dtype: torch.dtype):
+    def __init__(self, shape: torch.Size, latent_width: int, dtype: torch.dtype):
         self.shape = shape
+        self.latent_width = latent_width
         self.dtype = dtype
 
     def pieces(self, tokens: int) -> Iterator[torch.Tensor]:
-        """All entries in order, rotated, in fp32 pieces `[B, n, R + P]` of about so many tokens."""
+        """All entries in order, rotated, in fp32 pieces `[B, n, R + P]` of at most so many tokens, none empty."""
         raise NotImplementedError
 
     def dequantize(self) -> torch.Tensor:
@@ -140,8 +142,8 @@ class QuantizedEntries:
 class ElementGroups(QuantizedEntries):
     """int8 codes `[B, 1, S, W]` and scales `[B, 1, S, W / group_size]` of rotated entries."""
 
-    def __init__(self, codes: torch.Tensor, scales: torch.Tensor, matrix: torch.Tensor, dtype: torch.dtype):
-        super().__init__(codes.shape, dtype)
+    def __init__(self, codes, scales, matrix: torch.Tensor, latent_width: int, dtype: torch.dtype):
+        super().__init__(codes.shape, latent_width, dtype)
         self.codes = codes[:, 0]
         self.scales = scales[:, 0]
         self.rotation = matrix
@@ -159,9 +161,9 @@ class TokenGroups(QuantizedEntries):
     Codes of the groups are `[B, 1, groups, g * W / 2]`, scales and zero points `[B, 1, groups, 2 W]`.
     """
 
-    def __init__(self, kept: torch.Tensor, first: int, codes: torch.Tensor, scales: torch.Tensor, group_size: int):
+    def __init__(self, kept, first: int, codes, scales, group_size: int, latent_width: int):
         B, _, held, width = kept.shape
-        super().__init__(torch.Size((B, 1, held + codes.shape[2] * group_size, width)), kept.dtype)
+        super().__init__(torch.Size((B, 1, held + codes.shape[2] * group_size, width)), latent_width, kept.dtype)
         self.kept = kept[:, 0]
         self.first = first
         self.codes = codes[:, 0].unflatten(-1, (group_size, -1))
@@ -170,7 +172,10 @@ class TokenGroups(QuantizedEntries):
     def pieces(self, tokens: int) -> Iterator[torch.Tensor]:
         yield self.kept[:, : self.first].float()
         groups = max(1, tokens // self.codes.shape[2])
-        for codes, scales in zip(self.codes.split(groups, dim=1), self.scales.split(groups, dim=1), strict=True):
+        for start in range(0, self.codes.shape[1], groups):
+            codes, scales = self.codes[:, start : start + groups], self.scales[:, start : start + groups]
             codes = torch.cat((codes & 15, codes >> 4), dim=-1)[..., : self.shape[-1]]
             yield codes.float().mul_(scales[:, :, :1]).add_(scales[:, :, 1:]).flatten(1, 2)
-        yield self.kept[:, self.first :].float()
+        for piece in self.kept[:, self.first :].split(tokens, dim=1):
+            if piece.shape[1]:
+                yield piece.float()

@@ -16,8 +16,9 @@ import time
 import torch
 from transformers import AutoTokenizer
 
-from egmla import EGMLACache, EGMLAForCausalLM
+from egmla import EGMLACache, EGMLAConfig, EGMLAForCausalLM
 from egmla.evaluation.perplexity import token_windows
+from egmla.modeling_egmla import latent_attention
 
 
 CONTESTANTS = {"full": {}, "int8": {"quantization": "int8"}, "int4": {"quantization": "int4"}}
@@ -47,6 +48,22 @@ def filled_cache(config, context: int, dtype: torch.dtype, **options) -> EGMLACa
 
 
 @torch.no_grad()
+def attention_milliseconds(context: int, dtype: torch.dtype, steps: int) -> dict[str, float]:
+    """Median processor time of one thread for attention of one token, 12 heads, over a layer of 64 + 64 elements."""
+    config = EGMLAConfig(num_hidden_layers=1, kv_lora_rank=64, qk_rope_head_dim=64)
+    layers = {name: filled_cache(config, context, dtype, **CONTESTANTS[name]).layers[0] for name in CONTESTANTS}
+    query = torch.randn(1, 12, 1, 128).to(dtype)
+    seconds: dict[str, list[float]] = {name: [] for name in CONTESTANTS}
+    for step in range(steps + 2):
+        for name, layer in layers.items():
+            start = time.thread_time()
+            latent_attention(query, layer.entries, None, 0.1)
+            if step >= 2:
+                seconds[name].append(time.thread_time() - start)
+    return {name: 1000 * statistics.median(values) for name, values in seconds.items()}
+
+
+@torch.no_grad()
 def decode_milliseconds(model, context: int, steps: int) -> dict[str, float]:
     """Median milliseconds of a decode step at `context` tokens, contestants taking turns."""
     caches = {name: filled_cache(model.config, context, model.dtype, **CONTESTANTS[name]) for name in CONTESTANTS}
@@ -70,6 +87,7 @@ def main() -> int:
     parser.add_argument("--windows", type=int, default=4)
     parser.add_argument("--chunk", type=int, default=128)
     parser.add_argument("--contexts", type=int, nargs="*", default=[], help="contexts to time decode steps at")
+    parser.add_argument("--attention", type=int, nargs="*", default=[], help="contexts to time attention alone at")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--dtype", default="float32")
     options = parser.parse_args()
@@ -98,6 +116,12 @@ def main() -> int:
         for name, milliseconds in decode_milliseconds(model, context, options.steps).items():
             result[name].setdefault("decode_ms", {})[str(context)] = milliseconds
             print(f"{name}  {milliseconds:.1f} ms per token at {context}", flush=True)
+    torch.set_num_threads(1)
+    for context in options.attention:
+        for dtype in (torch.float32, torch.bfloat16):
+            for name, milliseconds in attention_milliseconds(context, dtype, options.steps).items():
+                result[name].setdefault("attention_ms", {})[f"{context} {dtype}"] = milliseconds
+                print(f"{name}  {milliseconds:.2f} ms for attention over {context} tokens in {dtype}", flush=True)
     print(json.dumps(result))
     return 0
 
