@@ -363,9 +363,11 @@ class Int4LatentLayer(QuantizedLatentLayer):
             self.kept = self.kept[:, :, : remaining - groups * self.group_size].clone()
         else:
             # What is left of a group goes on as tokens in no group, with the values it had there.
-            start = KEPT_FIRST_TOKENS + groups * self.group_size
-            loose = self.entries.dequantize()[:, :, start:remaining]
-            self.kept = torch.cat((self.kept[:, :, : min(remaining, KEPT_FIRST_TOKENS)], loose), dim=2)
+            codes, scales = self.buffer[:, :, groups : groups + 1], self.scales[:, :, groups : groups + 1]
+            group = TokenGroups(self.kept[:, :, :0], 0, codes, scales, self.group_size, self.kv_lora_rank)
+            loose = max(0, remaining - KEPT_FIRST_TOKENS - groups * self.group_size)
+            first = self.kept[:, :, : min(remaining, KEPT_FIRST_TOKENS)]
+            self.kept = torch.cat((first, group.dequantize()[:, :, :loose]), dim=2)
         self.length, self.groups = remaining, groups
 
 
