@@ -5,6 +5,7 @@ Layout of a layer's buffer: `[B, 1, capacity, R + P]`, latent first, rotary key 
 buffer itself, as key and as value, so nothing is copied or joined on the way.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,12 +13,40 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.utils import is_torchdynamo_compiling
 
 from .configuration_egmla import EGMLAConfig
+from .quantization_egmla import (
+    SCALE_DTYPE,
+    ElementGroups,
+    QuantizedEntries,
+    TokenGroups,
+    element_group_size,
+    quantize_elements,
+    quantize_tokens,
+    rotation,
+    token_group_size,
+)
 
 
 # Spare room of a growing layer when it has to grow: 1/8 of what it holds, at least 64 tokens. Copying then costs eight
 # tokens moved per token appended, and a buffer is never more than 12.5 % (beyond 512 tokens) larger than its content.
 GROWTH_FRACTION = 8
 GROWTH_MIN_TOKENS = 64
+# The first tokens of a text, which an int4 cache keeps as they are (StreamingLLM's number, arXiv 2309.17453).
+KEPT_FIRST_TOKENS = 4
+
+
+def with_room(storage: torch.Tensor, start: int, length: int, least: int) -> torch.Tensor:
+    """The storage `[B, 1, capacity, .]` itself if it holds `length` rows, else a larger one with its first `start`.
+
+    It then has room for an eighth more, at least for `least`.
+    """
+    # A tensor made in inference mode cannot be written to outside of it.
+    frozen = storage.is_inference() and not torch.is_inference_mode_enabled()
+    if length <= storage.shape[2] and not frozen:
+        return storage
+    capacity = length + max(least, length // GROWTH_FRACTION)
+    grown = storage.new_empty((storage.shape[0], 1, capacity, storage.shape[3]))
+    grown[:, :, :start] = storage[:, :, :start]
+    return grown
 
 
 class LatentLayer(CacheLayerMixin):
@@ -32,6 +61,7 @@ class LatentLayer(CacheLayerMixin):
     is_sliding = False
     is_croppable = True
     buffer: Any  # the tensor, `None` before the first update
+    storage_names = ("buffer",)
     dtype: torch.dtype
     device: torch.device
 
@@ -49,19 +79,39 @@ class LatentLayer(CacheLayerMixin):
         return self.kv_lora_rank + self.qk_rope_head_dim
 
     @property
+    def storages(self) -> tuple[torch.Tensor, ...]:
+        """The tensors that hold the entries, `[B, 1, capacity, .]`, empty before the first update."""
+        return () if self.buffer is None else tuple(getattr(self, name) for name in self.storage_names)
+
+    @property
+    def used(self) -> tuple[torch.Tensor, ...]:
+        """The parts of the storages that hold something, views."""
+        return tuple(storage[:, :, : int(self.get_seq_length())] for storage in self.storages)
+
+    def replace_storages(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Puts `function(storage)` in the place of each storage."""
+        if self.is_initialized:
+            for name in self.storage_names:
+                setattr(self, name, function(getattr(self, name)))
+
+    @property
     def entries(self) -> torch.Tensor:
         """The part of the buffer in use, `[B, 1, S, R + P]`, a view."""
         return self.buffer[:, :, : int(self.get_seq_length())]
 
+    def split(self, entries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Latents `[B, 1, S, R]` and rotary keys `[B, 1, S, P]` of entries, as views."""
+        return entries[..., : self.kv_lora_rank], entries[..., self.kv_lora_rank :]
+
     @property
     def keys(self) -> torch.Tensor | None:
         """Cached latents `[B, 1, S, R]`, a view (DeepSeek's place for them)."""
-        return None if self.buffer is None else self.entries[..., : self.kv_lora_rank]
+        return None if self.buffer is None else self.split(self.entries)[0]
 
     @property
     def values(self) -> torch.Tensor | None:
         """Cached rotary keys `[B, 1, S, P]`, a view."""
-        return None if self.buffer is None else self.entries[..., self.kv_lora_rank :]
+        return None if self.buffer is None else self.split(self.entries)[1]
 
     @property
     def batch_size(self) -> int:
@@ -82,6 +132,11 @@ class LatentLayer(CacheLayerMixin):
                 f"{self.batch_size} in {self.dtype}; use a new cache, or batch_repeat_interleave "
                 "or batch_select_indices on this one."
             )
+        if self.is_initialized and latent.device != self.device:
+            raise ValueError(
+                f"Layer {self.layer_idx} gives entries on {latent.device}, but this cache holds its own on "
+                f"{self.device}; use a new cache, or move the model back."
+            )
 
     def update(self, key_states, value_states, *args, packed: bool = False, **kwargs):
         """Stores `key_states` (gated latent `[B, 1, T, R]`) and `value_states` (rotary key `[B, 1, T, P]`).
@@ -94,30 +149,27 @@ class LatentLayer(CacheLayerMixin):
         entries = self.append(key_states, value_states)
         if packed:
             return entries, entries
-        return entries[..., : self.kv_lora_rank], entries[..., self.kv_lora_rank :]
+        return self.split(entries)
 
     def append(self, latent: torch.Tensor, rope_key: torch.Tensor) -> torch.Tensor:
         """Writes the new entries behind the old ones and returns the part of the buffer to attend to."""
         raise NotImplementedError
 
     def offload(self):
-        if self.is_initialized:
-            self.buffer = self.buffer.to("cpu", non_blocking=True)
+        self.replace_storages(lambda storage: storage.to("cpu", non_blocking=True))
 
     def prefetch(self):
         if self.is_initialized and self.buffer.device != self.device:
-            self.buffer = self.buffer.to(self.device, non_blocking=True)
+            self.replace_storages(lambda storage: storage.to(self.device, non_blocking=True))
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         self.batch_select_indices(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        if self.is_initialized:
-            self.buffer = self.buffer.repeat_interleave(repeats, dim=0)
+        self.replace_storages(lambda storage: storage.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        if self.is_initialized:
-            self.buffer = self.buffer.index_select(0, indices.to(self.buffer.device))
+        self.replace_storages(lambda storage: storage.index_select(0, indices.to(storage.device)))
 
     def _check_crop(self, tokens_to_remove: int) -> int:
         if tokens_to_remove > 0:
@@ -152,13 +204,7 @@ class GrowingLatentLayer(LatentLayer):
             new = torch.cat((latent, rope_key), dim=-1)
             self.buffer = torch.cat((self.buffer[:, :, :start], new), dim=2)
             return self.buffer
-        # A tensor made in inference mode cannot be written to outside of it.
-        frozen = self.buffer.is_inference() and not torch.is_inference_mode_enabled()
-        if self.length > self.buffer.shape[2] or frozen:
-            spare = max(GROWTH_MIN_TOKENS, self.length // GROWTH_FRACTION)
-            grown = latent.new_empty((latent.shape[0], 1, self.length + spare, self.width))
-            grown[:, :, :start] = self.buffer[:, :, :start]
-            self.buffer = grown
+        self.buffer = with_room(self.buffer, start, self.length, GROWTH_MIN_TOKENS)
         entries = self.buffer[:, :, : self.length]
         entries[:, :, start:, : self.kv_lora_rank] = latent
         entries[:, :, start:, self.kv_lora_rank :] = rope_key
@@ -178,6 +224,151 @@ class GrowingLatentLayer(LatentLayer):
 
     def crop(self, tokens_to_remove: int) -> None:
         self.length -= self._check_crop(tokens_to_remove)
+
+
+class QuantizedLatentLayer(GrowingLatentLayer):
+    """What int8 and int4 layers share: codes in `buffer`, `scales` beside them, reading through `QuantizedEntries`.
+
+    A token reads itself and all others as the cache holds them, in every call.
+    """
+
+    scales: Any  # a tensor, `None` before the first update
+    storage_names = ("buffer", "scales")
+
+    def __init__(self, kv_lora_rank: int, qk_rope_head_dim: int, layer_idx: int = 0):
+        super().__init__(kv_lora_rank, qk_rope_head_dim, layer_idx)
+        self.scales = None
+
+    def split(self, entries: QuantizedEntries) -> tuple[torch.Tensor, torch.Tensor]:
+        """Latents `[B, 1, S, R]` and rotary keys `[B, 1, S, P]` of entries, dequantised."""
+        return super().split(entries.dequantize())
+
+    def check(self, latent: torch.Tensor, rope_key: torch.Tensor) -> None:
+        super().check(latent, rope_key)
+        if torch.is_grad_enabled() and (latent.requires_grad or rope_key.requires_grad):
+            raise ValueError(
+                f"Layer {self.layer_idx} gives entries that require gradients, and this cache is quantised: rounding "
+                "has none. Use EGMLACache(model.config) for training, or torch.no_grad() around the call."
+            )
+
+    def reset(self) -> None:
+        super().reset()
+        self.scales = None
+
+
+class Int8LatentLayer(QuantizedLatentLayer):
+    """int8 codes `[B, 1, capacity, R + P]` and scales `[B, 1, capacity, (R + P) / group_size]`.
+
+    Tokens are quantised each by itself, so logits do not depend on how they were divided into calls.
+    """
+
+    def __init__(self, kv_lora_rank, qk_rope_head_dim, layer_idx: int = 0, *, group_size: int | None = None):
+        super().__init__(kv_lora_rank, qk_rope_head_dim, layer_idx)
+        self.group_size = element_group_size(group_size, kv_lora_rank, qk_rope_head_dim)
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        shape = (key_states.shape[0], 1, 0)
+        self.buffer = key_states.new_empty((*shape, self.width), dtype=torch.int8)
+        self.scales = key_states.new_empty((*shape, self.width // self.group_size), dtype=SCALE_DTYPE)
+        self.is_initialized = True
+
+    @property
+    def matrix(self) -> torch.Tensor:
+        return rotation(self.kv_lora_rank, self.qk_rope_head_dim, self.device)
+
+    @property
+    def entries(self) -> ElementGroups:
+        return ElementGroups(*self.used, self.matrix, self.kv_lora_rank, self.dtype)
+
+    def append(self, latent: torch.Tensor, rope_key: torch.Tensor) -> ElementGroups:
+        if not self.is_initialized:
+            self.lazy_initialization(latent, rope_key)
+        rotated = torch.cat((latent, rope_key), dim=-1).float() @ self.matrix
+        codes, scales = quantize_elements(rotated, self.group_size)
+        start, self.length = self.length, self.length + latent.shape[2]
+        self.buffer = with_room(self.buffer, start, self.length, GROWTH_MIN_TOKENS)
+        self.scales = with_room(self.scales, start, self.length, GROWTH_MIN_TOKENS)
+        self.buffer[:, :, start : self.length] = codes
+        self.scales[:, :, start : self.length] = scales
+        return self.entries
+
+
+class Int4LatentLayer(QuantizedLatentLayer):
+    """int4 codes of groups of `group_size` tokens, and the tokens that are in no group as they came.
+
+    These are the first ones, whose latents are unlike all others and which much attention goes to, and the last ones,
+    up to a whole group. Codes are `[B, 1, groups, group_size * (R + P) / 2]`, scales and zero points
+    `[B, 1, groups, 2 (R + P)]`, tokens as they came `[B, 1, fewer than KEPT_FIRST_TOKENS + group_size, R + P]`.
+    """
+
+    kept: Any  # a tensor, `None` before the first update
+    storage_names = ("buffer", "scales", "kept")
+
+    def __init__(self, kv_lora_rank, qk_rope_head_dim, layer_idx: int = 0, *, group_size: int | None = None):
+        super().__init__(kv_lora_rank, qk_rope_head_dim, layer_idx)
+        self.group_size = token_group_size(group_size)
+        self.groups = 0
+        self.kept = None
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        shape = (key_states.shape[0], 1, 0)
+        self.buffer = key_states.new_empty((*shape, self.group_size * ((self.width + 1) // 2)), dtype=torch.uint8)
+        self.scales = key_states.new_empty((*shape, 2 * self.width), dtype=SCALE_DTYPE)
+        self.kept = key_states.new_empty((*shape, self.width))
+        self.is_initialized = True
+
+    @property
+    def used(self) -> tuple[torch.Tensor, ...]:
+        if self.buffer is None:
+            return ()
+        return self.buffer[:, :, : self.groups], self.scales[:, :, : self.groups], self.kept
+
+    @property
+    def entries(self) -> TokenGroups:
+        codes, scales, kept = self.used
+        return TokenGroups(kept, KEPT_FIRST_TOKENS, codes, scales, self.group_size, self.kv_lora_rank)
+
+    def append(self, latent: torch.Tensor, rope_key: torch.Tensor) -> TokenGroups:
+        if not self.is_initialized:
+            self.lazy_initialization(latent, rope_key)
+        kept = torch.cat((self.kept, torch.cat((latent, rope_key), dim=-1)), dim=2)
+        new_groups = max(0, kept.shape[2] - KEPT_FIRST_TOKENS) // self.group_size
+        if new_groups:
+            first, grouped, rest = kept.tensor_split(
+                [KEPT_FIRST_TOKENS, KEPT_FIRST_TOKENS + new_groups * self.group_size], dim=2
+            )
+            codes, scales = quantize_tokens(grouped.unflatten(2, (new_groups, self.group_size)))
+            start, self.groups = self.groups, self.groups + new_groups
+            self.buffer = with_room(self.buffer, start, self.groups, 1)
+            self.scales = with_room(self.scales, start, self.groups, 1)
+            self.buffer[:, :, start : self.groups] = codes.flatten(3)
+            self.scales[:, :, start : self.groups] = scales.flatten(3)
+            kept = torch.cat((first, rest), dim=2)
+        self.kept = kept
+        self.length += latent.shape[2]
+        return self.entries
+
+    def reset(self) -> None:
+        super().reset()
+        self.kept, self.groups = None, 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        remaining = self.length - self._check_crop(tokens_to_remove)
+        if not self.is_initialized or remaining == self.length:
+            return
+        groups = min(self.groups, max(0, remaining - KEPT_FIRST_TOKENS) // self.group_size)
+        if groups == self.groups:
+            self.kept = self.kept[:, :, : remaining - groups * self.group_size].clone()
+        else:
+            # What is left of a group goes on as tokens in no group, with the values it had there.
+            codes, scales = self.buffer[:, :, groups : groups + 1], self.scales[:, :, groups : groups + 1]
+            group = TokenGroups(self.kept[:, :, :0], 0, codes, scales, self.group_size, self.kv_lora_rank)
+            loose = max(0, remaining - KEPT_FIRST_TOKENS - groups * self.group_size)
+            first = self.kept[:, :, : min(remaining, KEPT_FIRST_TOKENS)]
+            self.kept = torch.cat((first, group.dequantize()[:, :, :loose]), dim=2)
+        self.length, self.groups = remaining, groups
 
 
 class FixedLatentLayer(LatentLayer):
@@ -259,6 +450,9 @@ class FixedLatentLayer(LatentLayer):
         self.cumulative_length.sub_(self._check_crop(tokens_to_remove))
 
 
+QUANTIZED_LAYERS: dict[str, type[QuantizedLatentLayer]] = {"int8": Int8LatentLayer, "int4": Int4LatentLayer}
+
+
 class EGMLACache(Cache):
     """Key/value cache of an EG-MLA model: `R + P` elements per token and layer, gate already applied.
 
@@ -269,6 +463,11 @@ class EGMLACache(Cache):
             Tokens to allocate once and for all, for `torch.compile`; `None` grows as needed.
         offloading (`bool`, *optional*, defaults to `False`):
             Keep layers in CPU memory and fetch each before its turn (Transformers' mechanism; needs an accelerator).
+        quantization (`str`, *optional*):
+            "int8" or "int4" for integer codes with a scale per group; `None` keeps entries as they are.
+        quantization_group_size (`int`, *optional*):
+            For int8 elements of a token per scale, a divisor of every layer's `R` and of `P`, by default the largest
+            one up to 64. For int4 tokens per scale, by default 64.
 
     Example:
 
@@ -278,22 +477,45 @@ class EGMLACache(Cache):
     >>> cache.nbytes
     ```"""
 
-    def __init__(self, config: EGMLAConfig, max_cache_len: int | None = None, offloading: bool = False):
+    def __init__(
+        self,
+        config: EGMLAConfig,
+        max_cache_len: int | None = None,
+        offloading: bool = False,
+        quantization: str | None = None,
+        quantization_group_size: int | None = None,
+    ):
         if not hasattr(config, "layer_kv_lora_ranks"):
             raise TypeError(
                 f"EGMLACache needs an EGMLAConfig and got {type(config).__name__}; pass the config of an EG-MLA model."
             )
         if max_cache_len is not None and max_cache_len < 1:
             raise ValueError(f"max_cache_len={max_cache_len}: must be at least 1 token, or None for a growing cache.")
+        if quantization is None and quantization_group_size is not None:
+            raise ValueError(
+                f"quantization_group_size={quantization_group_size} without quantization: nothing is quantised; give "
+                "quantization='int8' or 'int4' too, or neither."
+            )
+        if quantization is not None and quantization not in QUANTIZED_LAYERS:
+            names = " or ".join(repr(name) for name in QUANTIZED_LAYERS)
+            raise ValueError(f"quantization={quantization!r}: must be {names}, or None to keep entries as they are.")
+        if quantization is not None and max_cache_len is not None:
+            raise ValueError(
+                f"quantization={quantization!r} with max_cache_len={max_cache_len}: only growing caches are "
+                "quantised; leave out one of the two."
+            )
         layers: list[LatentLayer] = []
         for layer_idx, rank in enumerate(config.layer_kv_lora_ranks):
-            if max_cache_len is None:
+            if quantization is not None:
+                kind = QUANTIZED_LAYERS[quantization]
+                layers.append(kind(rank, config.qk_rope_head_dim, layer_idx, group_size=quantization_group_size))
+            elif max_cache_len is None:
                 layers.append(GrowingLatentLayer(rank, config.qk_rope_head_dim, layer_idx))
             else:
                 layers.append(FixedLatentLayer(rank, config.qk_rope_head_dim, layer_idx, max_cache_len=max_cache_len))
         super().__init__(layers=layers, offloading=offloading)
 
-    def append(self, latent: torch.Tensor, rope_key: torch.Tensor, layer_idx: int) -> torch.Tensor:
+    def append(self, latent, rope_key, layer_idx: int) -> torch.Tensor | QuantizedEntries:
         """Stores a layer's new entries and returns what to attend to, packed.
 
         Args:
@@ -302,7 +524,7 @@ class EGMLACache(Cache):
             layer_idx (`int`): the layer.
 
         Returns:
-            `torch.Tensor`: `[B, 1, S, R + P]`, a view of the layer's buffer.
+            `torch.Tensor`: `[B, 1, S, R + P]`, a view of the layer's buffer; `QuantizedEntries` of a quantised one.
         """
         return self.update(latent, rope_key, layer_idx, packed=True)[0]
 
@@ -323,15 +545,13 @@ class EGMLACache(Cache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes in use: `B x S x (R + P)` elements, all layers."""
-        return sum(
-            layer.entries.numel() * layer.buffer.element_size() for layer in self.layers if layer.is_initialized
-        )
+        """Bytes in use: `B x S x (R + P)` elements, or their codes and scales, all layers."""
+        return sum(used.numel() * used.element_size() for layer in self.layers for used in layer.used)
 
     @property
     def allocated_nbytes(self) -> int:
         """Bytes of the storages behind the buffers, each counted once."""
-        storages = [layer.buffer.untyped_storage() for layer in self.layers if layer.is_initialized]
+        storages = [storage.untyped_storage() for layer in self.layers for storage in layer.storages]
         return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 

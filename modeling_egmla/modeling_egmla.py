@@ -10,9 +10,11 @@ Everything but the gate and the absorbed attention is DeepSeek-V3's, under its n
 the absorption `EGMLAAttention.attend_absorbed` with `latent_attention`, the cache is `cache_egmla.py`.
 """
 
+import copy
 from collections.abc import Callable
 from importlib import import_module
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import nn
@@ -39,6 +41,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .cache_egmla import EGMLACache
 from .configuration_egmla import AUTO_MAP, MOE_MODULES, EGMLAConfig
 from .continuous_batching_egmla import PagedView, append_paged, check_pages, without_flash
+from .quantization_egmla import QuantizedEntries
 
 
 class EGMLARMSNorm(LlamaRMSNorm):
@@ -111,10 +114,16 @@ DENSE_MASKS = SimpleNamespace(_attn_implementation="sdpa")
 SPLIT_MIN_TOKENS = 512
 # Up to this many query rows (heads x new tokens) are packed into one problem; more would copy the mask too often.
 PACK_MAX_ROWS = 512
+# Tokens of a quantised cache that are turned into floating point at a time. Fewer cost more small operations, many
+# more do not stay in a core's own cache.
+PIECE_TOKENS = 2048
 
 
 def latent_attention(
-    query: torch.Tensor, entries: torch.Tensor, attention_mask: torch.Tensor | None, scaling: float
+    query: torch.Tensor,
+    entries: torch.Tensor | QuantizedEntries,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
 ) -> torch.Tensor:
     """Attention of all heads over one shared latent, which is key and value at once.
 
@@ -123,16 +132,18 @@ def latent_attention(
 
     Args:
         query (`torch.Tensor`): absorbed queries `[B, H, T, R + P]`.
-        entries (`torch.Tensor`): cache entries `[B, 1, S, R + P]`.
+        entries (`torch.Tensor` or `QuantizedEntries`): cache entries `[B, 1, S, R + P]`.
         attention_mask (`torch.Tensor`, *optional*): `[B or 1, 1, T, S]`, boolean (true is seen) or additive. `None`:
         all is seen.
         scaling (`float`): factor on the scores.
 
     Returns:
-        `torch.Tensor`: `[B, H, T, R + P]`; only the first `R` elements mean anything.
+        `torch.Tensor`: `[B, H, T, R + P]`, of which only the first `R` elements mean anything and may come alone.
     """
     B, H, T, width = query.shape
     if H * T > PACK_MAX_ROWS and T > 1:
+        if isinstance(entries, QuantizedEntries):
+            entries = entries.dequantize()
         # Expanding has stride 0: no head gets a copy of the cache.
         shared = entries.expand(-1, H, -1, -1)
         return nn.functional.scaled_dot_product_attention(
@@ -141,6 +152,8 @@ def latent_attention(
     packed = query.reshape(B, 1, H * T, width)
     if attention_mask is not None and (T > 1 or attention_mask.shape[1] > 1):
         attention_mask = attention_mask.expand(-1, H, -1, -1).reshape(-1, 1, H * T, attention_mask.shape[-1])
+    if isinstance(entries, QuantizedEntries):
+        return _quantized_attention(packed, entries, attention_mask, scaling).view(B, H, T, -1)
     parts = _split_count(packed, entries)
     if parts > 1:
         output = _split_attention(packed, entries, attention_mask, scaling, parts)
@@ -195,6 +208,38 @@ def _split_attention(
     outputs, lse = kernel(query.expand(-1, parts, -1, -1), pieces, pieces, attn_mask=mask, scale=scaling)
     shares = torch.softmax(lse, dim=1).to(outputs.dtype)  # [B, parts, rows]
     return (outputs * shares.unsqueeze(-1)).sum(dim=1, keepdim=True)
+
+
+def _quantized_attention(
+    query: torch.Tensor, entries: QuantizedEntries, attention_mask: torch.Tensor | None, scaling: float
+) -> torch.Tensor:
+    """Attention `[B, 1, rows, R]` over quantised entries, `PIECE_TOKENS` at a time, merged by their log-sum-exp.
+
+    Sums are in fp32, whatever the model's dtype: pieces are made anew in each step, in either dtype as fast.
+    """
+    R = entries.latent_width
+    rotated = query[:, 0].float() * scaling  # [B, rows, R + P]
+    if entries.rotation is not None:
+        rotated = rotated @ entries.rotation
+    # Not infinite: a piece without any visible token would give weights that are not numbers.
+    hidden = torch.finfo(rotated.dtype).min
+    outputs, totals, start = [], [], 0
+    for piece in entries.pieces(PIECE_TOKENS):
+        scores = torch.bmm(rotated, piece.transpose(1, 2))
+        if attention_mask is not None:
+            mask = attention_mask[:, 0, :, start : start + piece.shape[1]]
+            if mask.dtype == torch.bool:
+                scores = scores.masked_fill(~mask, hidden)
+            else:
+                scores = (scores + mask).clamp(min=hidden)
+        totals.append(torch.logsumexp(scores, dim=-1, keepdim=True))
+        outputs.append(torch.bmm(scores.softmax(dim=-1), piece[..., :R]))
+        start += piece.shape[1]
+    shares = torch.softmax(torch.stack(totals), dim=0)  # [pieces, B, rows, 1]
+    output = (torch.stack(outputs) * shares).sum(dim=0)
+    if entries.rotation is not None:
+        output = output @ entries.rotation[:R, :R]
+    return output.unsqueeze(1).to(query.dtype)
 
 
 class EGMLAAttention(nn.Module):
@@ -391,6 +436,8 @@ class EGMLAAttention(nn.Module):
         query = torch.cat((absorbed, rope), dim=-1)
         weights = None
         if self.config._attn_implementation == "eager":
+            if isinstance(entries, QuantizedEntries):
+                entries = entries.dequantize()
             # As `eager_attention_forward`, heads beside one another: broadcasting would copy the cache for each.
             scores = torch.matmul(query.reshape(B, 1, H * T, -1), entries.transpose(2, 3)) * self.scaling
             scores = scores.view(B, H, T, -1)
@@ -434,14 +481,19 @@ class EGMLAAttention(nn.Module):
         elif past_key_values is not None:
             if hasattr(past_key_values, "append"):
                 entries = past_key_values.append(latents, rope_keys, self.layer_idx)
-                latents, rope_keys = entries.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
+                if isinstance(entries, QuantizedEntries) and not absorb:
+                    entries = entries.dequantize()
+                seen = entries.shape[2]
+                if not absorb:
+                    latents, rope_keys = entries.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
             else:
                 latents, rope_keys = past_key_values.update(latents, rope_keys, self.layer_idx)
+                seen = latents.shape[2]
             # A fixed-size cache has masks as wide as it is, and returns only what is in use.
             if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 4:
-                attention_mask = attention_mask[..., : latents.shape[2]]
-            elif isinstance(attention_mask, BlockMask) and attention_mask.shape[-1] > latents.shape[2]:
-                missing = attention_mask.shape[-1] - latents.shape[2]  # a block mask cannot be cut, and hides the rest
+                attention_mask = attention_mask[..., :seen]
+            elif isinstance(attention_mask, BlockMask) and attention_mask.shape[-1] > seen:
+                missing = attention_mask.shape[-1] - seen  # a block mask cannot be cut, and hides the rest
                 latents, rope_keys = (nn.functional.pad(x, (0, 0, 0, missing)) for x in (latents, rope_keys))
         if absorb:
             if entries is None:
@@ -665,6 +717,28 @@ class EGMLAModel(EGMLAPreTrainedModel):
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
 
+def quantized_cache_options(cache_config: dict | None) -> dict[str, Any]:
+    """Arguments of `EGMLACache` for the `cache_config` of `generate(cache_implementation="quantized")`.
+
+    Source: `QuantizedCache` of Transformers, whose names these are, `nbits` (4 by default there too) and
+    `q_group_size`.
+
+    Raises:
+        ValueError: for other keys, which name choices this cache does not have, and other numbers of bits.
+    """
+    options = dict(cache_config or {})
+    bits, group_size = options.pop("nbits", 4), options.pop("q_group_size", None)
+    if options:
+        raise ValueError(
+            f"cache_config has {', '.join(map(repr, options))}, and the quantised cache of this model takes only "
+            "nbits and q_group_size; it needs no backend. Leave the rest out."
+        )
+    names = {8: "int8", 4: "int4"}
+    if bits not in names:
+        raise ValueError(f"cache_config has nbits={bits!r}: must be {' or '.join(map(str, names))}.")
+    return {"quantization": names[bits], "quantization_group_size": group_size}
+
+
 class EGMLAForCausalLM(EGMLAPreTrainedModel, GenerationMixin):
     """The language model: `EGMLAModel` and a linear head over the vocabulary."""
 
@@ -728,14 +802,21 @@ class EGMLAForCausalLM(EGMLAPreTrainedModel, GenerationMixin):
         )
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
-        """As in `GenerationMixin`, with the latent cache in place of the default and the static one."""
+        """As in `GenerationMixin`, with the latent cache in place of the default, the static and the quantised one."""
         given = model_kwargs.get("past_key_values")
+        options = {}
+        # An assistant is called many times with the same settings, and from the second time on with its cache.
+        if generation_config.cache_implementation == "quantized" and (given is None or generation_config.is_assistant):
+            options = quantized_cache_options(generation_config.cache_config)
+            # Transformers' quantised cache needs a backend that need not be installed; its default one is replaced.
+            generation_config = copy.copy(generation_config)
+            generation_config.cache_implementation = None
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         cache = model_kwargs.get("past_key_values")
         if given is None and type(cache) in (DynamicCache, StaticCache):
             length = cache.get_max_length() if type(cache) is StaticCache else None
             model_kwargs["past_key_values"] = EGMLACache(
-                self.config, max_cache_len=length, offloading=cache.offloading
+                self.config, max_cache_len=length, offloading=cache.offloading, **options
             )
 
     def init_continuous_batching(self, generation_config=None, continuous_batching_config=None, workload_hints=None):

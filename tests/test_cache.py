@@ -399,7 +399,8 @@ class Spy(TorchDispatchMode):
 
     def __init__(self, model, cache):
         super().__init__()
-        known = [*model.parameters(), *model.buffers(), *(layer.buffer for layer in cache.layers)]
+        stored = (storage for layer in cache.layers for storage in layer.storages)
+        known = [*model.parameters(), *model.buffers(), *stored]
         self.known = {tensor.untyped_storage().data_ptr() for tensor in known}
         self.operators: list[str] = []
         self.largest = (0, "")

@@ -1,0 +1,181 @@
+# Copyright 2026 The egmla authors. Licensed under the Apache License, Version 2.0.
+"""Quantised cache entries: integer codes in groups that share a scale, in two layouts.
+
+int8: groups of neighbouring elements of a token, after a Hadamard rotation of latent and rotary key, each by itself,
+that spreads outliers over all elements. It is orthogonal, so queries are rotated instead of what is cached.
+
+int4: groups of neighbouring tokens of an element, each with a scale and a zero point (as KIVI, arXiv 2402.02750, has
+it for keys). An element of a rotary key is large or small for all tokens and turns slowly; in a group along a token,
+one scale for elements of many sizes leaves the small ones nothing at 4 bits.
+
+No group holds elements of the latent and of the rotary key.
+"""
+
+import math
+from collections.abc import Iterator
+from functools import cache
+
+import torch
+
+
+# Elements (int8) or tokens (int4) per group by default. A group takes 2 and 4 bytes beside its codes, 3.1 and 12.5 %.
+GROUP_SIZE = 64
+# Scales have the range of fp32, so that no latent overflows; codes are chosen for the rounded scale, so that its
+# rounding costs nothing.
+SCALE_DTYPE = torch.bfloat16
+
+
+def element_group_size(group_size: int | None, rank: int, rope_dim: int) -> int:
+    """Elements per group, those given or by default the most, up to `GROUP_SIZE`, that fit `R` and `P`.
+
+    Raises:
+        ValueError: when the size given does not divide both `R` and `P`.
+    """
+    fitting = [size for size in range(1, max(rank, rope_dim) + 1) if rank % size == 0 and rope_dim % size == 0]
+    if group_size is None:
+        return max(size for size in fitting if size <= GROUP_SIZE)
+    if group_size not in fitting:
+        raise ValueError(
+            f"quantization_group_size={group_size!r}: must divide both the latent of {rank} and the rotary key of "
+            f"{rope_dim} elements per token, since no int8 group holds both; use one of "
+            f"{', '.join(map(str, fitting))}, or leave it out."
+        )
+    return group_size
+
+
+def token_group_size(group_size: int | None) -> int:
+    """Tokens per group, those given or by default `GROUP_SIZE`.
+
+    Raises:
+        ValueError: for anything but a number of 2 or more.
+    """
+    if group_size is None:
+        return GROUP_SIZE
+    if type(group_size) is not int or group_size < 2:
+        raise ValueError(
+            f"quantization_group_size={group_size!r}: int4 groups are of neighbouring tokens; give their number, 2 or "
+            f"more, or leave it out for {GROUP_SIZE}."
+        )
+    return group_size
+
+
+@cache
+@torch.inference_mode(False)
+def rotation(rank: int, rope_dim: int, device: torch.device) -> torch.Tensor:
+    """Symmetric orthogonal matrix `[R + P, R + P]` in fp32, Hadamard matrices for the latent and for the rotary key.
+
+    A width that is no power of two is rotated in parts as wide as the largest power of two that divides it.
+    """
+    blocks = []
+    for width in (rank, rope_dim):
+        size = width & -width
+        matrix = torch.ones(1, 1)
+        while matrix.shape[0] < size:
+            matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
+        blocks += [matrix / math.sqrt(size)] * (width // size if size else 0)
+    return torch.block_diag(*blocks).to(device)
+
+
+def quantize_elements(entries: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """int8 codes `[..., W]` and bf16 scales `[..., W / group_size]` of entries `[..., W]`; an element is scale x code.
+
+    The element of largest magnitude gets the code -128, which has no positive counterpart, and the scale its opposite
+    sign: all codes are used. Errors are up to half a scale, or 1.25 where both signs occur at full magnitude.
+    """
+    groups = entries.float().unflatten(-1, (-1, group_size))
+    extremes = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
+    scales = (extremes / -128).to(SCALE_DTYPE)
+    # All-zero groups have the scale 0, and codes 0.
+    divisors = torch.where(scales == 0, 1.0, scales.float())
+    codes = (groups / divisors).round().clamp(-128, 127).to(torch.int8)
+    return codes.flatten(-2), scales.squeeze(-1)
+
+
+def quantize_tokens(entries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Packed int4 codes and bf16 scales of groups of tokens `[..., g, W]`; an element is scale x code + zero point.
+
+    Returns:
+        Codes from 0 to 15, two per byte, `[..., g, W / 2]` (rounded up) in uint8, the first half of the elements in
+        the low bits, and `[..., 2, W]`, scales before zero points. Errors are up to half a scale, plus the rounding of
+        the zero point at the ends.
+    """
+    entries = entries.float()
+    lowest, highest = entries.amin(-2, keepdim=True), entries.amax(-2, keepdim=True)
+    zeros = lowest.to(SCALE_DTYPE)
+    scales = ((highest - zeros.float()) / 15).to(SCALE_DTYPE)
+    divisors = torch.where(scales == 0, 1.0, scales.float())
+    codes = ((entries - zeros.float()) / divisors).round().clamp(0, 15).to(torch.uint8)
+    half = (codes.shape[-1] + 1) // 2
+    low, high = torch.nn.functional.pad(codes, (0, codes.shape[-1] % 2)).split(half, dim=-1)
+    return low | (high << 4), torch.cat((scales, zeros), dim=-2)
+
+
+class QuantizedEntries:
+    """What attention reads of a quantised layer, instead of a tensor `[B, 1, S, R + P]`.
+
+    Args:
+        shape (`torch.Size`): `[B, 1, S, R + P]`.
+        latent_width (`int`): `R`.
+        dtype (`torch.dtype`): what entries had before, and have again when dequantised.
+    """
+
+    # What `pieces` are to be multiplied with from the right to be entries; its own inverse.
+    rotation: torch.Tensor | None = None
+
+    def __init__(self, shape: torch.Size, latent_width: int, dtype: torch.dtype):
+        self.shape = shape
+        self.latent_width = latent_width
+        self.dtype = dtype
+
+    def pieces(self, tokens: int) -> Iterator[torch.Tensor]:
+        """All entries in order, rotated, in fp32 pieces `[B, n, R + P]` of at most so many tokens, none empty."""
+        raise NotImplementedError
+
+    def dequantize(self) -> torch.Tensor:
+        """Entries `[B, 1, S, R + P]`, a new tensor."""
+        entries = torch.cat(list(self.pieces(self.shape[2])), dim=1).unsqueeze(1)
+        if self.rotation is not None:
+            entries = entries @ self.rotation
+        return entries.to(self.dtype)
+
+
+class ElementGroups(QuantizedEntries):
+    """int8 codes `[B, 1, S, W]` and scales `[B, 1, S, W / group_size]` of rotated entries."""
+
+    def __init__(self, codes, scales, matrix: torch.Tensor, latent_width: int, dtype: torch.dtype):
+        super().__init__(codes.shape, latent_width, dtype)
+        self.codes = codes[:, 0]
+        self.scales = scales[:, 0]
+        self.rotation = matrix
+
+    def pieces(self, tokens: int) -> Iterator[torch.Tensor]:
+        groups = self.scales.shape[-1]
+        for codes, scales in zip(self.codes.split(tokens, dim=1), self.scales.split(tokens, dim=1), strict=True):
+            piece = codes.float().unflatten(-1, (groups, -1))
+            yield piece.mul_(scales.unsqueeze(-1)).flatten(-2)
+
+
+class TokenGroups(QuantizedEntries):
+    """Entries kept as they are `[B, 1, n, W]`, of which the first few come before all groups and the rest behind them.
+
+    Codes of the groups are `[B, 1, groups, g * W / 2]`, scales and zero points `[B, 1, groups, 2 W]`.
+    """
+
+    def __init__(self, kept, first: int, codes, scales, group_size: int, latent_width: int):
+        B, _, held, width = kept.shape
+        super().__init__(torch.Size((B, 1, held + codes.shape[2] * group_size, width)), latent_width, kept.dtype)
+        self.kept = kept[:, 0]
+        self.first = first
+        self.codes = codes[:, 0].unflatten(-1, (group_size, -1))
+        self.scales = scales[:, 0].unflatten(-1, (2, width))
+
+    def pieces(self, tokens: int) -> Iterator[torch.Tensor]:
+        yield self.kept[:, : self.first].float()
+        groups = max(1, tokens // self.codes.shape[2])
+        for start in range(0, self.codes.shape[1], groups):
+            codes, scales = self.codes[:, start : start + groups], self.scales[:, start : start + groups]
+            codes = torch.cat((codes & 15, codes >> 4), dim=-1)[..., : self.shape[-1]]
+            yield codes.float().mul_(scales[:, :, :1]).add_(scales[:, :, 1:]).flatten(1, 2)
+        for piece in self.kept[:, self.first :].split(tokens, dim=1):
+            if piece.shape[1]:
+                yield piece.float()

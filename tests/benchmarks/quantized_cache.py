@@ -1,0 +1,130 @@
+"""Bytes, perplexity and decode time of quantised caches of a model against its full cache.
+
+    python tests/benchmarks/quantized_cache.py FOLDER --text wiki.test.raw --windows 4 --window 2048
+
+Each window goes through the cache in chunks, so that every token reads its past as the cache holds it. The last line
+of the output is one JSON object.
+"""
+
+import argparse
+import json
+import math
+import statistics
+import sys
+import time
+
+import torch
+from transformers import AutoTokenizer
+
+from egmla import EGMLACache, EGMLAConfig, EGMLAForCausalLM
+from egmla.evaluation.perplexity import token_windows
+from egmla.modeling_egmla import latent_attention
+
+
+CONTESTANTS = {"full": {}, "int8": {"quantization": "int8"}, "int4": {"quantization": "int4"}}
+
+
+@torch.no_grad()
+def perplexity_through_cache(model, windows: torch.Tensor, chunk: int, **options) -> float:
+    """Perplexity of `windows` `[windows, window]`, given in chunks of `chunk` tokens to a cache with these options."""
+    total, scored = 0.0, 0
+    for ids in windows:
+        cache = EGMLACache(model.config, **options)
+        for start in range(0, ids.numel() - 1, chunk):
+            targets = ids[start + 1 : start + chunk + 1]
+            logits = model(ids[None, start : start + targets.numel()], past_key_values=cache).logits[0].float()
+            total += torch.nn.functional.cross_entropy(logits, targets, reduction="sum").item()
+            scored += targets.numel()
+    return math.exp(total / scored)
+
+
+def filled_cache(config, context: int, dtype: torch.dtype, **options) -> EGMLACache:
+    """A cache with random entries of `context` tokens."""
+    cache = EGMLACache(config, **options)
+    for layer_idx, rank in enumerate(config.layer_kv_lora_ranks):
+        latent, rope_key = torch.randn(1, 1, context, rank), torch.randn(1, 1, context, config.qk_rope_head_dim)
+        cache.append(latent.to(dtype), rope_key.to(dtype), layer_idx)
+    return cache
+
+
+@torch.no_grad()
+def attention_milliseconds(context: int, dtype: torch.dtype, steps: int) -> dict[str, float]:
+    """Median processor time of one thread for attention of one token, 12 heads, over a layer of 64 + 64 elements."""
+    config = EGMLAConfig(num_hidden_layers=1, kv_lora_rank=64, qk_rope_head_dim=64)
+    layers = {name: filled_cache(config, context, dtype, **CONTESTANTS[name]).layers[0] for name in CONTESTANTS}
+    query = torch.randn(1, 12, 1, 128).to(dtype)
+    seconds: dict[str, list[float]] = {name: [] for name in CONTESTANTS}
+    for step in range(steps + 2):
+        for name, layer in layers.items():
+            start = time.thread_time()
+            latent_attention(query, layer.entries, None, 0.1)
+            if step >= 2:
+                seconds[name].append(time.thread_time() - start)
+    return {name: 1000 * statistics.median(values) for name, values in seconds.items()}
+
+
+@torch.no_grad()
+def decode_milliseconds(model, context: int, steps: int) -> dict[str, float]:
+    """Median milliseconds of a decode step at `context` tokens, contestants taking turns."""
+    caches = {name: filled_cache(model.config, context, model.dtype, **CONTESTANTS[name]) for name in CONTESTANTS}
+    seconds: dict[str, list[float]] = {name: [] for name in CONTESTANTS}
+    token = torch.tensor([[5]])
+    for step in range(steps + 2):
+        for name, cache in caches.items():
+            start = time.perf_counter()
+            model(token, past_key_values=cache)
+            if step >= 2:  # the first two warm up
+                seconds[name].append(time.perf_counter() - start)
+            cache.crop(-1)
+    return {name: 1000 * statistics.median(values) for name, values in seconds.items()}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", help="an EG-MLA checkpoint")
+    parser.add_argument("--text", help="UTF-8 text to measure perplexity on; without one, only bytes and time")
+    parser.add_argument("--window", type=int, default=2048)
+    parser.add_argument("--windows", type=int, default=4)
+    parser.add_argument("--chunk", type=int, default=128)
+    parser.add_argument("--contexts", type=int, nargs="*", default=[], help="contexts to time decode steps at")
+    parser.add_argument("--attention", type=int, nargs="*", default=[], help="contexts to time attention alone at")
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--dtype", default="float32")
+    options = parser.parse_args()
+    model = EGMLAForCausalLM.from_pretrained(options.folder, dtype=getattr(torch, options.dtype)).eval()
+    bf16_bytes = model.config.cache_bytes_per_token()
+    result: dict = {"window": options.window, "chunk": options.chunk, "dtype": options.dtype}
+    result |= {"threads": torch.get_num_threads(), "bf16_bytes_per_token": bf16_bytes}
+    for name, cache_options in CONTESTANTS.items():
+        shares = {}
+        for context in sorted({options.window, 8192, 32768}):
+            nbytes = filled_cache(model.config, context, torch.bfloat16, **cache_options).nbytes
+            shares[str(context)] = nbytes / (context * bf16_bytes)
+            print(f"{name}  {nbytes} bytes at {context}, {100 * shares[str(context)]:.2f} % of bf16", flush=True)
+        result[name] = {"share_of_bf16_bytes": shares}
+    if options.text:
+        tokenizer = AutoTokenizer.from_pretrained(options.folder)
+        with open(options.text, encoding="utf-8") as file:
+            windows = token_windows(tokenizer, file.read(), options.window, options.windows)
+        result["windows"] = len(windows)
+        for name, cache_options in CONTESTANTS.items():
+            value = perplexity_through_cache(model, windows, options.chunk, **cache_options)
+            cost = value / result.get("full", {}).get("perplexity", value) - 1
+            result[name] |= {"perplexity": value, "cost": cost}
+            print(f"{name}  perplexity {value:.4f}, {100 * cost:+.3f} %", flush=True)
+    for context in options.contexts:
+        for name, milliseconds in decode_milliseconds(model, context, options.steps).items():
+            result[name].setdefault("decode_ms", {})[str(context)] = milliseconds
+            print(f"{name}  {milliseconds:.1f} ms per token at {context}", flush=True)
+    torch.set_num_threads(1)
+    for context in options.attention:
+        for dtype in (torch.float32, torch.bfloat16):
+            for name, milliseconds in attention_milliseconds(context, dtype, options.steps).items():
+                result[name].setdefault("attention_ms", {})[f"{context} {dtype}"] = milliseconds
+                print(f"{name}  {milliseconds:.2f} ms for attention over {context} tokens in {dtype}", flush=True)
+    print(json.dumps(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
