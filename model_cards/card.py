@@ -476,7 +476,7 @@ def _refinement(conversion: dict) -> list[str]:
     if refinement is None:
         return ["- refinement: none, the closed form as it is"]
     batch, length = refinement["batch_size"], conversion["calibration"]["sequence_length"]
-    gate = "the gate trained with the rest" if refinement["gate"] else "the gate left at identity"
+    gate = "the gate trained with the rest" if refinement["gate"] else "the gate not trained"
     return [
         f"- refinement: each layer's attention by itself, {refinement['steps']} steps of {batch} of those sequences "
         f"({refinement['steps'] * batch * length:,} tokens), {gate}; learning rate {refinement['learning_rate']:g}, "

@@ -636,13 +636,15 @@ class EGMLAModel(EGMLAPreTrainedModel):
             )
         return ids
 
-    def _absorb(self, new_tokens: int, past_key_values: Cache | None, paged: bool) -> bool:
+    def _absorb(self, new_tokens: int, past_key_values: Cache | None) -> bool:
         """Whether this forward attends in the latent space: decoding, and any continuation where that is cheaper."""
-        if (past_key_values is None and not paged) or (self.training and self.config.attention_dropout):
+        if past_key_values is None or (self.training and self.config.attention_dropout):
             return False
         if new_tokens == 1:
             return True
-        if not paged and (is_torchdynamo_compiling() or int(past_key_values.get_seq_length()) == 0):
+        # The pages of continuous batching are of many sequences, and have no length.
+        length = getattr(past_key_values, "get_seq_length", None)
+        if length is not None and (is_torchdynamo_compiling() or int(length()) == 0):
             return False
         # The widest layer has the lowest limit, so one decision serves all.
         rank = max(self.config.layer_kv_lora_ranks)
@@ -679,7 +681,7 @@ class EGMLAModel(EGMLAPreTrainedModel):
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_length
             position_ids = position_ids.unsqueeze(0)
 
-        absorb = self._absorb(inputs_embeds.shape[1], past_key_values, paged="cache" in kwargs)
+        absorb = self._absorb(inputs_embeds.shape[1], kwargs.get("cache", past_key_values))
         mask_config = self.config
         if absorb and self.config._attn_implementation != "eager":
             # The latent path takes dense masks, whatever the attention implementation of the expanded one wants.

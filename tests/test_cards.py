@@ -166,7 +166,7 @@ def test_refinement_is_stated(model):
     card = render_card(model)
     report = json.loads((model / "conversion_report.json").read_text())
     products, length = report["refinement"]["dtype"], report["calibration"]["sequence_length"]
-    assert f"2 steps of 2 of those sequences ({4 * length:,} tokens), the gate left at identity" in card
+    assert f"2 steps of 2 of those sequences ({4 * length:,} tokens), the gate not trained" in card
     assert f"matrix products in {products}" in card
     assert "was refined by itself on the calibration text and nothing was trained end to end" in card
     assert "Nothing was trained after" not in card and "The gate is at identity" in card

@@ -402,6 +402,7 @@ def test_trained_gate_is_refused(make_source, calibration, tmp_path):
     model, _ = make_source("egmla")
     torch.nn.init.constant_(model.model.layers[1].self_attn.kv_gate_norm.weight, 0.1)
     model.save_pretrained(tmp_path / "trained")
+    make_tokenizer().save_pretrained(tmp_path / "trained")
     with pytest.raises(ValueError, match=r"gate of layer 1 of .* is trained .*kv_gate_norm.weight is not 0"):
         convert_checkpoint(tmp_path / "trained", tmp_path / "t", kv_lora_rank=8, calibration=calibration)
 
