@@ -6,7 +6,7 @@ import shlex
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from .families import find_family
 from .family import Family
 from .layers import exact_layer, gate_at_identity, low_rank_layer, smaller_latent_layer, target_config
 from .layout import check_layout, deepseek_attention, deepseek_config, query_factor
-from .plan import Plan, full_widths, is_full_latent, plan_conversion, plan_latent
+from .plan import Plan, deal_ranks, full_widths, is_full_latent, plan_conversion, plan_latent
 from .recipes import Recipe, find_recipe, nearest_recipe, recipe_options, refinement_options
 from .refinement import ConvertedRun, Refinement
 from .report import (
@@ -68,6 +68,7 @@ from .writing import (
 
 MIN_SEQUENCES = 4
 CALIBRATION_TOKENS = MEASURED_TOKENS
+RANK_TOKENS = 24576  # that ranks are dealt out by
 REFINEMENT_TOKENS_FACTOR = 3  # it learns the text it sees by heart where there is less (conversion/README.md)
 
 
@@ -156,6 +157,11 @@ def convert_checkpoint(
                 "rotary slot can only take components of its own frequency; use freqfold=1."
             )
     _check_latent_norm(opened.config, family, plan, recipe)
+    if recipe.ranks == "energy" and (len(set(plan.ranks)) > 1 or layout == "deepseek_v3"):
+        raise ValueError(
+            "ranks='energy' deals out the ranks of all layers: it takes one kv_lora_rank (or cache) to begin with, "
+            "and layout='deepseek_v3' has one width for all layers; give one rank and layout 'egmla', or leave it out."
+        )
     own = _planned_config(opened.config, family, plan, recipe)
     planned: Any = deepseek_config(own) if layout == "deepseek_v3" else own
     if plan.exact:
@@ -242,6 +248,9 @@ def convert_checkpoint(
     with staged_folder(target, keep=True) as folder, torch.no_grad():
         journal = Journal(folder, settings, resume, started)
         if journal.report is None:
+            if recipe.ranks == "energy" and not plan.exact:
+                plan = _plan_by_energy(opened, family, plan, recipe, sequences, journal, progress)
+                report["plan"] = {**asdict(plan), "cache_kept": plan.kept}
             finished = len(journal.layers)
             writer = ShardWriter(folder, parts=finished + 1 if finished else 0)
             if not finished:
@@ -307,6 +316,8 @@ def _unmeasured_report(target: Path) -> dict[str, Any] | None:
 def _check_same_conversion(target: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
     """Raises `FileExistsError` where a finished conversion is not the one that is asked for."""
     wanted = json.loads(json.dumps(wanted))
+    if wanted["recipe"] and wanted["recipe"]["ranks"] == "energy":  # dealt out once it has begun
+        wanted["plan"]["ranks"] = found["plan"]["ranks"]
     different = [
         name
         for name in ("source", "layout", "plan", "recipe", "refinement", "calibration")
@@ -334,6 +345,35 @@ def _add_evaluation(
     report = report | {"evaluation": evaluation.describe() | perplexities}
     write_report(target, report)
     return report
+
+
+def _plan_by_energy(
+    source: Source,
+    family: Family,
+    plan: Plan,
+    recipe: Recipe,
+    sequences: torch.Tensor,
+    journal: Journal,
+    progress: Progress | None,
+) -> Plan:
+    """The plan with ranks dealt out by the energy of each layer's latent, measured on the first calibration text."""
+    ranks = journal.ranks
+    if ranks is None:
+        count, spectra = len(plan.ranks), []
+        run = SourceRun(source, family, sequences[: -(-RANK_TOKENS // sequences.shape[1])], recipe.weighting)
+        for layer_idx in range(count):
+            statistics = run.measure(layer_idx).statistics
+            spectra.append(_layer_of(family)(source, family, layer_idx, statistics, plan, recipe)[2])
+            if progress is not None:
+                progress("ranks", layer_idx + 1, count)
+        ranks = deal_ranks(spectra, plan.ranks[0])
+        journal.note_ranks(ranks)
+    return replace(plan, ranks=ranks)
+
+
+def _layer_of(family: Family) -> Callable[..., tuple[dict[str, torch.Tensor], list[int], torch.Tensor]]:
+    """What computes a smaller layer of the family."""
+    return smaller_latent_layer if family.latent else low_rank_layer
 
 
 def _converted_layers(
@@ -373,8 +413,8 @@ def _converted_layers(
         stages = _layer_progress(progress, layer_idx, count, refined=bool(refinement.steps))
         rank, source_states = plan.ranks[layer_idx], run.states
         calibration = run.measure(layer_idx, stages["calibrate"])
-        compute = smaller_latent_layer if family.latent else low_rank_layer
-        tensors, layer_slots, spectrum = compute(source, family, layer_idx, calibration.statistics, plan, recipe)
+        compute, statistics = _layer_of(family), calibration.statistics
+        tensors, layer_slots, spectrum = compute(source, family, layer_idx, statistics, plan, recipe)
         tensors |= gate_at_identity(rank, config, layer_idx)
         slots.append(layer_slots)
         spectrum = spectrum.clamp_min(0)

@@ -1,8 +1,10 @@
 """What a conversion will do, decided and checked before it starts."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from transformers import PreTrainedConfig
 
 from .family import AttentionShape
@@ -83,6 +85,24 @@ def plan_conversion(
     )
     ranks = _layer_ranks(kv_lora_rank, [full - qk_rope_head_dim] * layers, holds)
     return Plan(False, ranks, qk_rope_head_dim, full * layers, sum(ranks) + layers * qk_rope_head_dim)
+
+
+def deal_ranks(spectra: Sequence[torch.Tensor], rank: int) -> list[int]:
+    """Ranks of `rank` on average, each further one given to the layer that has most of its own energy left.
+
+    Args:
+        spectra (`Sequence[torch.Tensor]`): of each layer's latent, largest eigenvalue first.
+        rank (`int`): mean of the ranks; each will be from half to twice of it.
+    """
+    low, high = max(1, rank // 2), min(2 * rank, *(len(spectrum) for spectrum in spectra))
+    shares = [spectrum.clamp_min(0) / spectrum.clamp_min(0).sum() for spectrum in spectra]
+    wanted = sorted(
+        (-float(share[number]), number, layer) for layer, share in enumerate(shares) for number in range(low, high)
+    )
+    ranks = [low] * len(spectra)
+    for _, _, layer in wanted[: (rank - low) * len(spectra)]:
+        ranks[layer] += 1
+    return ranks
 
 
 def full_widths(shape: AttentionShape) -> tuple[int, int]:

@@ -21,6 +21,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "metric": ("input", "output", "weights"),
     "weighting": ("attention", "uniform"),
     "balance_by": ("energy", "norm", "none"),
+    "ranks": ("uniform", "energy"),
 }
 
 
@@ -43,6 +44,8 @@ class Recipe:
         balance: weight of the keys' error against the values' (1 is equal).
         balance_by: what is made equal: `"energy"` all of it, `"norm"` the mean norm of a dimension, `"none"` nothing.
         damping: share of the mean eigenvalue added to the output metric, against directions it saw too little of.
+        ranks: `"uniform"` gives all layers the rank asked for, `"energy"` deals out as many in all by what each layer
+            has left, after a look at all layers on the first calibration text.
         latent_norm: give the latent an RMSNorm, as DeepSeek's has; one of its numbers becomes a constant.
 
     Raises:
@@ -60,6 +63,7 @@ class Recipe:
     balance: float = 1.0
     balance_by: str = "energy"
     damping: float = 0.01
+    ranks: str = "uniform"
     latent_norm: bool = False
 
     def __post_init__(self):

@@ -168,6 +168,7 @@ class Journal:
 
     Attributes:
         layers: what is known of each finished layer.
+        ranks: ranks dealt out before the first layer, where that is asked for.
         report: the report of the whole model once it is written, else `None`.
     """
 
@@ -176,12 +177,13 @@ class Journal:
         self.started = time.time() if started is None else started
         self.earlier = {"runs": 0, "seconds": 0.0, "peak_bytes": 0}
         self.layers: list[dict[str, Any]] = []
+        self.ranks: list[int] | None = None
         self.report: dict[str, Any] | None = None
         found = _read_journal(folder) if resume else None
         if found is None:
             _remove_content(folder)
         else:
-            self.layers, self.report = found["layers"], found.get("report")
+            self.layers, self.ranks, self.report = found["layers"], found.get("ranks"), found.get("report")
             self.earlier = found.get("spent", self.earlier)
             self._remove_stale()
 
@@ -189,6 +191,11 @@ class Journal:
         """The hidden states behind the last finished layer; empty before the first and where none were needed."""
         file = self._states(len(self.layers))
         return load_file(file) if file.is_file() else {}
+
+    def note_ranks(self, ranks: list[int]) -> None:
+        """Notes the ranks of all layers."""
+        self.ranks = ranks
+        self._write()
 
     def finish_layer(self, layer: dict[str, Any], states: dict[str, torch.Tensor]) -> None:
         """Notes that the tensors of one more layer are written, and what `states` it leaves to the next."""
@@ -217,6 +224,7 @@ class Journal:
         content: dict[str, Any] = {
             "settings": self.settings,
             "layers": self.layers,
+            "ranks": self.ranks,
             "report": self.report,
             "spent": self.spent(),
         }

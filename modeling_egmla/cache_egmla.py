@@ -279,7 +279,8 @@ class Int8LatentLayer(QuantizedLatentLayer):
 
     @property
     def entries(self) -> ElementGroups:
-        return ElementGroups(*self.used, self.matrix, self.kv_lora_rank, self.dtype)
+        codes, scales = self.used
+        return ElementGroups(codes, scales, self.matrix, self.kv_lora_rank, self.dtype)
 
     def append(self, latent: torch.Tensor, rope_key: torch.Tensor) -> ElementGroups:
         if not self.is_initialized:
@@ -507,7 +508,7 @@ class EGMLACache(Cache):
         layers: list[LatentLayer] = []
         for layer_idx, rank in enumerate(config.layer_kv_lora_ranks):
             if quantization is not None:
-                kind = QUANTIZED_LAYERS[quantization]
+                kind: Any = QUANTIZED_LAYERS[quantization]
                 layers.append(kind(rank, config.qk_rope_head_dim, layer_idx, group_size=quantization_group_size))
             elif max_cache_len is None:
                 layers.append(GrowingLatentLayer(rank, config.qk_rope_head_dim, layer_idx))

@@ -1,6 +1,7 @@
 """Recipes: the peers' choices do what their papers say, and bad choices are named."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from egmla.commands.common import read_settings
 from egmla.conversion import RECIPES, Recipe, Refinement, convert_checkpoint, find_recipe
 from egmla.conversion.closed_form import low_rank_attention
 from egmla.conversion.family import AttentionShape
+from egmla.conversion.plan import deal_ranks
 from egmla.conversion.recipes import find_refinement, recipe_options, refinement_options, split_choices
 
 
@@ -106,6 +108,40 @@ def test_a_head_by_head_selection_of_everything_is_the_source(llama_folder, cali
     with torch.no_grad():
         lost = AutoModelForCausalLM.from_pretrained(tmp_path / "t").eval()(ids).logits - source(ids).logits
     assert lost.abs().max() < EXACT_TOLERANCE
+
+
+def test_ranks_go_where_energy_is_left():
+    """Layers that need most of their directions get more of the same sum, none more than twice or less than half."""
+    steep, flat = torch.tensor([1.0, 1e-3, 1e-4, 1e-5, 0, 0, 0, 0, 0, 0]), torch.ones(10)
+    assert deal_ranks([steep, flat, flat], 4) == [2, 5, 5]
+    assert deal_ranks([steep, steep, flat], 4) == [2, 2, 8]
+    assert deal_ranks([flat, flat], 4) == [4, 4]
+    assert deal_ranks([flat, flat[:5]], 4) == [3, 5] and deal_ranks([steep, flat], 1) == [1, 1]
+
+
+def test_ranks_by_energy_convert_the_whole_way(llama_folder, calibration, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(llama_folder, source)
+    model = AutoModelForCausalLM.from_pretrained(source)
+    with torch.no_grad():  # keys and values of the last layer go in one direction
+        for name in ("k_proj", "v_proj"):
+            weight = model.model.layers[-1].self_attn.get_submodule(name).weight
+            weight.copy_(torch.outer(weight[:, 0], weight[0]) / weight.std())
+    model.save_pretrained(source)
+    settings = {"qk_rope_head_dim": 8, "calibration": calibration, "refinement": Refinement(steps=0)}
+    recipe = Recipe(ranks="energy", sequence_length=64)
+    report = convert_checkpoint(source, tmp_path / "t", kv_lora_rank=7, recipe=recipe, **settings)
+    ranks = report["plan"]["ranks"]
+    assert sum(ranks) == 7 * len(ranks) and ranks[-1] < 7
+    assert "--set ranks=energy" in report["command"]
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "t").config.layer_kv_lora_ranks == ranks
+    # The same ranks, given by hand.
+    again = {"kv_lora_rank": ranks, "recipe": Recipe(sequence_length=64)}
+    same = convert_checkpoint(source, tmp_path / "s", **again, **settings)
+    assert same["weights_sha256"] == report["weights_sha256"]
+    for wrong in ({"kv_lora_rank": ranks}, {"kv_lora_rank": 7, "layout": "deepseek_v3"}):
+        with pytest.raises(ValueError, match=r"ranks='energy' .* give one rank and layout 'egmla'"):
+            convert_checkpoint(source, tmp_path / "u", recipe=recipe, **wrong, **settings)
 
 
 def test_recipes_by_name_and_back():

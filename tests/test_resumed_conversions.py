@@ -24,6 +24,7 @@ KINDS = {
     "refined": ("llama linear", REFINED),
     "exact": ("llama linear", {"exact": True}),
     "closed form": ("llama linear", {**SMALLER, "refinement": CLOSED_FORM}),
+    "ranks by energy": ("llama linear", {**SMALLER, "recipe": Recipe(ranks="energy"), "refinement": CLOSED_FORM}),
     "latent source, refined": (
         "deepseek_v3",
         {"kv_lora_rank": 8, "calibration_tokens": 1024, "refinement": Refinement(steps=2)},

@@ -23,7 +23,7 @@ from egmla.conversion.convert import _calibration_sequences
 from egmla.conversion.families import find_family
 from egmla.conversion.family import Family
 from egmla.conversion.layers import gate_at_identity, low_rank_layer, smaller_latent_layer, target_config
-from egmla.conversion.plan import Plan, plan_conversion, plan_latent
+from egmla.conversion.plan import Plan, deal_ranks, plan_conversion, plan_latent
 from egmla.conversion.recipes import RECIPES, Recipe
 from egmla.conversion.sources import Source, load_source, open_source
 from egmla.conversion.statistics import LayerStatistics, SourceRun
@@ -45,7 +45,7 @@ CHOICES: dict[str, tuple[str, dict[str, Any]]] = {
     "keys and values not balanced": ("default", {"balance_by": "none"}),
     "balance 2": ("default", {"balance": 2.0}),
     "balance 0.5": ("default", {"balance": 0.5}),
-    "ranks by energy": ("default", {}),
+    "ranks by energy": ("default", {"ranks": "energy"}),
     "latent norm": ("default", {"latent_norm": True}),
     "uniform slots, folds of 4": ("default", {"slots": "uniform", "freqfold": 4}),
     "latent norm, uniform slots": ("default", {"latent_norm": True, "slots": "uniform", "freqfold": 4}),
@@ -67,7 +67,7 @@ def converted(source: Source, family: Family, plan: Plan, recipe: Recipe, statis
         tensors |= {f"model.layers.{layer_idx}.self_attn.{name}": tensor for name, tensor in attention.items()}
         tensors |= {name: source.read(rows) for name, rows in family.copied(source.config, layer_idx).items()}
         slots.append(layer_slots)
-        spectra.append(spectrum.clamp_min(0))
+        spectra.append(spectrum)
     config = target_config(source.config, family, plan, slots, recipe.latent_norm)
     config.dtype = torch.float32
     model = EGMLAForCausalLM(config).eval()
@@ -76,18 +76,6 @@ def converted(source: Source, family: Family, plan: Plan, recipe: Recipe, statis
         raise ValueError(f"The converted tensors are not the model's: missing {missing}, unexpected {unexpected}.")
     model.tie_weights()
     return model, spectra
-
-
-def ranks_by_energy(spectra: list[torch.Tensor], plan: Plan) -> Plan:
-    """The plan with its ranks dealt out anew: each next one to the layer that has most of its own energy left."""
-    uniform = plan.ranks[0]
-    low, high = uniform // 2, min(2 * uniform, *(len(spectrum) for spectrum in spectra))
-    shares = [spectrum / spectrum.sum() for spectrum in spectra]
-    wanted = [(float(share[rank]), layer) for layer, share in enumerate(shares) for rank in range(low, high)]
-    ranks = [low] * len(spectra)
-    for _, layer in sorted(wanted, reverse=True)[: sum(plan.ranks) - low * len(spectra)]:
-        ranks[layer] += 1
-    return replace(plan, ranks=ranks)
 
 
 def main() -> int:
@@ -145,7 +133,7 @@ def main() -> int:
             with torch.no_grad():
                 model, spectra = converted(source, family, plan, recipe, statistics(recipe))
                 if name == "ranks by energy":
-                    plan = ranks_by_energy(spectra, plan)
+                    plan = replace(plan, ranks=deal_ranks(spectra, plan.ranks[0]))
                     model, _ = converted(source, family, plan, recipe, statistics(recipe))
             ranks = sorted(set(plan.ranks))
             row = {"rope": plan.rope_dim, "rank": ranks[0] if len(ranks) == 1 else [ranks[0], ranks[-1]]}
