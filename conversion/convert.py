@@ -446,13 +446,14 @@ def _converted_layers(
 def _layer_progress(progress: Progress | None, layer_idx: int, count: int, refined: bool) -> dict[str, Any]:
     """What reports the steps inside of a layer as parts of it, by stage."""
     stages = ["calibrate", "refine"] if refined else ["calibrate"]
+    if progress is None:
+        return dict.fromkeys(stages)
 
     def report(stage: str) -> Callable[[int, int], None]:
-        assert progress is not None
         first = layer_idx + stages.index(stage) / len(stages)
         return lambda done, total: progress("convert", first + done / total / len(stages), count)
 
-    return {stage: None if progress is None else report(stage) for stage in stages}
+    return {stage: report(stage) for stage in stages}
 
 
 def _check_latent_norm(config: PreTrainedConfig, family: Family, plan: Plan, recipe: Recipe) -> None:
