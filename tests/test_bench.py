@@ -303,7 +303,7 @@ def test_every_contestant_passes_the_gate(dtype, monkeypatch):
 
 
 def test_a_wrong_account_of_a_cache_is_an_error(monkeypatch, tmp_path):
-    wrong = Contestant("EG-MLA", "egmla", bytes_per_token=lambda elements, itemsize: sum(elements))
+    wrong = Contestant("EG-MLA", "egmla", cache_bytes=lambda config, itemsize, tokens: tokens * 64)
     monkeypatch.setitem(registry.CONTESTANTS, "egmla", wrong)
     with pytest.raises(ValueError, match=r"cache of egmla holds 16,384 bytes and 4,096 are expected"):
         run_bench([subject()], settings(contestants=("egmla",), **ONE), tmp_path / "out")

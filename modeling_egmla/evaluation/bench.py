@@ -4,7 +4,6 @@ Each case that is finished goes into `bench.json`, and a run that was interrupte
 memory is left out with the reason. No figure is taken before `check_parity` has passed for all contestants.
 """
 
-import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -376,10 +375,10 @@ class _Bench:
         self, case: _Case, name: str, contestant: Contestant, timing: DecodeTiming, models: Models, gemv: float
     ) -> dict[str, Any]:
         model = models.get(contestant.role)
-        formula = models.cache_bytes_per_token(contestant) * case.batch * case.context
-        if timing.cache_used_bytes != math.ceil(formula):
+        formula = models.cache_bytes(contestant, case.context) * case.batch
+        if timing.cache_used_bytes != formula:
             raise ValueError(
-                f"{case}: the cache of {name} holds {timing.cache_used_bytes:,} bytes and {formula:,.0f} are "
+                f"{case}: the cache of {name} holds {timing.cache_used_bytes:,} bytes and {formula:,} are "
                 "expected of its shape; no figure of it is kept. Its accounting is wrong, or it caches something else."
             )
         weight_bytes = swept_weight_bytes(model)
@@ -395,7 +394,7 @@ class _Bench:
             "tokens_per_second": timing.tokens_per_second,
             "cache_used_bytes": timing.cache_used_bytes,
             "cache_allocated_bytes": timing.cache_allocated_bytes,
-            "cache_formula_bytes": math.ceil(formula),
+            "cache_formula_bytes": formula,
             "weight_bytes_swept": weight_bytes,
             "cache_bytes_read": timing.cache_used_bytes,
             "gemv_bytes_per_second": gemv,

@@ -4,7 +4,8 @@ A new contestant is one line in `CONTESTANTS`.
 """
 
 import contextlib
-from collections.abc import Callable, Collection, Iterator, Sequence
+import math
+from collections.abc import Callable, Collection, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Pr
 from transformers.cache_utils import Cache, StaticCache
 
 from egmla import EGMLACache, EGMLAConfig
+from egmla.cache_egmla import KEPT_FIRST_TOKENS
+from egmla.quantization_egmla import SCALE_DTYPE, element_group_size, token_group_size
 
 from .accounting import cache_elements_per_layer, cache_windows, meta_model
 from .decode_speed import CacheMaker
@@ -46,6 +49,35 @@ def fixed_cache(model: PreTrainedModel, room: int) -> Cache:
     return StaticCache(config=config, max_cache_len=room)
 
 
+def quantized_cache(quantization: str) -> CacheMaker:
+    """Makes EG-MLA's growing cache of `"int8"` or `"int4"` codes."""
+
+    def make(model: Any, room: int) -> Cache:
+        return EGMLACache(model.config, quantization=quantization)
+
+    return make
+
+
+def int8_bytes(config: EGMLAConfig, itemsize: int, tokens: int) -> int:
+    """A byte an element, and the scale of each group of elements."""
+    P, total = config.qk_rope_head_dim, 0
+    for rank in config.layer_kv_lora_ranks:
+        total += tokens * ((rank + P) + (rank + P) // element_group_size(None, rank, P) * SCALE_DTYPE.itemsize)
+    return total
+
+
+def int4_bytes(config: EGMLAConfig, itemsize: int, tokens: int) -> int:
+    """Half a byte an element, a group's scale and zero point for each, and tokens in no group as they came."""
+    size = token_group_size(None)
+    groups = max(0, tokens - KEPT_FIRST_TOKENS) // size
+    total = 0
+    for rank in config.layer_kv_lora_ranks:
+        width = rank + config.qk_rope_head_dim
+        total += groups * (size * math.ceil(width / 2) + 2 * width * SCALE_DTYPE.itemsize)
+        total += (tokens - groups * size) * width * itemsize
+    return total
+
+
 @dataclass(frozen=True)
 class Contestant:
     """A model with a kind of cache.
@@ -55,8 +87,8 @@ class Contestant:
         role (`str`): which of a subject's models it is.
         cache (*optional*): makes its empty cache; the model's default (a growing one) if none.
         compiled (`bool`): decodes in one graph of `torch.compile`.
-        bytes_per_token (*optional*): bytes its cache takes per token by formula, of (elements of each layer, bytes of
-            the model's format); elements times bytes if none.
+        cache_bytes (*optional*): bytes a sequence takes in its cache by formula, of (configuration, bytes of an
+            element in the model's format, tokens); elements times bytes times tokens if none.
         tolerance (`float`, *optional*): of the parity gate, relative; for a cache that is not exact.
     """
 
@@ -64,7 +96,7 @@ class Contestant:
     role: str
     cache: CacheMaker | None = None
     compiled: bool = False
-    bytes_per_token: Callable[[Sequence[int], int], float] | None = None
+    cache_bytes: Callable[[Any, int, int], int] | None = None
     tolerance: float | None = None
 
 
@@ -74,7 +106,8 @@ CONTESTANTS = {
     "egmla": Contestant("EG-MLA", "egmla"),
     "egmla-fixed": Contestant("EG-MLA, fixed-size cache", "egmla", fixed_cache),
     "egmla-compiled": Contestant("EG-MLA, compiled", "egmla", fixed_cache, compiled=True),
-    # Here go EG-MLA's quantised caches: Contestant("EG-MLA, int8 cache", "egmla", int8_cache, bytes_per_token=...).
+    "egmla-int8": Contestant("EG-MLA, int8 cache", "egmla", quantized_cache("int8"), False, int8_bytes, 0.05),
+    "egmla-int4": Contestant("EG-MLA, int4 cache", "egmla", quantized_cache("int4"), False, int4_bytes, 0.3),
     "converted": Contestant("converted", "converted"),
     "converted-static": Contestant("converted, static cache", "converted", fixed_cache),
     "deepseek": Contestant("DeepseekV3", "deepseek"),
@@ -263,12 +296,11 @@ class Models:
         """Elements each layer caches per token, by formula: from the configuration, without weights."""
         return self._shape(role)[1]
 
-    def cache_bytes_per_token(self, contestant: Contestant) -> float:
-        """Bytes per token that a contestant's cache takes by formula, all layers."""
-        elements = self.cache_elements(contestant.role)
-        if contestant.bytes_per_token is not None:
-            return contestant.bytes_per_token(elements, self.dtype.itemsize)
-        return sum(elements) * self.dtype.itemsize
+    def cache_bytes(self, contestant: Contestant, tokens: int) -> int:
+        """Bytes that a sequence of `tokens` takes in a contestant's cache by formula, all layers."""
+        if contestant.cache_bytes is not None:
+            return contestant.cache_bytes(self.subject.roles[contestant.role].config, self.dtype.itemsize, tokens)
+        return sum(self.cache_elements(contestant.role)) * self.dtype.itemsize * tokens
 
     def case_bytes(self, contestant: Contestant, batch_size: int, room: int, new_tokens: int = 1) -> tuple[int, int]:
         """Memory that a contestant takes beyond its weights with `room` tokens cached, in bytes; an estimate.
@@ -279,7 +311,7 @@ class Models:
         """
         config: Any = self.subject.roles[contestant.role].config
         itemsize, elements = self.dtype.itemsize, self.cache_elements(contestant.role)
-        cached = self.cache_bytes_per_token(contestant) * batch_size * room
+        cached: float = self.cache_bytes(contestant, room) * batch_size
         layer = max(elements) * itemsize * batch_size * room
         if contestant.role == "deepseek":
             N, P, V = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
