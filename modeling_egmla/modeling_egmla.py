@@ -134,7 +134,7 @@ def latent_attention(
         query (`torch.Tensor`): absorbed queries `[B, H, T, R + P]`.
         entries (`torch.Tensor` or `QuantizedEntries`): cache entries `[B, 1, S, R + P]`.
         attention_mask (`torch.Tensor`, *optional*): `[B or 1, 1, T, S]`, boolean (true is seen) or additive. `None`:
-        all is seen.
+            each of the `T` queries, the last tokens of the cache, sees all up to itself.
         scaling (`float`): factor on the scores.
 
     Returns:
@@ -146,6 +146,8 @@ def latent_attention(
             entries = entries.dequantize()
         # Expanding has stride 0: no head gets a copy of the cache.
         shared = entries.expand(-1, H, -1, -1)
+        if attention_mask is None:
+            return _continued_attention(query, shared, scaling)
         return nn.functional.scaled_dot_product_attention(
             query, shared, shared, attn_mask=attention_mask, scale=scaling, is_causal=False
         )
@@ -162,6 +164,31 @@ def latent_attention(
             packed, entries, entries, attn_mask=attention_mask, scale=scaling, is_causal=False
         )
     return output.view(B, H, T, width)
+
+
+def needs_no_mask(attention_mask: torch.Tensor | None, rows: int, device: torch.device) -> bool:
+    """Whether `latent_attention` does without a mask `[T, S]` for `rows` (heads x new tokens) behind a past.
+
+    Many rows on a CPU, no token hidden by `attention_mask` `[B, S]`: the mask of a long prompt's chunk would take more
+    memory than the cache.
+    """
+    if rows <= PACK_MAX_ROWS or device.type != "cpu" or torch.is_grad_enabled() or is_torchdynamo_compiling():
+        return False
+    return attention_mask is None or (attention_mask.ndim == 2 and bool(attention_mask.all()))
+
+
+def _continued_attention(query: torch.Tensor, entries: torch.Tensor, scaling: float) -> torch.Tensor:
+    """Attention of the last `T` of `S` tokens on all up to themselves: past and own tokens, by their log-sum-exp.
+
+    Queries `[B, H, T, W]`, entries `[B, H, S, W]` with `S > T`, output `[B, H, T, W]`; no mask is made.
+    """
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    entries = entries.to(query.dtype)  # autocast leaves both formats
+    past, own = entries.split([entries.shape[2] - query.shape[2], query.shape[2]], dim=2)
+    before, before_lse = kernel(query, past, past, scale=scaling)
+    among, among_lse = kernel(query, own, own, is_causal=True, scale=scaling)
+    share = torch.sigmoid(before_lse - among_lse).to(query.dtype).unsqueeze(-1)  # [B, H, T, 1]
+    return torch.lerp(among, before, share)
 
 
 @torch.compiler.assume_constant_result
@@ -686,13 +713,18 @@ class EGMLAModel(EGMLAPreTrainedModel):
         if absorb and self.config._attn_implementation != "eager":
             # The latent path takes dense masks, whatever the attention implementation of the expanded one wants.
             mask_config = DENSE_MASKS
-        causal_mask = create_causal_mask(
-            config=mask_config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
-        )
+        causal_mask = None
+        rows = self.config.num_attention_heads * inputs_embeds.shape[1]
+        # Other caches may hand out empty slots too.
+        maskless = mask_config is DENSE_MASKS and hasattr(past_key_values, "append")
+        if not (maskless and needs_no_mask(attention_mask, rows, inputs_embeds.device)):
+            causal_mask = create_causal_mask(
+                config=mask_config,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+            )
         absorb = absorb and (causal_mask is None or isinstance(causal_mask, torch.Tensor))
 
         position_embeddings = None
@@ -817,6 +849,9 @@ class EGMLAForCausalLM(EGMLAPreTrainedModel, GenerationMixin):
         cache = model_kwargs.get("past_key_values")
         if given is None and type(cache) in (DynamicCache, StaticCache):
             length = cache.get_max_length() if type(cache) is StaticCache else None
+            mask = model_kwargs.get("attention_mask")
+            if length is None and generation_config.prefill_chunk_size is not None and mask is not None:
+                options["expected_tokens"] = mask.shape[1]  # the prompt's, which the cache sees in chunks
             model_kwargs["past_key_values"] = EGMLACache(
                 self.config, max_cache_len=length, offloading=cache.offloading, **options
             )

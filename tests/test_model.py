@@ -224,11 +224,42 @@ def test_cached_equals_uncached_eager(case, kind):
 
 
 @torch.no_grad()
-def test_decode_beyond_the_packing_limit(case, monkeypatch):
+@pytest.mark.parametrize("kind", CACHES)
+def test_decode_beyond_the_packing_limit(case, kind, monkeypatch):
     monkeypatch.setattr(modeling, "PACK_MAX_ROWS", 6)
     model, ids = tiny_model(case), token_ids(2, 12)
     expected = model(ids, use_cache=False).logits
-    assert difference(decode(model, ids, EGMLACache(model.config), [4, 1, 3, 4]), expected) <= TOLERANCE
+    assert difference(decode(model, ids, make_cache(kind, model.config), [4, 1, 3, 4]), expected) <= TOLERANCE
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("hidden", [0, 2])
+@pytest.mark.parametrize("kind", CACHES)
+def test_long_chunks_are_masked_where_tokens_are_hidden(kind, hidden, monkeypatch):
+    """A mask of a chunk on a long past is larger than the cache, so there is one only where it hides something."""
+    monkeypatch.setattr(modeling, "PACK_MAX_ROWS", 6)
+    masks, make_mask = [], modeling.create_causal_mask
+    monkeypatch.setattr(
+        modeling, "create_causal_mask", lambda **inputs: masks.append(make_mask(**inputs)) or masks[-1]
+    )
+    model, ids = tiny_model(), token_ids(2, 12)
+    attention_mask = torch.ones_like(ids)
+    attention_mask[0, :hidden] = 0
+    positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
+    expected = model(ids, attention_mask=attention_mask, position_ids=positions, use_cache=False).logits
+    cache, logits = make_cache(kind, model.config), []
+    masks.clear()
+    for start, end in ((0, 4), (4, 8), (8, 12)):
+        out = model(
+            ids[:, start:end],
+            attention_mask=attention_mask[:, :end],
+            position_ids=positions[:, start:end],
+            past_key_values=cache,
+        )
+        logits.append(out.logits)
+    assert difference(torch.cat(logits, dim=1)[:, hidden:], expected[:, hidden:]) <= TOLERANCE
+    own = kind in ("growing", "fixed")
+    assert [mask is None for mask in masks[1:]] == ([] if own and not hidden else [False, False])
 
 
 @torch.no_grad()

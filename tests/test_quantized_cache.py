@@ -428,8 +428,10 @@ def test_many_rows_attend_to_a_dequantised_copy(quantization, monkeypatch):
     monkeypatch.setattr(modeling, "PACK_MAX_ROWS", 3)
     entries, exact = random_entries(2, 30, torch.float32, quantization)
     query = torch.randn(2, 2, 4, 24)
-    expected = plain_attention(query, exact, None, 0.3)
+    seen = torch.ones(1, 1, 4, 30, dtype=torch.bool).tril(26)
+    expected = plain_attention(query, exact, seen, 0.3)
     assert difference(modeling.latent_attention(query, entries, None, 0.3), expected) <= TOLERANCE
+    assert difference(modeling.latent_attention(query, entries, seen, 0.3), expected) <= TOLERANCE
 
 
 @torch.no_grad()
