@@ -185,10 +185,16 @@ class GrowingLatentLayer(LatentLayer):
     """A layer without a limit: its buffer grows by an eighth when full, so that most steps write in place."""
 
     is_compileable = False
+    expected_tokens = 0  # room for as many is made at once
 
     def __init__(self, kv_lora_rank: int, qk_rope_head_dim: int, layer_idx: int = 0):
         super().__init__(kv_lora_rank, qk_rope_head_dim, layer_idx)
         self.length = 0
+
+    @property
+    def tokens_to_come(self) -> int:
+        """For how many more tokens there should be room where the layer has to grow, at least."""
+        return max(GROWTH_MIN_TOKENS, self.expected_tokens + self.expected_tokens // GROWTH_FRACTION - self.length)
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -204,7 +210,7 @@ class GrowingLatentLayer(LatentLayer):
             new = torch.cat((latent, rope_key), dim=-1)
             self.buffer = torch.cat((self.buffer[:, :, :start], new), dim=2)
             return self.buffer
-        self.buffer = with_room(self.buffer, start, self.length, GROWTH_MIN_TOKENS)
+        self.buffer = with_room(self.buffer, start, self.length, self.tokens_to_come)
         entries = self.buffer[:, :, : self.length]
         entries[:, :, start:, : self.kv_lora_rank] = latent
         entries[:, :, start:, self.kv_lora_rank :] = rope_key
@@ -288,8 +294,8 @@ class Int8LatentLayer(QuantizedLatentLayer):
         rotated = torch.cat((latent, rope_key), dim=-1).float() @ self.matrix
         codes, scales = quantize_elements(rotated, self.group_size)
         start, self.length = self.length, self.length + latent.shape[2]
-        self.buffer = with_room(self.buffer, start, self.length, GROWTH_MIN_TOKENS)
-        self.scales = with_room(self.scales, start, self.length, GROWTH_MIN_TOKENS)
+        self.buffer = with_room(self.buffer, start, self.length, self.tokens_to_come)
+        self.scales = with_room(self.scales, start, self.length, self.tokens_to_come)
         self.buffer[:, :, start : self.length] = codes
         self.scales[:, :, start : self.length] = scales
         return self.entries
@@ -342,8 +348,9 @@ class Int4LatentLayer(QuantizedLatentLayer):
             )
             codes, scales = quantize_tokens(grouped.unflatten(2, (new_groups, self.group_size)))
             start, self.groups = self.groups, self.groups + new_groups
-            self.buffer = with_room(self.buffer, start, self.groups, 1)
-            self.scales = with_room(self.scales, start, self.groups, 1)
+            groups_to_come = max(1, self.expected_tokens // self.group_size - self.groups)
+            self.buffer = with_room(self.buffer, start, self.groups, groups_to_come)
+            self.scales = with_room(self.scales, start, self.groups, groups_to_come)
             self.buffer[:, :, start : self.groups] = codes.flatten(3)
             self.scales[:, :, start : self.groups] = scales.flatten(3)
             kept = torch.cat((first, rest), dim=2)
@@ -469,6 +476,9 @@ class EGMLACache(Cache):
         quantization_group_size (`int`, *optional*):
             For int8 elements of a token per scale, a divisor of every layer's `R` and of `P`, by default the largest
             one up to 64. For int4 tokens per scale, by default 64.
+        expected_tokens (`int`, *optional*):
+            Tokens that a growing cache makes room for when the first ones come; it takes more too. For prompts read in
+            chunks: growing step by step copies what is there and leaves holes in the C library's heap.
 
     Example:
 
@@ -485,6 +495,7 @@ class EGMLACache(Cache):
         offloading: bool = False,
         quantization: str | None = None,
         quantization_group_size: int | None = None,
+        expected_tokens: int | None = None,
     ):
         if not hasattr(config, "layer_kv_lora_ranks"):
             raise TypeError(
@@ -505,6 +516,11 @@ class EGMLACache(Cache):
                 f"quantization={quantization!r} with max_cache_len={max_cache_len}: only growing caches are "
                 "quantised; leave out one of the two."
             )
+        if expected_tokens is not None and (expected_tokens < 1 or max_cache_len is not None):
+            raise ValueError(
+                f"expected_tokens={expected_tokens} with max_cache_len={max_cache_len}: it must be at least 1 token, "
+                "and is for growing caches; a fixed-size one has its room from the beginning."
+            )
         layers: list[LatentLayer] = []
         for layer_idx, rank in enumerate(config.layer_kv_lora_ranks):
             if quantization is not None:
@@ -514,6 +530,8 @@ class EGMLACache(Cache):
                 layers.append(GrowingLatentLayer(rank, config.qk_rope_head_dim, layer_idx))
             else:
                 layers.append(FixedLatentLayer(rank, config.qk_rope_head_dim, layer_idx, max_cache_len=max_cache_len))
+            if isinstance(layers[-1], GrowingLatentLayer):
+                layers[-1].expected_tokens = expected_tokens or 0
         super().__init__(layers=layers, offloading=offloading)
 
     def append(self, latent, rope_key, layer_idx: int) -> torch.Tensor | QuantizedEntries:

@@ -199,6 +199,33 @@ def test_growth_keeps_every_token(cache):
         assert_holds(cache, [0, 1], start)
 
 
+@pytest.mark.parametrize("quantization", [None, "int8", "int4"])
+def test_expected_tokens_are_given_room_at_once(quantization):
+    """A prompt in chunks stays where its first tokens went; more than expected, and after a reset, is taken too."""
+    cache = EGMLACache(CONFIG, quantization=quantization, expected_tokens=700)
+    plain = EGMLACache(CONFIG, quantization=quantization)
+    for _ in range(2):
+        places = set()
+        for start in range(0, 700, 100):
+            fill(cache, [0, 1], start, start + 100)
+            fill(plain, [0, 1], start, start + 100)
+            places.add(cache.layers[1].buffer.data_ptr())
+        assert len(places) == 1
+        assert cache.nbytes == plain.nbytes and cache.allocated_nbytes <= 1.15 * cache.nbytes
+        fill(cache, [0, 1], 700, 900)
+        fill(plain, [0, 1], 700, 900)
+        for mine, other in zip(cache.layers, plain.layers, strict=True):
+            assert torch.equal(mine.keys, other.keys) and torch.equal(mine.values, other.values)
+        cache.reset()
+        plain.reset()
+
+
+@pytest.mark.parametrize("options", [{"expected_tokens": 0}, {"expected_tokens": 9, "max_cache_len": 9}])
+def test_expected_tokens_are_checked(options):
+    with pytest.raises(ValueError, match=r"expected_tokens=\d.*at least 1 token, and is for growing caches"):
+        EGMLACache(CONFIG, **options)
+
+
 def test_append_returns_a_view_of_all_entries(cache):
     fill(cache, [0], 0, 5)
     given = cache.append(*entries(0, [0], 5, 6), 0)
