@@ -458,7 +458,16 @@ def test_train_refuses(models, tmp_path, options, message):
 # processes
 
 
-def test_two_processes_train_as_one(models, tmp_path):
+FSDP2 = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+}
+
+
+@pytest.mark.parametrize("sharding", [{}, FSDP2], ids=["DDP", "FSDP2"])
+def test_two_processes_train_as_one(models, tmp_path, sharding):
     """`accelerate launch` with two gloo ranks: the same losses and weights within rounding."""
     (tmp_path / "half").mkdir()
     for file in (models / "half").iterdir():
@@ -473,19 +482,27 @@ def test_two_processes_train_as_one(models, tmp_path):
     for name, value in {**SMALL, "tokens": 20 * 128}.items():
         command += [f"--{name.replace('_', '-')}", value]
     done = subprocess.run(
-        [*launch, "-m", "egmla", *map(str, command)],
+        [*launch, *([Path(__file__).parent / "fsdp_on_cpu.py"] if sharding else ["-m", "egmla"]), *map(str, command)],
         capture_output=True,
         text=True,
         timeout=600,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", **sharding},
     )
     assert done.returncode == 0, done.stderr[-3000:]
+    assert ("parameters are DTensor" in done.stderr) == bool(sharding)
     two = json.loads((target / "training_report.json").read_text())
     assert two["settings"]["processes"] == 2
     assert [row["loss"] for row in two["losses"]] == pytest.approx([row["loss"] for row in one["losses"]], rel=1e-4)
     assert two["perplexity"]["trained"] == pytest.approx(one["perplexity"]["trained"], rel=1e-4)
     left, right = weights(tmp_path / "one"), weights(target)
     assert max(difference(tensor, right[name]) for name, tensor in left.items()) < 1e-4
+
+
+def test_adapters_are_not_sharded(models, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match=r"lora_rank=2 with FSDP or DeepSpeed.*--multi_gpu"):
+        heal(models, tmp_path / "healed", lora_rank=2)
+    assert not list(tmp_path.iterdir())
 
 
 def test_healed_models_load_without_the_package(models, tmp_path, clean_python):

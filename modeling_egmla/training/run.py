@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from safetensors import SafetensorError
-from transformers import AutoTokenizer, PrinterCallback, TrainingArguments, default_data_collator
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainingArguments, default_data_collator
 from transformers.trainer_utils import set_seed
 
 from egmla import EGMLAConfig
@@ -51,6 +53,8 @@ from .workspace import (
 
 
 Say = Callable[[str], None]
+# Set by `accelerate launch`.
+SHARDING_FLAGS = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
 
 
 @dataclass
@@ -151,6 +155,13 @@ def run_job(
     check_files(sources, eval_sources)
     last = last_checkpoint(place.work) if place.resume else None
     arguments = training_arguments(settings, place.work, job.defaults, resuming=last is not None)
+    sharding = arguments.fsdp or arguments.deepspeed or any(map(parse_flag_from_env, SHARDING_FLAGS))
+    if settings.lora_rank is not None and sharding:
+        raise ValueError(
+            f"lora_rank={settings.lora_rank} with FSDP or DeepSpeed: adapters cannot be merged into a sharded model. "
+            "Leave out one of the two; adapters have small gradients and optimiser states, so copies of the model "
+            "will do (accelerate launch --multi_gpu)."
+        )
     planned = plan(job, settings)
     origin = {"kind": job.kind, "model": job.config.to_diff_dict(), **job.report.get("origin", {})}
     identity = run_identity(origin, settings, sources, eval_sources)
@@ -291,15 +302,19 @@ def _write_target(
     dtype = getattr(torch, settings.dtype) if settings.dtype else _dtype(job.config)
     report["dtype"] = str(dtype).removeprefix("torch.")
     state = PartialState()
-    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-    gathered = place.work / "final"
-    if sharded:  # every process takes part in gathering
-        trainer.save_model(str(gathered))
+    # Every process takes part in gathering; what `save_model` writes depends on how checkpoints are written.
+    sharded: Any = trainer.model
+    whole: Any = None
+    if trainer.is_fsdp_enabled:
+        whole = get_model_state_dict(sharded, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    elif trainer.is_deepspeed_enabled:
+        whole = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     state.wait_for_everyone()
     if state.is_main_process:
         model: Any = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
-        if sharded:
-            model = type(trainer.causal_model).from_pretrained(gathered)
+        if whole is not None:
+            model = AutoModelForCausalLM.from_config(job.config, dtype=torch.float32)
+            model.load_state_dict(whole)
         elif settings.lora_rank is not None:
             model = merge_lora(model)
         model = model.to(dtype)

@@ -3,7 +3,7 @@
 import contextlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -70,28 +70,31 @@ class DistillationTrainer(Trainer):
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         return model.get_base_model() if hasattr(model, "get_base_model") else model
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether no process has all of the weights."""
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Mean loss per predicted token; over the tokens of a whole optimiser step where Trainer gives their number.
 
-        The model is called through its wrapper, so that DDP and FSDP see the call, for one position's logits; the
-        others are made from the last hidden state in chunks.
+        The model is called through its wrapper, so that DDP and FSDP see the call, and its output embedding gives the
+        loss in place of logits.
         """
         labels = inputs["labels"]
         given = {name: value for name, value in inputs.items() if name != "labels"}
         student = self.causal_model
-        with _last_hidden_state(student.base_model) as captured:
-            # A cache would be filled and thrown away.
-            model(**given, logits_to_keep=1, use_cache=False)
         training = student.training and torch.is_grad_enabled()
         teacher_hidden = None
         if training and self.teacher is not None:
             with torch.no_grad():
                 teacher_hidden = self.teacher.base_model(**given, use_cache=False).last_hidden_state
-        # Accelerate's mixed precision covers the model's own forward, and not what is called of it from here.
-        with self.accelerator.autocast():
-            total = distillation_loss(
-                student.get_output_embeddings(),
-                captured[0],
+        head = student.get_output_embeddings()
+
+        def loss_of(hidden: torch.Tensor) -> torch.Tensor:
+            return distillation_loss(
+                head,
+                hidden,
                 labels,
                 None if self.teacher is None else self.teacher.get_output_embeddings(),
                 teacher_hidden,
@@ -100,6 +103,10 @@ class DistillationTrainer(Trainer):
                 temperature=self.temperature,
                 chunk=self.chunk,
             )
+
+        with _in_place_of_logits(head, loss_of):
+            # A cache would be filled and thrown away.
+            total = model(**given, use_cache=False).logits
         if training and num_items_in_batch is not None:
             # DDP averages gradients over its ranks, and the number is that of all ranks together.
             ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
@@ -175,14 +182,29 @@ def check_vocabulary(student: int, teacher: int) -> None:
 
 
 @contextlib.contextmanager
-def _last_hidden_state(base_model: nn.Module) -> Iterator[list[torch.Tensor]]:
-    """A list that takes up the last hidden state of each call of a base model."""
-    captured: list[torch.Tensor] = []
-    hook = base_model.register_forward_hook(lambda module, args, output: captured.append(output[0]))
+def _in_place_of_logits(head: nn.Module, loss_of: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """Makes an output embedding give `loss_of(hidden states [B, T, D])` the next time that the model calls it.
+
+    Within the call of the model FSDP has the weights in one piece, and mixed precision covers them; a loss among its
+    outputs is where DDP and FSDP expect the backward pass to begin.
+    """
+    states: list[torch.Tensor] = []
+
+    def take(module, args):
+        before.remove()  # the loss calls the module itself, for logits
+        states.append(args[0])
+        return (args[0][:, :0],)
+
+    def give(module, args, output):
+        after.remove()
+        return loss_of(states.pop())
+
+    before, after = head.register_forward_pre_hook(take), head.register_forward_hook(give)
     try:
-        yield captured
+        yield
     finally:
-        hook.remove()
+        before.remove()
+        after.remove()
 
 
 def last_checkpoint(folder: Path) -> Path | None:
