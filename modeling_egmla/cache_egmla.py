@@ -194,7 +194,12 @@ class GrowingLatentLayer(LatentLayer):
     @property
     def tokens_to_come(self) -> int:
         """For how many more tokens there should be room where the layer has to grow, at least."""
-        return max(GROWTH_MIN_TOKENS, self.expected_tokens + self.expected_tokens // GROWTH_FRACTION - self.length)
+        return max(GROWTH_MIN_TOKENS, self.expected_room - self.length)
+
+    @property
+    def expected_room(self) -> int:
+        """Tokens to make room for from the beginning."""
+        return self.expected_tokens + self.expected_tokens // GROWTH_FRACTION
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -348,7 +353,7 @@ class Int4LatentLayer(QuantizedLatentLayer):
             )
             codes, scales = quantize_tokens(grouped.unflatten(2, (new_groups, self.group_size)))
             start, self.groups = self.groups, self.groups + new_groups
-            groups_to_come = max(1, self.expected_tokens // self.group_size - self.groups)
+            groups_to_come = max(1, self.expected_room // self.group_size - self.groups)
             self.buffer = with_room(self.buffer, start, self.groups, groups_to_come)
             self.scales = with_room(self.scales, start, self.groups, groups_to_come)
             self.buffer[:, :, start : self.groups] = codes.flatten(3)

@@ -141,13 +141,13 @@ def latent_attention(
         `torch.Tensor`: `[B, H, T, R + P]`, of which only the first `R` elements mean anything and may come alone.
     """
     B, H, T, width = query.shape
-    if H * T > PACK_MAX_ROWS and T > 1:
+    if T > 1 and (attention_mask is None or H * T > PACK_MAX_ROWS):
         if isinstance(entries, QuantizedEntries):
             entries = entries.dequantize()
+        if attention_mask is None:
+            return _continued_attention(query, entries, scaling)
         # Expanding has stride 0: no head gets a copy of the cache.
         shared = entries.expand(-1, H, -1, -1)
-        if attention_mask is None:
-            return _continued_attention(query, shared, scaling)
         return nn.functional.scaled_dot_product_attention(
             query, shared, shared, attn_mask=attention_mask, scale=scaling, is_causal=False
         )
@@ -166,25 +166,32 @@ def latent_attention(
     return output.view(B, H, T, width)
 
 
-def needs_no_mask(attention_mask: torch.Tensor | None, rows: int, device: torch.device) -> bool:
+def needs_no_mask(attention_mask: torch.Tensor | None, rows: int, tokens: int, device: torch.device) -> bool:
     """Whether `latent_attention` does without a mask `[T, S]` for `rows` (heads x new tokens) behind a past.
 
-    Many rows on a CPU, no token hidden by `attention_mask` `[B, S]`: the mask of a long prompt's chunk would take more
-    memory than the cache.
+    Many rows on a CPU, none of the `S` tokens hidden by `attention_mask` `[B, S]`: the mask of a long prompt's chunk
+    would take more memory than the cache.
     """
     if rows <= PACK_MAX_ROWS or device.type != "cpu" or torch.is_grad_enabled() or is_torchdynamo_compiling():
         return False
-    return attention_mask is None or (attention_mask.ndim == 2 and bool(attention_mask.all()))
+    if attention_mask is None:
+        return True
+    two_dimensional = isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2
+    return two_dimensional and attention_mask.shape[1] == tokens and bool(attention_mask.all())
 
 
 def _continued_attention(query: torch.Tensor, entries: torch.Tensor, scaling: float) -> torch.Tensor:
     """Attention of the last `T` of `S` tokens on all up to themselves: past and own tokens, by their log-sum-exp.
 
-    Queries `[B, H, T, W]`, entries `[B, H, S, W]` with `S > T`, output `[B, H, T, W]`; no mask is made.
+    Queries `[B, H, T, W]`, entries `[B, 1, S, W]` with `S > T`, output `[B, H, T, W]`; on a CPU no mask is made.
     """
+    H, T, S = query.shape[1], query.shape[2], entries.shape[2]
+    entries = entries.to(query.dtype).expand(-1, H, -1, -1)  # autocast leaves both formats
+    if query.device.type != "cpu":  # a layer placed elsewhere than the embeddings
+        mask = torch.ones(T, S, dtype=torch.bool, device=query.device).tril(S - T)
+        return nn.functional.scaled_dot_product_attention(query, entries, entries, attn_mask=mask, scale=scaling)
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    entries = entries.to(query.dtype)  # autocast leaves both formats
-    past, own = entries.split([entries.shape[2] - query.shape[2], query.shape[2]], dim=2)
+    past, own = entries.split([S - T, T], dim=2)
     before, before_lse = kernel(query, past, past, scale=scaling)
     among, among_lse = kernel(query, own, own, is_causal=True, scale=scaling)
     share = torch.sigmoid(before_lse - among_lse).to(query.dtype).unsqueeze(-1)  # [B, H, T, 1]
@@ -714,10 +721,13 @@ class EGMLAModel(EGMLAPreTrainedModel):
             # The latent path takes dense masks, whatever the attention implementation of the expanded one wants.
             mask_config = DENSE_MASKS
         causal_mask = None
-        rows = self.config.num_attention_heads * inputs_embeds.shape[1]
         # Other caches may hand out empty slots too.
         maskless = mask_config is DENSE_MASKS and hasattr(past_key_values, "append")
-        if not (maskless and needs_no_mask(attention_mask, rows, inputs_embeds.device)):
+        if maskless:
+            new_tokens = inputs_embeds.shape[1]
+            rows, tokens = self.config.num_attention_heads * new_tokens, past_key_values.get_seq_length() + new_tokens
+            maskless = needs_no_mask(attention_mask, rows, tokens, inputs_embeds.device)
+        if not maskless:
             causal_mask = create_causal_mask(
                 config=mask_config,
                 inputs_embeds=inputs_embeds,
@@ -850,7 +860,8 @@ class EGMLAForCausalLM(EGMLAPreTrainedModel, GenerationMixin):
         if given is None and type(cache) in (DynamicCache, StaticCache):
             length = cache.get_max_length() if type(cache) is StaticCache else None
             mask = model_kwargs.get("attention_mask")
-            if length is None and generation_config.prefill_chunk_size is not None and mask is not None:
+            chunked = generation_config.prefill_chunk_size is not None and length is None
+            if chunked and isinstance(mask, torch.Tensor) and mask.ndim == 2:
                 options["expected_tokens"] = mask.shape[1]  # the prompt's, which the cache sees in chunks
             model_kwargs["past_key_values"] = EGMLACache(
                 self.config, max_cache_len=length, offloading=cache.offloading, **options

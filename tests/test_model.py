@@ -7,6 +7,7 @@ import torch
 from cases import CORE_CASES, MODEL_CASES, ROPE_CASES, difference, perturb, tiny_config, tiny_model, token_ids
 from reference import reference_forward
 from torch import nn
+from torch.nn.attention.flex_attention import create_block_mask
 from transformers import DynamicCache, StaticCache
 
 from egmla import (
@@ -230,6 +231,19 @@ def test_decode_beyond_the_packing_limit(case, kind, monkeypatch):
     model, ids = tiny_model(case), token_ids(2, 12)
     expected = model(ids, use_cache=False).logits
     assert difference(decode(model, ids, make_cache(kind, model.config), [4, 1, 3, 4]), expected) <= TOLERANCE
+
+
+def test_long_chunks_need_no_mask_where_nothing_is_hidden():
+    """By the mask a caller gives; block masks and masks of other lengths stay with Transformers."""
+    block_mask = create_block_mask(lambda b, h, q, kv: q >= kv, None, None, 128, 128, device="cpu")
+    cases = {None: True, torch.ones(2, 9): True, torch.ones(2, 8): False, torch.ones(1, 1, 3, 9): False}
+    cases |= {torch.ones(2, 9).tril(3): False, block_mask: False}
+    with torch.no_grad():
+        for mask, expected in cases.items():
+            assert modeling.needs_no_mask(mask, 600, 9, torch.device("cpu")) is expected
+        assert not modeling.needs_no_mask(None, 600, 9, torch.device("cuda"))
+        assert not modeling.needs_no_mask(None, 512, 9, torch.device("cpu"))
+    assert not modeling.needs_no_mask(None, 600, 9, torch.device("cpu"))  # gradients
 
 
 @torch.no_grad()

@@ -15,10 +15,10 @@ from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainingArguments, default_data_collator
+from transformers import AutoTokenizer, PrinterCallback, TrainingArguments, default_data_collator
 from transformers.trainer_utils import set_seed
 
-from egmla import EGMLAConfig
+from egmla import EGMLAConfig, EGMLAForCausalLM
 from egmla.conversion.writing import staged_folder
 from egmla.evaluation.accounting import meta_model
 from egmla.evaluation.perplexity import perplexity
@@ -313,7 +313,7 @@ def _write_target(
     if state.is_main_process:
         model: Any = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
         if whole is not None:
-            model = AutoModelForCausalLM.from_config(job.config, dtype=torch.float32)
+            model = EGMLAForCausalLM(copy.deepcopy(job.config))  # not from_config, which DeepSpeed would shard
             model.load_state_dict(whole)
         elif settings.lora_rank is not None:
             model = merge_lora(model)

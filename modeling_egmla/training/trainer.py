@@ -70,11 +70,6 @@ class DistillationTrainer(Trainer):
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         return model.get_base_model() if hasattr(model, "get_base_model") else model
 
-    @property
-    def is_sharded(self) -> bool:
-        """Whether no process has all of the weights."""
-        return self.is_fsdp_enabled or self.is_deepspeed_enabled
-
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Mean loss per predicted token; over the tokens of a whole optimiser step where Trainer gives their number.
 
@@ -90,9 +85,15 @@ class DistillationTrainer(Trainer):
             with torch.no_grad():
                 teacher_hidden = self.teacher.base_model(**given, use_cache=False).last_hidden_state
         head = student.get_output_embeddings()
+        if training and num_items_in_batch is not None:
+            # DDP averages gradients over its ranks, and the number is that of all ranks together.
+            ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+            share = ranks / num_items_in_batch
+        else:
+            share = 1 / (labels[:, 1:] != -100).sum()
 
         def loss_of(hidden: torch.Tensor) -> torch.Tensor:
-            return distillation_loss(
+            total = distillation_loss(
                 head,
                 hidden,
                 labels,
@@ -103,16 +104,12 @@ class DistillationTrainer(Trainer):
                 temperature=self.temperature,
                 chunk=self.chunk,
             )
+            return total * share
 
-        with _in_place_of_logits(head, loss_of):
+        with _in_place_of_logits(head, loss_of) as exact:
             # A cache would be filled and thrown away.
-            total = model(**given, use_cache=False).logits
-        if training and num_items_in_batch is not None:
-            # DDP averages gradients over its ranks, and the number is that of all ranks together.
-            ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-            loss = total * ranks / num_items_in_batch
-        else:
-            loss = total / (labels[:, 1:] != -100).sum()
+            loss = model(**given, use_cache=False).logits.float()
+        loss = loss + (exact[0] - loss.detach())  # FSDP rounds outputs to the format of mixed precision
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def training_step(self, *arguments, **more):
@@ -182,13 +179,14 @@ def check_vocabulary(student: int, teacher: int) -> None:
 
 
 @contextlib.contextmanager
-def _in_place_of_logits(head: nn.Module, loss_of: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+def _in_place_of_logits(head: nn.Module, loss_of: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[list]:
     """Makes an output embedding give `loss_of(hidden states [B, T, D])` the next time that the model calls it.
 
     Within the call of the model FSDP has the weights in one piece, and mixed precision covers them; a loss among its
-    outputs is where DDP and FSDP expect the backward pass to begin.
+    outputs is where DDP and FSDP expect the backward pass to begin. Yields a list that then holds the loss, detached.
     """
     states: list[torch.Tensor] = []
+    losses: list[torch.Tensor] = []
 
     def take(module, args):
         before.remove()  # the loss calls the module itself, for logits
@@ -197,11 +195,13 @@ def _in_place_of_logits(head: nn.Module, loss_of: Callable[[torch.Tensor], torch
 
     def give(module, args, output):
         after.remove()
-        return loss_of(states.pop())
+        loss = loss_of(states.pop())
+        losses.append(loss.detach())
+        return loss
 
     before, after = head.register_forward_pre_hook(take), head.register_forward_hook(give)
     try:
-        yield
+        yield losses
     finally:
         before.remove()
         after.remove()
