@@ -692,7 +692,9 @@ def test_peak_memory_does_not_grow_with_depth(calibration, tmp_path):
 def test_interruption_leaves_nothing_like_a_model(make_source, calibration, tmp_path, how):
     _, folder = make_source("llama-mha")
     script = (
-        "import sys, time\n"
+        "import signal, sys, time\n"
+        # Shells start background jobs, tests among them, with interrupts ignored.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from egmla.conversion import convert_checkpoint\n"
         "def progress(*args):\n"
         "    print('working', flush=True)\n"
