@@ -21,6 +21,7 @@ from torch import nn
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import AutoConfig
 from transformers import initialization as init
+from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
@@ -41,6 +42,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .cache_egmla import EGMLACache
 from .configuration_egmla import AUTO_MAP, MOE_MODULES, EGMLAConfig
 from .continuous_batching_egmla import PagedView, append_paged, check_pages, without_flash
+from .linear_egmla import EGMLALinear
 from .quantization_egmla import QuantizedEntries
 
 
@@ -56,7 +58,14 @@ class EGMLARotaryEmbedding(LlamaRotaryEmbedding):
 
 
 class EGMLAMLP(LlamaMLP):
-    pass
+    def __init__(self, config: EGMLAConfig):
+        nn.Module.__init__(self)
+        self.config = config
+        D, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj = EGMLALinear(D, inner, bias=bias)
+        self.up_proj = EGMLALinear(D, inner, bias=bias)
+        self.down_proj = EGMLALinear(inner, D, bias=bias)
+        self.act_fn = ACT2FN[config.hidden_act]
 
 
 class EGMLAGateNorm(nn.LayerNorm):
@@ -114,9 +123,6 @@ DENSE_MASKS = SimpleNamespace(_attn_implementation="sdpa")
 SPLIT_MIN_TOKENS = 512
 # Up to this many query rows (heads x new tokens) are packed into one problem; more would copy the mask too often.
 PACK_MAX_ROWS = 512
-# Tokens of a quantised cache that are turned into floating point at a time. Fewer cost more small operations, many
-# more do not stay in a core's own cache.
-PIECE_TOKENS = 2048
 
 
 def latent_attention(
@@ -247,33 +253,45 @@ def _split_attention(
 def _quantized_attention(
     query: torch.Tensor, entries: QuantizedEntries, attention_mask: torch.Tensor | None, scaling: float
 ) -> torch.Tensor:
-    """Attention `[B, 1, rows, R]` over quantised entries, `PIECE_TOKENS` at a time, merged by their log-sum-exp.
+    """Attention `[B, 1, rows, R]` over quantised entries, piece by piece, merged by their sums of exponentials.
 
-    Sums are in fp32, whatever the model's dtype: pieces are made anew in each step, in either dtype as fast.
+    Sums are in fp32, whatever the model's dtype: pieces are made anew in each step, in either dtype as fast. A product
+    of few rows keeps one core busy, so each piece is cut in parts for the threads that the batch leaves idle.
     """
     R = entries.latent_width
-    rotated = query[:, 0].float() * scaling  # [B, rows, R + P]
+    rotated = query.float() * scaling  # [B, 1, rows, R + P]
     if entries.rotation is not None:
         rotated = rotated @ entries.rotation
     # Not infinite: a piece without any visible token would give weights that are not numbers.
     hidden = torch.finfo(rotated.dtype).min
-    outputs, totals, start = [], [], 0
-    for piece in entries.pieces(PIECE_TOKENS):
-        scores = torch.bmm(rotated, piece.transpose(1, 2))
-        if attention_mask is not None:
-            mask = attention_mask[:, 0, :, start : start + piece.shape[1]]
-            if mask.dtype == torch.bool:
-                scores = scores.masked_fill(~mask, hidden)
-            else:
-                scores = (scores + mask).clamp(min=hidden)
-        totals.append(torch.logsumexp(scores, dim=-1, keepdim=True))
-        outputs.append(torch.bmm(scores.softmax(dim=-1), piece[..., :R]))
-        start += piece.shape[1]
-    shares = torch.softmax(torch.stack(totals), dim=0)  # [pieces, B, rows, 1]
-    output = (torch.stack(outputs) * shares).sum(dim=0)
+    threads = max(1, _cpu_threads() // query.shape[0]) if query.device.type == "cpu" else 1
+    outputs, totals, highest, start = [], [], [], 0
+    for piece in entries.pieces():
+        for part in piece.tensor_split([piece.shape[1] // threads * threads], dim=1):
+            if not part.shape[1]:
+                continue
+            parts = part.unflatten(1, (1 if part.shape[1] % threads else threads, -1))  # [B, parts, n, R + P]
+            scores = torch.matmul(rotated, parts.transpose(2, 3))  # [B, parts, rows, n]
+            if attention_mask is not None:
+                mask = attention_mask[:, 0, :, start : start + part.shape[1]]
+                mask = mask.unflatten(-1, parts.shape[1:3]).transpose(1, 2)
+                if mask.dtype == torch.bool:
+                    scores = scores.masked_fill(~mask, hidden)
+                else:
+                    scores = (scores + mask).clamp(min=hidden)
+            # Relative to each part's own highest score: none overflows, in half the time of softmax and logsumexp.
+            highest.append(scores.amax(dim=-1, keepdim=True))
+            weights = (scores - highest[-1]).exp_()
+            totals.append(weights.sum(dim=-1, keepdim=True))
+            outputs.append(torch.matmul(weights, parts[..., :R]))
+            start += part.shape[1]
+    tops = torch.cat(highest, dim=1)  # [B, parts, rows, 1]
+    shares = torch.exp(tops - tops.amax(dim=1, keepdim=True))
+    output = (torch.cat(outputs, dim=1) * shares).sum(dim=1, keepdim=True)
+    output = output / (torch.cat(totals, dim=1) * shares).sum(dim=1, keepdim=True)
     if entries.rotation is not None:
         output = output @ entries.rotation[:R, :R]
-    return output.unsqueeze(1).to(query.dtype)
+    return output.to(query.dtype)
 
 
 class EGMLAAttention(nn.Module):
@@ -314,33 +332,33 @@ class EGMLAAttention(nn.Module):
 
         D, R, bias = config.hidden_size, self.kv_lora_rank, config.attention_bias
         if self.query_norm_dim is not None:
-            self.q_proj = nn.Linear(D, self.num_heads * self.qk_nope_head_dim, bias=config.query_bias)
+            self.q_proj = EGMLALinear(D, self.num_heads * self.qk_nope_head_dim, bias=config.query_bias)
             self.q_norm = EGMLARMSNorm(self.query_norm_dim, eps=config.rms_norm_eps)
             if self.qk_rope_head_dim:
                 self.q_rope_scale = nn.Parameter(torch.ones(self.num_heads, self.qk_rope_head_dim // 2))
         elif self.q_lora_rank is None:
-            self.q_proj = nn.Linear(D, self.num_heads * self.qk_head_dim, bias=config.query_bias)
+            self.q_proj = EGMLALinear(D, self.num_heads * self.qk_head_dim, bias=config.query_bias)
         else:
-            self.q_a_proj = nn.Linear(D, self.q_lora_rank, bias=bias)
+            self.q_a_proj = EGMLALinear(D, self.q_lora_rank, bias=bias)
             self.q_a_layernorm = EGMLARMSNorm(self.q_lora_rank, eps=config.latent_norm_eps)
-            self.q_b_proj = nn.Linear(self.q_lora_rank, self.num_heads * self.qk_head_dim, bias=config.query_bias)
+            self.q_b_proj = EGMLALinear(self.q_lora_rank, self.num_heads * self.qk_head_dim, bias=config.query_bias)
         if config.kv_encoder_dim is not None:
-            self.kv_encoder_proj = nn.Linear(D, config.kv_encoder_dim, bias=bias)
+            self.kv_encoder_proj = EGMLALinear(D, config.kv_encoder_dim, bias=bias)
             self.kv_encoder_norm = EGMLARMSNorm(config.kv_encoder_norm_dim, eps=config.latent_norm_eps)
-        self.kv_a_proj_with_mqa = nn.Linear(config.kv_encoder_dim or D, R + self.qk_rope_head_dim, bias=bias)
+        self.kv_a_proj_with_mqa = EGMLALinear(config.kv_encoder_dim or D, R + self.qk_rope_head_dim, bias=bias)
         if config.kv_latent_norm:
             self.kv_a_layernorm = EGMLARMSNorm(R, eps=config.latent_norm_eps)
         if config.qk_norm_dim is not None:
             if self.q_lora_rank is None:
                 self.q_norm = EGMLARMSNorm(config.qk_norm_dim, eps=config.rms_norm_eps)
             self.k_norm = EGMLARMSNorm(config.qk_norm_dim, eps=config.rms_norm_eps)
-        self.kv_b_proj = nn.Linear(R, self.num_heads * (self.qk_nope_head_dim + self.v_head_dim), bias=False)
-        self.o_proj = nn.Linear(self.num_heads * self.v_head_dim, D, bias=bias)
+        self.kv_b_proj = EGMLALinear(R, self.num_heads * (self.qk_nope_head_dim + self.v_head_dim), bias=False)
+        self.o_proj = EGMLALinear(self.num_heads * self.v_head_dim, D, bias=bias)
         if config.kv_gate is not None:
             # No padding row in the table: a zero embedding is a gate like any other.
             if config.kv_gate_embedding_dim is not None:
                 self.kv_gate_embedding = nn.Embedding(config.vocab_size, config.kv_gate_embedding_dim)
-            self.kv_gate_proj = nn.Linear(config.kv_gate_embedding_dim or D, R, bias=False)
+            self.kv_gate_proj = EGMLALinear(config.kv_gate_embedding_dim or D, R, bias=False)
             self.kv_gate_norm = EGMLAGateNorm(R, eps=config.rms_norm_eps)
         slots = config.layer_rope_slots(layer_idx)
         self.rope_slots = None if slots is None else nn.Buffer(torch.tensor(slots, dtype=torch.long), persistent=False)
@@ -412,7 +430,8 @@ class EGMLAAttention(nn.Module):
         absorption never sees raw or stale weights and needs no weight attribute.
         """
         layer = self.kv_b_proj
-        if type(layer) is nn.Linear and type(layer.weight) is nn.Parameter and not hasattr(layer, "_hf_hook"):
+        plain = type(layer) in (EGMLALinear, nn.Linear) and type(layer.weight) is nn.Parameter
+        if plain and not hasattr(layer, "_hf_hook"):
             weight = layer.weight
         else:
             identity = torch.eye(self.kv_lora_rank, dtype=like.dtype, device=like.device)
@@ -796,7 +815,7 @@ class EGMLAForCausalLM(EGMLAPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = EGMLAModel(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = EGMLALinear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     @can_return_tuple

@@ -12,6 +12,7 @@ No group holds elements of the latent and of the rotary key.
 """
 
 import math
+import threading
 from collections.abc import Iterator
 from functools import cache
 
@@ -23,6 +24,9 @@ GROUP_SIZE = 64
 # Scales have the range of fp32, so that no latent overflows; codes are chosen for the rounded scale, so that its
 # rounding costs nothing.
 SCALE_DTYPE = torch.bfloat16
+# Tokens turned into floating point at a time, of all sequences together. Fewer cost more small operations, many more
+# do not stay in a core's own cache.
+PIECE_TOKENS = 8192
 
 
 def element_group_size(group_size: int | None, rank: int, rope_dim: int) -> int:
@@ -110,6 +114,28 @@ def quantize_tokens(entries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return low | (high << 4), torch.cat((scales, zeros), dim=-2)
 
 
+class _Kept(threading.local):
+    memory: torch.Tensor | None = None
+
+
+_kept = _Kept()
+
+
+def piece_memory(shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """An fp32 tensor of a shape, in memory that this thread keeps for the next call: hold one at a time.
+
+    The C library would return memory of this size to the system after each piece, and getting it back takes longer
+    than filling it. With gradients every call has its own, since pieces may be needed again.
+    """
+    elements = math.prod(shape)
+    if torch.is_grad_enabled() or device.type != "cpu":
+        return torch.empty(shape, dtype=torch.float32, device=device)
+    if _kept.memory is None or _kept.memory.numel() < elements:
+        with torch.inference_mode(False):  # such a tensor could not be written to outside of it
+            _kept.memory = torch.empty(elements, dtype=torch.float32)
+    return _kept.memory[:elements].view(shape)
+
+
 class QuantizedEntries:
     """What attention reads of a quantised layer, instead of a tensor `[B, 1, S, R + P]`.
 
@@ -122,37 +148,51 @@ class QuantizedEntries:
     # What `pieces` are to be multiplied with from the right to be entries; its own inverse.
     rotation: torch.Tensor | None = None
 
-    def __init__(self, shape: torch.Size, latent_width: int, dtype: torch.dtype):
+    def __init__(self, shape: torch.Size, latent_width: int, dtype: torch.dtype, device: torch.device):
         self.shape = shape
         self.latent_width = latent_width
         self.dtype = dtype
+        self.device = device
 
-    def pieces(self, tokens: int) -> Iterator[torch.Tensor]:
-        """All entries in order, rotated, in fp32 pieces `[B, n, R + P]` of at most so many tokens, none empty."""
+    @property
+    def piece_tokens(self) -> int:
+        """Tokens of a piece, at most."""
+        return max(1, PIECE_TOKENS // self.shape[0])
+
+    def pieces(self) -> Iterator[torch.Tensor]:
+        """All entries in order, rotated, in fp32 pieces `[B, n, R + P]`, none empty.
+
+        A piece is valid until the next one is asked for, or another object's.
+        """
         raise NotImplementedError
 
     def dequantize(self) -> torch.Tensor:
         """Entries `[B, 1, S, R + P]`, a new tensor."""
-        entries = torch.cat(list(self.pieces(self.shape[2])), dim=1).unsqueeze(1)
-        if self.rotation is not None:
-            entries = entries @ self.rotation
-        return entries.to(self.dtype)
+        entries = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+        start = 0
+        for piece in self.pieces():
+            if self.rotation is not None:
+                piece = piece @ self.rotation
+            entries[:, 0, start : start + piece.shape[1]] = piece
+            start += piece.shape[1]
+        return entries
 
 
 class ElementGroups(QuantizedEntries):
     """int8 codes `[B, 1, S, W]` and scales `[B, 1, S, W / group_size]` of rotated entries."""
 
     def __init__(self, codes, scales, matrix: torch.Tensor, latent_width: int, dtype: torch.dtype):
-        super().__init__(codes.shape, latent_width, dtype)
+        super().__init__(codes.shape, latent_width, dtype, codes.device)
         self.codes = codes[:, 0]
         self.scales = scales[:, 0]
         self.rotation = matrix
 
-    def pieces(self, tokens: int) -> Iterator[torch.Tensor]:
-        groups = self.scales.shape[-1]
+    def pieces(self) -> Iterator[torch.Tensor]:
+        tokens, groups = self.piece_tokens, self.scales.shape[-1]
         for codes, scales in zip(self.codes.split(tokens, dim=1), self.scales.split(tokens, dim=1), strict=True):
-            piece = codes.float().unflatten(-1, (groups, -1))
-            yield piece.mul_(scales.unsqueeze(-1)).flatten(-2)
+            piece = piece_memory(codes.shape, codes.device).copy_(codes)
+            piece.unflatten(-1, (groups, -1)).mul_(scales.float().unsqueeze(-1))
+            yield piece
 
 
 class TokenGroups(QuantizedEntries):
@@ -163,19 +203,23 @@ class TokenGroups(QuantizedEntries):
 
     def __init__(self, kept, first: int, codes, scales, group_size: int, latent_width: int):
         B, _, held, width = kept.shape
-        super().__init__(torch.Size((B, 1, held + codes.shape[2] * group_size, width)), latent_width, kept.dtype)
+        shape = torch.Size((B, 1, held + codes.shape[2] * group_size, width))
+        super().__init__(shape, latent_width, kept.dtype, kept.device)
         self.kept = kept[:, 0]
         self.first = first
         self.codes = codes[:, 0].unflatten(-1, (group_size, -1))
         self.scales = scales[:, 0].unflatten(-1, (2, width))
 
-    def pieces(self, tokens: int) -> Iterator[torch.Tensor]:
+    def pieces(self) -> Iterator[torch.Tensor]:
         yield self.kept[:, : self.first].float()
-        groups = max(1, tokens // self.codes.shape[2])
+        groups = max(1, self.piece_tokens // self.codes.shape[2])
         for start in range(0, self.codes.shape[1], groups):
-            codes, scales = self.codes[:, start : start + groups], self.scales[:, start : start + groups]
-            codes = torch.cat((codes & 15, codes >> 4), dim=-1)[..., : self.shape[-1]]
-            yield codes.float().mul_(scales[:, :, :1]).add_(scales[:, :, 1:]).flatten(1, 2)
-        for piece in self.kept[:, self.first :].split(tokens, dim=1):
+            codes, scales = self.codes[:, start : start + groups], self.scales[:, start : start + groups].float()
+            piece = piece_memory((*codes.shape[:-1], self.shape[-1]), codes.device)
+            low, high = piece.split([codes.shape[-1], self.shape[-1] - codes.shape[-1]], dim=-1)
+            low.copy_(codes & 15)
+            high.copy_((codes >> 4)[..., : high.shape[-1]])
+            yield piece.mul_(scales[:, :, :1]).add_(scales[:, :, 1:]).flatten(1, 2)
+        for piece in self.kept[:, self.first :].split(self.piece_tokens, dim=1):
             if piece.shape[1]:
                 yield piece.float()

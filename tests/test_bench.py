@@ -213,7 +213,7 @@ def test_compiled_steps_make_one_graph(monkeypatch, tmp_path):
     report = run_bench([subject()], settings(contestants=("egmla", "egmla-compiled"), **ONE), tmp_path)
     found = {row["contestant"]: row.get("recompilations") for row in report["decode"]}
     assert found == {"egmla": None, "egmla-compiled": 0}
-    with compiling(torch.float32, CPU):
+    with compiling():
         assert compiled_graphs() == 0
 
 

@@ -8,7 +8,7 @@ from cases import BASE, CORE_CASES, difference, token_ids
 from cases import tiny_model as make_model
 from test_cache import Spy, storage_bytes
 
-from egmla import EGMLACache, EGMLAConfig
+from egmla import EGMLACache, EGMLAConfig, quantization_egmla
 from egmla import modeling_egmla as modeling
 from egmla.cache_egmla import KEPT_FIRST_TOKENS, GrowingLatentLayer, Int4LatentLayer, Int8LatentLayer
 from egmla.quantization_egmla import (
@@ -390,9 +390,10 @@ def random_entries(batch, length, dtype, quantization):
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("length", [1, 4, 5, 15, 16, 17, 50, 64, 100])
-@pytest.mark.parametrize("batch", [1, 2, 3])
-def test_attention_in_pieces_equals_attention_on_all(batch, length, dtype, quantization, monkeypatch):
-    monkeypatch.setattr(modeling, "PIECE_TOKENS", 16)
+@pytest.mark.parametrize("batch, threads", [(1, 1), (1, 2), (1, 3), (2, 5), (3, 1)])
+def test_attention_in_pieces_equals_attention_on_all(batch, threads, length, dtype, quantization, monkeypatch):
+    monkeypatch.setattr(quantization_egmla, "PIECE_TOKENS", 16 * batch)
+    monkeypatch.setattr(modeling, "_cpu_threads", lambda: threads)
     entries, exact = random_entries(batch, length, dtype, quantization)
     assert type(entries) is {"int8": ElementGroups, "int4": TokenGroups}[quantization]
     assert entries.shape == (batch, 1, length, 24)
@@ -407,9 +408,11 @@ def test_attention_in_pieces_equals_attention_on_all(batch, length, dtype, quant
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("additive", [None, float("-inf"), "lowest", -1e9])
 @pytest.mark.parametrize("hidden", [slice(0, 3), slice(0, 40), slice(17, 47), slice(46, 47)])
-def test_attention_in_pieces_heeds_masks(hidden, additive, dtype, quantization, monkeypatch):
+@pytest.mark.parametrize("threads", [1, 4])
+def test_attention_in_pieces_heeds_masks(threads, hidden, additive, dtype, quantization, monkeypatch):
     """Left padding over whole pieces, rows that see different tokens."""
-    monkeypatch.setattr(modeling, "PIECE_TOKENS", 16)
+    monkeypatch.setattr(quantization_egmla, "PIECE_TOKENS", 32)
+    monkeypatch.setattr(modeling, "_cpu_threads", lambda: threads)
     entries, exact = random_entries(2, 47, dtype, quantization)
     query = torch.randn(2, 3, 2, 24).to(dtype)  # three heads, two tokens
     seen = torch.ones(2, 1, 2, 47, dtype=torch.bool)
@@ -440,7 +443,7 @@ def test_many_rows_attend_to_a_dequantised_copy(quantization, monkeypatch):
 @torch.no_grad()
 def test_models_read_what_a_dense_cache_of_rounded_entries_holds(case, quantization, monkeypatch):
     """Prefill, a chunk, single tokens: the logits of a dense cache that was given the rounded entries."""
-    monkeypatch.setattr(modeling, "PIECE_TOKENS", 8)
+    monkeypatch.setattr(quantization_egmla, "PIECE_TOKENS", 16)
     model, ids = tiny_model(case), token_ids(2, 34)
     mine, reference = EGMLACache(model.config, **OPTIONS[quantization]), rounded_cache(model.config, quantization)
     for chunk in ids.split([7, 3, 15, 1, 1, 3, 1, 1, 1, 1], dim=1):
@@ -500,6 +503,33 @@ def test_bf16_model(quantization):
     assert cache.layers[0].keys.dtype == torch.bfloat16
 
 
+def test_pieces_with_gradients_are_apart(quantization, monkeypatch):
+    """Without them a piece is overwritten by the next; a backward pass needs them all."""
+    monkeypatch.setattr(quantization_egmla, "PIECE_TOKENS", 16)
+    with torch.no_grad():
+        entries, exact = random_entries(1, 50, torch.float32, quantization)
+    query = torch.randn(1, 1, 5, 24, requires_grad=True)
+    modeling._quantized_attention(query, entries, None, 0.3).square().sum().backward()
+    given, query.grad = query.grad, None
+    plain_attention(query, exact, None, 0.3)[..., :16].square().sum().backward()
+    assert difference(given, query.grad) <= TOLERANCE
+
+
+@torch.no_grad()
+def test_memory_of_pieces_is_kept(quantization, monkeypatch):
+    """The same memory at every step, also where the first step was in inference mode."""
+    monkeypatch.setattr(quantization_egmla, "PIECE_TOKENS", 16)
+    entries, _ = random_entries(1, 50, torch.float32, quantization)
+    groups = [piece.data_ptr() for piece in entries.pieces()][1:-1]
+    assert len(set(groups)) == 1
+    monkeypatch.setattr(quantization_egmla, "_kept", quantization_egmla._Kept())
+    with torch.inference_mode():
+        list(entries.pieces())
+    before = quantization_egmla._kept.memory
+    list(entries.pieces())
+    assert quantization_egmla._kept.memory is before is not None
+
+
 # --- what a decode step makes ---
 
 
@@ -513,8 +543,10 @@ def spied_step(quantization, length=3000):
 
 
 @torch.no_grad()
-def test_decode_step_makes_no_dequantised_cache(quantization):
-    """No tensor of as many elements as the cache stands for, in any dtype: a piece of 2,048 tokens at most."""
+def test_decode_step_makes_no_dequantised_cache(quantization, monkeypatch):
+    """No tensor of as many elements as the cache stands for, in any dtype: a piece at most."""
+    monkeypatch.setattr(quantization_egmla, "PIECE_TOKENS", 2048)
+    monkeypatch.setattr(quantization_egmla, "_kept", quantization_egmla._Kept())  # as in a new process
     spy = spied_step(quantization)
     assert spy.largest[0] <= 2048 * 96 < 3001 * 96, spy.largest
     assert spy.largest[0] >= 2048 * 64  # the spy saw the piece
@@ -523,7 +555,7 @@ def test_decode_step_makes_no_dequantised_cache(quantization):
 @torch.no_grad()
 def test_spy_sees_a_dequantised_cache(quantization, monkeypatch):
     """The test above can fail: with pieces as long as the context it does."""
-    monkeypatch.setattr(modeling, "PIECE_TOKENS", 10_000)
+    monkeypatch.setattr(quantization_egmla, "PIECE_TOKENS", 10_000)
     assert spied_step(quantization).largest[0] >= 2944 * 96  # int4: all tokens that are in groups
 
 

@@ -178,7 +178,7 @@ def test_the_code_needs_only_what_a_checkpoint_may_ask_for():
     import egmla
 
     allowed = {"torch", "transformers", "huggingface_hub"} | sys.stdlib_module_names
-    files = ("configuration", "cache", "continuous_batching", "modeling", "quantization")
+    files = ("configuration", "cache", "continuous_batching", "linear", "modeling", "quantization")
     siblings = {f"{file}_egmla" for file in files}
     for name in siblings:
         tree = ast.parse((Path(egmla.__file__).parent / f"{name}.py").read_text())

@@ -329,7 +329,7 @@ class _Bench:
         bandwidth = Bandwidth(models.dtype, self.device, settings.sweep_bytes)
         bandwidth.gemv()
         swept: list[float] = []
-        with compiling(models.dtype, self.device) as compiled:
+        with compiling() as compiled:
             runners: dict[str, Any] = {}
             for name, contestant in group.items():
                 model = models.get(contestant.role)

@@ -305,9 +305,9 @@ class Models:
     def case_bytes(self, contestant: Contestant, batch_size: int, room: int, new_tokens: int = 1) -> tuple[int, int]:
         """Memory that a contestant takes beyond its weights with `room` tokens cached, in bytes; an estimate.
 
-        Held: the cache with its slack, and weights laid out anew. On the way, while it is its turn: the longer copy of
-        a growing cache's layer, DeepSeek's expanded keys and values (in fp32 again where the fused kernel does not
-        take them), hidden states and logits.
+        Held: the cache with its slack. On the way, while it is its turn: the longer copy of a growing cache's layer,
+        DeepSeek's expanded keys and values (in fp32 again where the fused kernel does not take them), hidden states
+        and logits.
         """
         config: Any = self.subject.roles[contestant.role].config
         itemsize, elements = self.dtype.itemsize, self.cache_elements(contestant.role)
@@ -324,8 +324,7 @@ class Models:
         inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
         states = batch_size * new_tokens * (12 * config.hidden_size + 4 * inner) * itemsize
         logits = 2 * batch_size * config.vocab_size * itemsize
-        frozen = self.weight_bytes(contestant.role) if contestant.compiled and freezes(self.dtype, self.device) else 0
-        return int(cached + frozen), int(layer + states + logits)
+        return int(cached), int(layer + states + logits)
 
     def _shape(self, role: str) -> tuple[int, list[int]]:
         """Parameters, and cache elements of each layer."""
@@ -366,27 +365,19 @@ def _deepseek_like(egmla: PreTrainedModel, config: Any, dtype: torch.dtype) -> P
     return model
 
 
-def freezes(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether compiled weights are laid out anew for the processor: in bf16, where it pays; in fp32 it costs time."""
-    return device.type == "cpu" and dtype == torch.bfloat16
-
-
 @contextlib.contextmanager
-def compiling(dtype: torch.dtype, device: torch.device) -> Iterator[Callable[[PreTrainedModel], Any]]:
+def compiling() -> Iterator[Callable[[PreTrainedModel], Any]]:
     """A function that compiles a model for decoding, as one graph, when it is first called.
 
     Starts from nothing and leaves nothing: earlier graphs would turn this one's sizes into variables, which makes
-    slower kernels, and hold copies of the weights.
+    slower kernels.
     """
-    import torch._inductor.config
     from torch._dynamo.utils import counters
 
     torch.compiler.reset()
     counters.clear()
-    # Not by `options`: tracing, which comes before they count, must already treat weights as constants.
     try:
-        with torch._inductor.config.patch(freezing=freezes(dtype, device)):
-            yield lambda model: torch.compile(model, fullgraph=True)
+        yield lambda model: torch.compile(model, fullgraph=True)
     finally:
         torch.compiler.reset()
 

@@ -83,7 +83,7 @@ def measure(
     shape = EGMLAConfig() if config is None else AutoConfig.for_model(**config)
     model: Any = make_model(Role(shape, folder), getattr(torch, dtype)).to(place).eval()  # type: ignore[arg-type]
     chosen = CONTESTANTS[contestant]
-    with compiling(model.dtype, place) as compiled:
+    with compiling() as compiled:
         cache = None if chosen.cache is None else chosen.cache(model, context + warmup + tokens)
         cache = synthetic_cache(model, context, batch_size, cache=cache)
         runner = compiled(model) if chosen.compiled else model

@@ -73,7 +73,7 @@ def _cached_logits(models: Models, contestant: Contestant, ids: torch.Tensor) ->
     with contextlib.ExitStack() as stack:
         step: Any = model
         if contestant.compiled:
-            step = stack.enter_context(compiling(models.dtype, models.device))(model)
+            step = stack.enter_context(compiling())(model)
         first = model(ids[:, :prompt], past_key_values=cache, use_cache=True)
         logits, cache = [first.logits], first.past_key_values
         for position in range(prompt, ids.shape[1]):

@@ -1,0 +1,58 @@
+# Copyright 2026 The egmla authors. Licensed under the Apache License, Version 2.0.
+"""The linear layer of EG-MLA models: `nn.Linear` with faster products for inference on a CPU.
+
+A decode step of one sequence reads every weight once, and PyTorch's own product with one row reads them at half the
+speed of memory on some processors (figures in tests/benchmarks/README.md). Parameters, names and results (to rounding)
+are those of `nn.Linear`; everything but inference with plain weights on a CPU goes to it.
+"""
+
+import torch
+from torch import nn
+
+
+# oneDNN's product on weights as they lie, without a copy in a layout of its own.
+ONEDNN_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+
+
+def inference_product(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """`nn.functional.linear` of plain tensors without gradients, on CPUs in the faster kernel where there is one."""
+    if input.dtype != torch.float32 or input.device.type != "cpu" or ONEDNN_LINEAR is None:
+        return nn.functional.linear(input, weight, bias)
+    return ONEDNN_LINEAR(input, weight, bias, "none", [], "")
+
+
+class EGMLALinear(nn.Linear):
+    """`nn.Linear`; without gradients, on a CPU, with plain weights:
+
+    - eager fp32: oneDNN's kernel instead of the one PyTorch chooses;
+    - compiled, one row: products and a sum in fp32, which the compiler turns into one pass over the weights.
+    """
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """`[..., out_features]` of `[..., in_features]`."""
+        if not self._is_plain_inference(input):
+            return super().forward(input)
+        if torch.compiler.is_compiling():
+            if input.numel() != self.in_features:
+                return super().forward(input)
+            # Each output is a sum over one row of the weight, for bf16 as exact as its kernels' fp32 sums.
+            output = (self.weight.float() * input.reshape(1, -1).float()).sum(dim=-1)
+            if self.bias is not None:
+                output = output + self.bias.float()
+            return output.to(input.dtype).reshape(*input.shape[:-1], self.out_features)
+        if type(input) is not torch.Tensor:
+            return super().forward(input)
+        return inference_product(input, self.weight, self.bias)
+
+    def _is_plain_inference(self, input: torch.Tensor) -> bool:
+        """Whether products are of plain tensors in one format, on a CPU, with nothing to record or to cast."""
+        weight = self.weight
+        return (
+            input.device.type == "cpu"
+            and weight.device.type == "cpu"
+            and type(weight) is nn.Parameter
+            and input.dtype == weight.dtype
+            and input.numel() > 0
+            and not torch.is_grad_enabled()
+            and not torch.is_autocast_enabled("cpu")
+        )

@@ -1,0 +1,131 @@
+"""The linear layer is `nn.Linear` in all but the kernel it picks for inference on a CPU."""
+
+import copy
+
+import pytest
+import torch
+from cases import tiny_model, token_ids
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from egmla.linear_egmla import ONEDNN_LINEAR, EGMLALinear
+
+
+needs_onednn = pytest.mark.skipif(ONEDNN_LINEAR is None, reason="this PyTorch has no oneDNN")
+
+
+class Operators(TorchDispatchMode):
+    """Names of all operators that run inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def operators(layer, inputs) -> list[str]:
+    with Operators() as seen:
+        layer(inputs)
+    return seen.names
+
+
+def uses_onednn(layer, inputs) -> bool:
+    return any("_linear_pointwise" in name for name in operators(layer, inputs))
+
+
+def pair(bias: bool = True, dtype: torch.dtype = torch.float32) -> tuple[EGMLALinear, nn.Linear]:
+    """Ours and PyTorch's layer with the same weights, 24 to 40."""
+    ours, plain = EGMLALinear(24, 40, bias=bias, dtype=dtype), nn.Linear(24, 40, bias=bias, dtype=dtype)
+    plain.load_state_dict(ours.state_dict())
+    return ours, plain
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 0), (torch.float64, 0)])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(24,), (1, 24), (1, 1, 24), (3, 1, 24), (2, 5, 24), (0, 24), (2, 0, 24)])
+@torch.no_grad()
+def test_the_same_products_as_pytorchs_layer(shape, bias, dtype, tolerance):
+    ours, plain = pair(bias, dtype)
+    inputs = torch.randn(shape, dtype=dtype)
+    torch.testing.assert_close(ours(inputs), plain(inputs), rtol=0, atol=tolerance)
+
+
+@torch.no_grad()
+def test_inputs_and_weights_that_are_views():
+    ours, plain = pair()
+    wide = torch.randn(2, 48, 6)
+    for inputs in (wide[:, ::2].transpose(1, 2), wide[:, :24, ::2].transpose(1, 2), torch.randn(1, 24).expand(5, 24)):
+        torch.testing.assert_close(ours(inputs), plain(inputs), rtol=0, atol=1e-6)
+    for layer in (ours, plain):
+        layer.weight = nn.Parameter(torch.arange(24 * 40.0).view(24, 40).t() / 1000)
+    torch.testing.assert_close(ours(wide[:, ::2].mT), plain(wide[:, ::2].mT), rtol=1e-6, atol=1e-6)
+
+
+@needs_onednn
+def test_only_plain_inference_in_fp32_takes_the_other_kernel():
+    ours, _ = pair()
+    inputs = torch.randn(2, 24)
+    with torch.no_grad():
+        assert uses_onednn(ours, inputs)
+        assert not uses_onednn(pair(dtype=torch.bfloat16)[0], inputs.bfloat16())
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert not uses_onednn(ours, inputs)
+            assert ours(inputs).dtype == torch.bfloat16
+        masked = copy.deepcopy(ours)
+        masked.weight = nn.Parameter(Wrapped(ours.weight.detach()))
+        assert not uses_onednn(masked, inputs)
+    with torch.inference_mode():
+        assert uses_onednn(ours, inputs)
+    assert not uses_onednn(ours, inputs)
+    with pytest.raises(RuntimeError, match="same dtype"), torch.no_grad():
+        ours(inputs.double())
+
+
+class Wrapped(torch.Tensor):
+    """A weight that is more than a tensor, as of a quantised or distributed model."""
+
+
+def test_gradients_are_pytorchs():
+    ours, plain = pair()
+    inputs = torch.randn(3, 24, requires_grad=True)
+    ours(inputs).square().sum().backward()
+    found = inputs.grad, ours.weight.grad, ours.bias.grad
+    inputs.grad = None
+    plain(inputs).square().sum().backward()
+    for mine, theirs in zip(found, (inputs.grad, plain.weight.grad, plain.bias.grad), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 0.01)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_compiled_single_rows_are_sums(dtype, tolerance, bias):
+    ours, plain = pair(bias, dtype)
+    graphs = []
+
+    def capture(graph, inputs):
+        graphs.append({str(node.target) for node in graph.graph.nodes})
+        return graph.forward
+
+    compiled = torch.compile(ours, backend=capture, fullgraph=True)
+    for rows, products in ((1, False), (3, True)):
+        torch._dynamo.reset()
+        graphs.clear()
+        inputs = torch.randn(rows, 1, 24, dtype=dtype)
+        output = compiled(inputs)
+        assert output.dtype == dtype
+        torch.testing.assert_close(output, plain(inputs), rtol=0, atol=tolerance)
+        assert any("linear" in target for target in graphs[0]) is products
+
+
+@needs_onednn
+@torch.no_grad()
+def test_every_matrix_of_a_model_but_those_of_experts_and_heads_is_of_this_kind():
+    model = tiny_model("query-low-rank")
+    kinds = {type(module) for module in model.modules() if isinstance(module, nn.Linear)}
+    assert kinds == {EGMLALinear}
+    seen = operators(model, token_ids(1, 5))
+    assert not any(name.startswith(("aten.addmm", "aten.mm", "aten.linear")) for name in seen)
