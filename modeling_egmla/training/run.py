@@ -92,7 +92,8 @@ def check_job(settings: TrainingSettings, config: EGMLAConfig) -> None:
         ValueError, ImportError: the message says what was given, what is required and what to do.
     """
     check_settings(settings, config.max_position_embeddings)
-    check_stage(settings.stage, config.kv_gate is not None)
+    # Baselines of the reproduction are Llamas, which have no such field.
+    check_stage(settings.stage, getattr(config, "kv_gate", None) is not None)
     check_weights(settings.kl_weight, settings.ce_weight, settings.temperature)
     if settings.lora_rank is not None:
         check_peft()

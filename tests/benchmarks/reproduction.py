@@ -1,0 +1,278 @@
+"""The paper's claim at toy scale: does the embedding gate let the latent shrink without loss?
+
+    python tests/benchmarks/reproduction.py --data train-1.txt --data train-2.txt --eval-data valid.txt --output repro
+    python tests/benchmarks/reproduction.py --output repro --report
+
+Trains small models from new weights on the same tokens in the same order (`egmla train`'s own engine), one variant and
+seed after another, all variants of a seed before the next seed. Every finished run is a line of `results.jsonl` in the
+output folder; a killed command goes on, in the middle of a run too, and lines from other machines may be added. Then
+(or with --report alone) a table with confidence intervals, `table.md`, and `reproduction.png`.
+"""
+
+import argparse
+import json
+import math
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from egmla import EGMLAConfig, EGMLAForCausalLM
+from egmla.commands.common import quiet_transformers
+from egmla.evaluation.accounting import cache_elements_per_layer, meta_model
+from egmla.training.run import Job, run_job
+from egmla.training.scratch import DEFAULTS, scratch_settings, train_tokenizer
+from egmla.training.workspace import Place
+
+
+SHAPE = {
+    "vocab_size": 4096,
+    "hidden_size": 256,
+    "intermediate_size": 704,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 512,
+    "bos_token_id": None,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+    "tie_word_embeddings": True,
+}
+LATENT = {"qk_nope_head_dim": 32, "qk_rope_head_dim": 32, "v_head_dim": 64}
+RANK = 128  # r; a quarter is 32
+TABLE = 64  # width of a gate table; the paper's is a third of the hidden size as well
+# Everything but attention's keys and values is equal. `None` is a Llama with that many key/value heads.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "MLA r": {"kv_lora_rank": RANK, "kv_gate": None},
+    "MLA r/4": {"kv_lora_rank": RANK // 4, "kv_gate": None},
+    "EG-MLA r/4, table": {"kv_lora_rank": RANK // 4, "kv_gate_embedding_dim": TABLE},
+    "EG-MLA r/4, input": {"kv_lora_rank": RANK // 4},
+    "EG-MLA r, table": {"kv_lora_rank": RANK, "kv_gate_embedding_dim": TABLE},
+    "EG-MLA r, input": {"kv_lora_rank": RANK},
+    "MHA": {"key_value_heads": 4},
+    "GQA": {"key_value_heads": 1},
+    "EG-MLA r/4, table 16": {"kv_lora_rank": RANK // 4, "kv_gate_embedding_dim": 16},
+    "EG-MLA r/4, table 256": {"kv_lora_rank": RANK // 4, "kv_gate_embedding_dim": 256},
+    "EG-MLA r/4, expanded": {"kv_lora_rank": RANK // 4, "kv_gate": "expanded"},
+    "EG-MLA r/4, expanded table": {
+        "kv_lora_rank": RANK // 4,
+        "kv_gate": "expanded",
+        "kv_gate_embedding_dim": TABLE,
+    },
+}
+# Differences that the paper's claim is about: the first minus the second, by seed.
+CLAIMS = (
+    ("EG-MLA r/4, table", "MLA r"),
+    ("EG-MLA r/4, input", "MLA r"),
+    ("EG-MLA r/4, table", "MLA r/4"),
+    ("EG-MLA r/4, input", "MLA r/4"),
+    ("EG-MLA r, table", "MLA r"),
+    ("EG-MLA r/4, expanded", "MLA r"),
+    ("EG-MLA r/4, expanded", "EG-MLA r/4, input"),
+    ("MLA r", "MHA"),
+)
+# Two-sided 95 % points of Student's t by degrees of freedom.
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+
+
+def make_config(variant: str) -> Any:
+    """Configuration of a variant."""
+    fields = dict(VARIANTS[variant])
+    heads = fields.pop("key_value_heads", None)
+    if heads is not None:
+        return LlamaConfig(**SHAPE, head_dim=64, num_key_value_heads=heads, rms_norm_eps=1e-6)
+    return EGMLAConfig(**SHAPE, **LATENT, **fields)
+
+
+def make_model(config: Any, seed: int) -> Any:
+    """New weights: matrices of one name and shape are the same in all variants of a seed."""
+    model = (EGMLAForCausalLM if config.model_type == "egmla" else LlamaForCausalLM)(config).float()
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 1:
+            generator = torch.Generator().manual_seed(crc32(name.encode()) + seed)
+            with torch.no_grad():
+                parameter.normal_(0.0, config.initializer_range, generator=generator)
+    return model
+
+
+def parameters(config: Any) -> dict[str, int]:
+    """Parameters of a model: embedding, gate tables, gates' matrices and norms, all others."""
+    counts = {"embedding": 0, "gate_tables": 0, "gates": 0, "others": 0}
+    for name, parameter in meta_model(config).named_parameters():
+        kind = "gate_tables" if "kv_gate_embedding" in name else "gates" if "kv_gate_" in name else "others"
+        counts["embedding" if "embed_tokens" in name else kind] += parameter.numel()
+    return counts
+
+
+def run(variant: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Trains one variant with one seed; goes on where it was interrupted."""
+    settings = scratch_settings(
+        data=options.data,
+        eval_data=options.eval_data,
+        eval_tokens=options.eval_tokens,
+        tokens=options.tokens,
+        sequence_length=256,
+        batch_size=16,
+        learning_rate=options.learning_rate,
+        seed=seed,
+        eval_every=options.eval_every,
+    )
+    config = make_config(variant)
+    target = options.output / f"{variant.replace('/', '-').replace(',', '').replace(' ', '_')}-{seed}"
+    place = Place.of(target, None, True, False)
+    job = Job(
+        "train",
+        config,
+        None,
+        build=lambda: make_model(config, seed),
+        defaults=DEFAULTS,
+        report={"kind": "train", "command": "reproduction", "origin": {"variant": variant}, "earlier": []},
+        make_tokenizer=lambda: train_tokenizer(settings, SHAPE["vocab_size"]),
+    )
+    started = time.time()
+    report = run_job(job, place, settings)
+    for file in sorted(target.iterdir()):  # figures are kept, weights not
+        file.unlink()
+    target.rmdir()
+    return {
+        "variant": variant,
+        "seed": seed,
+        "tokens": report["tokens"],
+        "loss": report["evaluations"][-1]["loss"],
+        "evaluations": [[row["tokens"], row["loss"]] for row in report["evaluations"]],
+        "cache_elements": sum(cache_elements_per_layer(meta_model(config))),
+        "parameters": parameters(config),
+        "seconds": round(time.time() - started, 1),
+        "resumed": report["resumed_at_step"] > 0,
+        "learning_rate": report["settings"]["learning_rate"],
+        "eval_tokens": report["evaluation"]["tokens"],
+        "commit": report["commit"],
+        "versions": report["versions"],
+    }
+
+
+def interval(values: list[float]) -> tuple[float, float | None]:
+    """Mean, and half the width of its 95 % interval by Student's t; `None` from one value."""
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return mean, None
+    freedom = min(len(values) - 1, len(STUDENT))
+    return mean, STUDENT[freedom - 1] * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def shown(pair: tuple[float, float | None], sign: str = "") -> str:
+    mean, half = pair
+    return f"{mean:{sign}.4f}" + ("" if half is None else f" ± {half:.4f}")
+
+
+def make_table(rows: list[dict[str, Any]]) -> str:
+    """Losses by variant and the claims' differences, paired by seed, as Markdown."""
+    losses: dict[str, dict[int, float]] = {}
+    for row in rows:
+        losses.setdefault(row["variant"], {})[row["seed"]] = row["loss"]
+    of = {row["variant"]: row for row in rows}
+    lines = [
+        "| variant | cache elements per token | parameters beside embedding (gate tables apart) | gate tables | "
+        "held-out loss, 95 % | seeds |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for variant in [name for name in VARIANTS if name in losses]:
+        counts = of[variant]["parameters"]
+        lines.append(
+            f"| {variant} | {of[variant]['cache_elements']} | {counts['others'] + counts['gates']:,} | "
+            f"{counts['gate_tables']:,} | {shown(interval(list(losses[variant].values())))} | "
+            f"{len(losses[variant])} |"
+        )
+    lines += ["", "| difference of losses, paired by seed | 95 % | seeds |", "| --- | ---: | ---: |"]
+    for first, second in CLAIMS:
+        seeds = sorted(losses.get(first, {}).keys() & losses.get(second, {}).keys())
+        if seeds:
+            pair = interval([losses[first][seed] - losses[second][seed] for seed in seeds])
+            lines.append(f"| {first} minus {second} | {shown(pair, '+')} | {len(seeds)} |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Held-out loss against cache elements per token, and against the width of gate tables."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    by_variant: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        by_variant.setdefault(row["variant"], []).append(row)
+    for variant, found in by_variant.items():
+        mean, half = interval([row["loss"] for row in found])
+        point = found[0]["cache_elements"]
+        left.errorbar(point, mean, yerr=half, marker="o", capsize=3, linestyle="none")
+        left.annotate(variant, (point, mean), fontsize=7, xytext=(4, 3), textcoords="offset points")
+        fields = VARIANTS[variant]
+        if fields.get("kv_lora_rank") == RANK // 4 and fields.get("kv_gate", "latent") != "expanded":
+            width = 0 if "kv_gate" in fields else fields.get("kv_gate_embedding_dim")
+            if width is not None:
+                right.errorbar(width, mean, yerr=half, marker="o", capsize=3, color="#1f77b4")
+    left.set_xscale("log")
+    left.set_xlabel("cache elements per token")
+    right.set_xlabel("width of the gate table (0: no gate), rank r/4")
+    for axis in (left, right):
+        axis.set_ylabel("held-out loss, nats per token")
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130)
+
+
+def read_results(path: Path) -> list[dict[str, Any]]:
+    """Lines of earlier runs."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", action="append", default=[], help="text to train on, repeatable")
+    parser.add_argument("--eval-data", action="append", default=[], help="held-out text, repeatable")
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--tokens", type=int, default=1_500_000)
+    parser.add_argument("--eval-tokens", type=int, default=65_536)
+    parser.add_argument("--eval-every", type=int, default=75, help="optimiser steps")
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--variants", default=",".join(VARIANTS).replace(", ", "; "), help="by ',', as 'MLA r,MHA'")
+    parser.add_argument("--report", action="store_true", help="train nothing, only write table and plot")
+    options = parser.parse_args()
+    chosen = [name.replace("; ", ", ") for name in options.variants.split(",")]
+    for name in chosen:
+        if name not in VARIANTS:
+            sys.exit(f"{name!r} is no variant; there is {'; '.join(VARIANTS)} (write '; ' where a name has ', ').")
+    if not options.report and not (options.data and options.eval_data):
+        sys.exit("Name text to train on and held-out text: --data FILE --eval-data FILE.")
+
+    quiet_transformers()
+    options.output.mkdir(parents=True, exist_ok=True)
+    results = options.output / "results.jsonl"
+    rows = read_results(results)
+    done = {(row["variant"], row["seed"]) for row in rows}
+    wanted = [] if options.report else [(name, seed) for seed in range(options.seeds) for name in chosen]
+    for index, (variant, seed) in enumerate(wanted):
+        if (variant, seed) in done:
+            continue
+        print(f"{index + 1} of {len(wanted)}: {variant}, seed {seed}", flush=True)
+        row = run(variant, seed, options)
+        print(f"  held-out loss {row['loss']:.4f} after {row['tokens']:,} tokens, {row['seconds']:.0f} s", flush=True)
+        with results.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        rows.append(row)
+    if not rows:
+        sys.exit(f"There are no results in {results}.")
+    table = make_table(rows)
+    (options.output / "table.md").write_text(table)
+    plot(rows, options.output / "reproduction.png")
+    print(table)
+
+
+if __name__ == "__main__":
+    main()

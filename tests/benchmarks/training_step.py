@@ -1,0 +1,112 @@
+"""Time and memory of a training step: EG-MLA against MLA of the same rank, and against Transformers' DeepSeek-V3.
+
+    python tests/benchmarks/training_step.py
+    python tests/benchmarks/training_step.py --config '{"num_hidden_layers": 4}' --tokens 512 --batch 2 --rounds 6
+
+A step is forward, backward and AdamW on random tokens. Contestants take turns in one process; medians, and ratios over
+pairs of one round. Peak memory is that of a process of its own beyond the start, gate tables apart: their weights,
+gradients and both moments of Adam are subtracted. The last line of the output is one JSON object.
+"""
+
+import argparse
+import gc
+import json
+import statistics
+import subprocess
+import sys
+import time
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from egmla import EGMLAConfig
+from egmla.conversion.layout import deepseek_config
+from egmla.evaluation.machine import peak_resident_bytes, reset_peak_resident, resident_bytes
+
+
+CONTESTANTS: dict[str, dict[str, Any]] = {
+    "mla": {"kv_gate": None},
+    "egmla": {},
+    "egmla-table": {"kv_gate_embedding_dim": 256},
+    "deepseek": {"kv_gate": None},
+}
+COPIES = 4  # weight, gradient, two moments
+
+
+def make_step(name: str, options: argparse.Namespace) -> tuple[Any, Any]:
+    """The model of a contestant, and a function that does one step."""
+    config: Any = EGMLAConfig(**{**options.config, **CONTESTANTS[name]})
+    if name == "deepseek":
+        config = deepseek_config(config)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    ids = torch.randint(config.vocab_size, (options.batch, options.tokens))
+
+    def step() -> float:
+        started = time.perf_counter()
+        model(ids, labels=ids, use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return time.perf_counter() - started
+
+    return model, step
+
+
+def measure_memory(name: str, options: argparse.Namespace) -> None:
+    """Prints this process's peak in bytes over three steps, gate tables apart."""
+    tiny: Any = EGMLAConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=1, vocab_size=64)
+    AutoModelForCausalLM.from_config(tiny)(torch.ones(1, 8, dtype=torch.long)).logits.sum().backward()
+    gc.collect()
+    before = resident_bytes()
+    reset_peak_resident()
+    model, step = make_step(name, options)
+    for _ in range(3):
+        step()
+    tables = sum(p.nbytes for name, p in model.named_parameters() if "kv_gate_embedding" in name)
+    print(peak_resident_bytes() - before - COPIES * tables)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", type=json.loads, default={}, help="fields that differ from egmla-kv64-120m")
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--memory", metavar="NAME", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.memory:
+        measure_memory(options.memory, options)
+        return
+
+    peaks = {}
+    for name in CONTESTANTS:
+        again = [sys.executable, __file__, *sys.argv[1:], "--memory", name]
+        peaks[name] = int(subprocess.run(again, check=True, capture_output=True, text=True).stdout.split()[-1])
+    steps = {name: make_step(name, options)[1] for name in CONTESTANTS}
+    for step in steps.values():
+        step()
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(options.rounds):
+        for name, step in steps.items():
+            times[name].append(step())
+    result = {}
+    for name in CONTESTANTS:
+        pairs = zip(times[name], times["mla"], strict=True)
+        result[name] = {
+            "ms_median": 1000 * statistics.median(times[name]),
+            "time_over_mla": statistics.median(ours / theirs for ours, theirs in pairs),
+            "peak_bytes": peaks[name],
+            "memory_over_mla": peaks[name] / peaks["mla"],
+        }
+        row = result[name]
+        print(
+            f"{name:12} {row['ms_median']:8.1f} ms ({row['time_over_mla']:.3f} of MLA's), peak "
+            f"{peaks[name] / 2**20:,.0f} MiB ({row['memory_over_mla']:.3f})"
+        )
+    print(json.dumps({"tokens": options.tokens, "batch": options.batch, "threads": torch.get_num_threads(), **result}))
+
+
+if __name__ == "__main__":
+    main()
