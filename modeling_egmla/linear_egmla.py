@@ -8,17 +8,21 @@ are those of `nn.Linear`; everything but inference with plain weights on a CPU g
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
 
 # oneDNN's product on weights as they lie, without a copy in a layout of its own.
 ONEDNN_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+# Their sums in fp32 are as exact as those of the usual kernels.
+SUMMED_IN_FP32 = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def inference_product(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """`nn.functional.linear` of plain tensors without gradients, on CPUs in the faster kernel where there is one."""
+    """`nn.functional.linear` of plain dense tensors, without derivatives; oneDNN's kernel for fp32 on a CPU."""
     if input.dtype != torch.float32 or input.device.type != "cpu" or ONEDNN_LINEAR is None:
         return nn.functional.linear(input, weight, bias)
-    return ONEDNN_LINEAR(input, weight, bias, "none", [], "")
+    # It heeds the strides of the other two.
+    return ONEDNN_LINEAR(input, weight, None if bias is None else bias.contiguous(), "none", [], "")
 
 
 class EGMLALinear(nn.Linear):
@@ -33,24 +37,27 @@ class EGMLALinear(nn.Linear):
         if not self._is_plain_inference(input):
             return super().forward(input)
         if torch.compiler.is_compiling():
-            if input.numel() != self.in_features:
+            exporting = getattr(torch.compiler, "is_exporting", lambda: False)
+            if input.numel() != self.in_features or input.dtype not in SUMMED_IN_FP32 or exporting():
                 return super().forward(input)
-            # Each output is a sum over one row of the weight, for bf16 as exact as its kernels' fp32 sums.
+            # Each output is a sum over one row of the weight.
             output = (self.weight.float() * input.reshape(1, -1).float()).sum(dim=-1)
             if self.bias is not None:
                 output = output + self.bias.float()
             return output.to(input.dtype).reshape(*input.shape[:-1], self.out_features)
-        if type(input) is not torch.Tensor:
+        # `no_grad` leaves forward-mode derivatives on; tracing does not know the kernel's arguments.
+        if type(input) is not torch.Tensor or forward_ad._current_level >= 0 or torch.jit.is_tracing():
             return super().forward(input)
         return inference_product(input, self.weight, self.bias)
 
     def _is_plain_inference(self, input: torch.Tensor) -> bool:
-        """Whether products are of plain tensors in one format, on a CPU, with nothing to record or to cast."""
+        """Whether products are of plain dense tensors in one format, on a CPU, with nothing to record or to cast."""
         weight = self.weight
         return (
             input.device.type == "cpu"
             and weight.device.type == "cpu"
             and type(weight) is nn.Parameter
+            and weight.layout == torch.strided
             and input.dtype == weight.dtype
             and input.numel() > 0
             and not torch.is_grad_enabled()

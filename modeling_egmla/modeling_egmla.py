@@ -161,7 +161,8 @@ def latent_attention(
     if attention_mask is not None and (T > 1 or attention_mask.shape[1] > 1):
         attention_mask = attention_mask.expand(-1, H, -1, -1).reshape(-1, 1, H * T, attention_mask.shape[-1])
     if isinstance(entries, QuantizedEntries):
-        return _quantized_attention(packed, entries, attention_mask, scaling).view(B, H, T, -1)
+        with torch.autocast(query.device.type, enabled=False):  # its sums are in fp32
+            return _quantized_attention(packed, entries, attention_mask, scaling).view(B, H, T, -1)
     parts = _split_count(packed, entries)
     if parts > 1:
         output = _split_attention(packed, entries, attention_mask, scaling, parts)
@@ -262,12 +263,12 @@ def _quantized_attention(
     rotated = query.float() * scaling  # [B, 1, rows, R + P]
     if entries.rotation is not None:
         rotated = rotated @ entries.rotation
-    # Not infinite: a piece without any visible token would give weights that are not numbers.
-    hidden = torch.finfo(rotated.dtype).min
     threads = max(1, _cpu_threads() // query.shape[0]) if query.device.type == "cpu" else 1
     outputs, totals, highest, start = [], [], [], 0
     for piece in entries.pieces():
-        for part in piece.tensor_split([piece.shape[1] // threads * threads], dim=1):
+        # Of several sequences, parts of unequal length would be copied.
+        even = piece.shape[1] // threads * threads if query.shape[0] == 1 else piece.shape[1]
+        for part in piece.tensor_split([even], dim=1):
             if not part.shape[1]:
                 continue
             parts = part.unflatten(1, (1 if part.shape[1] % threads else threads, -1))  # [B, parts, n, R + P]
@@ -275,6 +276,8 @@ def _quantized_attention(
             if attention_mask is not None:
                 mask = attention_mask[:, 0, :, start : start + part.shape[1]]
                 mask = mask.unflatten(-1, parts.shape[1:3]).transpose(1, 2)
+                # Not infinite: a part without any visible token would give weights that are not numbers.
+                hidden = torch.finfo(scores.dtype).min
                 if mask.dtype == torch.bool:
                     scores = scores.masked_fill(~mask, hidden)
                 else:

@@ -96,6 +96,8 @@ def test_every_case_has_its_figures(measured):
         assert row["tokens_per_second"] == pytest.approx(1e3 * batch / row["ms_median"])
         assert row["bytes_per_token"] == (row["weight_bytes_swept"] + row["cache_used_bytes"]) / batch
         assert row["share_of_ceiling"] == pytest.approx(row["ceiling_ms"] / row["ms_median"])
+        gemv, read = row["gemv_bytes_per_second"], row["read_bytes_per_second"]
+        assert row["share_of_gemv"] == pytest.approx(row["share_of_ceiling"] * max(gemv, read) / gemv)
     assert {(row["context"], row["batch"], row["contestant"]) for row in report["prefill"]} == {
         (16, batch, name) for batch in (1, 2) for name in NAMES
     }
@@ -143,7 +145,12 @@ def test_slopes_leave_short_contexts_out():
     rows = [
         {
             **{"subject": "s", "dtype": "float32", "batch": 1, "contestant": "egmla", "context": context},
-            **{"ms_median": ms, "cache_bytes_read": 1000 * context, "gemv_bytes_per_second": 1e9},
+            **{
+                "ms_median": ms,
+                "cache_bytes_read": 1000 * context,
+                "gemv_bytes_per_second": 4e8,
+                "read_bytes_per_second": 1e9,
+            },
         }
         for context, ms in ((512, 99.0), (2048, 10.0), (8192, 22.0), (32768, 70.0))
     ]

@@ -62,6 +62,9 @@ def test_inputs_and_weights_that_are_views():
     for layer in (ours, plain):
         layer.weight = nn.Parameter(torch.arange(24 * 40.0).view(24, 40).t() / 1000)
     torch.testing.assert_close(ours(wide[:, ::2].mT), plain(wide[:, ::2].mT), rtol=1e-6, atol=1e-6)
+    for bias in (torch.arange(80.0)[::2], torch.ones(1).expand(40)):
+        ours.bias = plain.bias = nn.Parameter(bias)
+        torch.testing.assert_close(ours(wide[:, ::2].mT), plain(wide[:, ::2].mT), rtol=1e-6, atol=1e-6)
 
 
 @needs_onednn
@@ -84,6 +87,21 @@ def test_only_plain_inference_in_fp32_takes_the_other_kernel():
         ours(inputs.double())
 
 
+@needs_onednn
+@torch.no_grad()
+def test_forward_derivatives_tracing_and_sparse_weights_are_pytorchs():
+    """`no_grad` leaves forward-mode derivatives on, and the kernel has none."""
+    ours, plain = pair()
+    inputs, direction = torch.randn(2, 24), torch.randn(2, 24)
+    for mine, theirs in zip(*(torch.func.jvp(layer, (inputs,), (direction,)) for layer in (ours, plain)), strict=True):
+        torch.testing.assert_close(mine, theirs)
+    assert torch.func.jvp(ours, (inputs,), (direction,))[1].abs().max() > 0
+    torch.testing.assert_close(torch.jit.trace(ours, inputs)(direction), plain(direction))
+    torch.testing.assert_close(torch.func.vmap(ours)(inputs), plain(inputs), rtol=0, atol=1e-6)
+    ours.weight = nn.Parameter(plain.weight.to_sparse_csr())
+    torch.testing.assert_close(ours(inputs), plain(inputs), rtol=0, atol=1e-6)
+
+
 class Wrapped(torch.Tensor):
     """A weight that is more than a tensor, as of a quantised or distributed model."""
 
@@ -100,7 +118,7 @@ def test_gradients_are_pytorchs():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 0.01)])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 0.01), (torch.float64, 0)])
 @pytest.mark.parametrize("bias", [False, True])
 def test_compiled_single_rows_are_sums(dtype, tolerance, bias):
     ours, plain = pair(bias, dtype)
@@ -118,7 +136,15 @@ def test_compiled_single_rows_are_sums(dtype, tolerance, bias):
         output = compiled(inputs)
         assert output.dtype == dtype
         torch.testing.assert_close(output, plain(inputs), rtol=0, atol=tolerance)
-        assert any("linear" in target for target in graphs[0]) is products
+        assert any("linear" in target for target in graphs[0]) is (products or dtype == torch.float64)
+
+
+@torch.no_grad()
+def test_exported_programs_have_the_plain_operator():
+    ours, _ = pair()
+    for strict in (False, True):
+        program = torch.export.export(ours, (torch.randn(1, 24),), strict=strict)
+        assert any("linear" in str(node.target) for node in program.graph.nodes)
 
 
 @needs_onednn

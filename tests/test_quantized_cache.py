@@ -530,6 +530,30 @@ def test_memory_of_pieces_is_kept(quantization, monkeypatch):
     assert quantization_egmla._kept.memory is before is not None
 
 
+@torch.no_grad()
+def test_kept_memory_is_where_the_entries_are(quantization, monkeypatch):
+    """Whatever PyTorch's default device is."""
+    monkeypatch.setattr(quantization_egmla, "_kept", quantization_egmla._Kept())
+    entries, exact = random_entries(1, 50, torch.float32, quantization)
+    monkeypatch.setattr(quantization_egmla, "_kept", quantization_egmla._Kept())
+    query = torch.randn(1, 1, 5, 24)
+    with torch.device("meta"):
+        modeling._quantized_attention(query, entries, None, 0.3)
+    given = modeling._quantized_attention(query, entries, None, 0.3)
+    assert difference(given, plain_attention(query, exact, None, 0.3)[..., :16]) <= TOLERANCE
+
+
+@torch.no_grad()
+def test_autocast_leaves_sums_in_fp32(quantization):
+    """Left padding, whose lowest number of fp32 bf16 does not have."""
+    entries, exact = random_entries(2, 50, torch.float32, quantization)
+    query, seen = torch.randn(2, 1, 5, 24), torch.ones(2, 1, 1, 50, dtype=torch.bool)
+    seen[1, ..., :7] = False
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        given = modeling.latent_attention(query.transpose(1, 2), entries, seen, 0.3).transpose(1, 2)
+    assert difference(given, plain_attention(query, exact, seen, 0.3)[..., :16]) <= TOLERANCE
+
+
 # --- what a decode step makes ---
 
 

@@ -327,8 +327,8 @@ class _Bench:
     def _decode_group(self, case: _Case, group: Mapping[str, Contestant], models: Models) -> None:
         settings = self.settings
         bandwidth = Bandwidth(models.dtype, self.device, settings.sweep_bytes)
-        bandwidth.gemv()
-        swept: list[float] = []
+        bandwidth.gemv(), bandwidth.read()
+        swept: list[tuple[float, float]] = []
         with compiling() as compiled:
             runners: dict[str, Any] = {}
             for name, contestant in group.items():
@@ -344,15 +344,15 @@ class _Bench:
                 first_warmup=settings.first_warmup,
                 batch_size=case.batch,
                 turn_seconds=settings.turn_seconds,
-                before_round=lambda: swept.append(bandwidth.gemv()),
+                before_round=lambda: swept.append((bandwidth.gemv(), bandwidth.read())),
                 progress=lambda done, total: self.progress(str(case), done, total),
             )
             # One graph each is enough where no size changes.
             recompilations = compiled_graphs() - sum(contestant.compiled for contestant in group.values())
-        gemv = statistics.median(swept)
+        gemv, read = map(statistics.median, zip(*swept, strict=True))
         new = self.pending("decode", case, list(group))
         for name in new:
-            row = self._decode_row(case, name, group[name], timings[name], models, gemv)
+            row = self._decode_row(case, name, group[name], timings[name], models, gemv, read)
             if group[name].compiled:
                 row["recompilations"] = max(0, recompilations)
             self.report["decode"].append(row)
@@ -372,7 +372,14 @@ class _Bench:
                     )
 
     def _decode_row(
-        self, case: _Case, name: str, contestant: Contestant, timing: DecodeTiming, models: Models, gemv: float
+        self,
+        case: _Case,
+        name: str,
+        contestant: Contestant,
+        timing: DecodeTiming,
+        models: Models,
+        gemv: float,
+        read: float,
     ) -> dict[str, Any]:
         model = models.get(contestant.role)
         formula = models.cache_bytes(contestant, case.context) * case.batch
@@ -383,6 +390,11 @@ class _Bench:
             )
         weight_bytes = swept_weight_bytes(model)
         bytes_read = None if weight_bytes is None else weight_bytes + timing.cache_used_bytes
+        limit = max(gemv, read)
+
+        def share(bandwidth: float) -> float | None:
+            return None if bytes_read is None else share_of_ceiling(bytes_read, bandwidth, timing.median)
+
         return {
             **asdict(case),
             "contestant": name,
@@ -398,8 +410,10 @@ class _Bench:
             "weight_bytes_swept": weight_bytes,
             "cache_bytes_read": timing.cache_used_bytes,
             "gemv_bytes_per_second": gemv,
-            "ceiling_ms": None if bytes_read is None else 1e3 * bytes_read / gemv,
-            "share_of_ceiling": None if bytes_read is None else share_of_ceiling(bytes_read, gemv, timing.median),
+            "read_bytes_per_second": read,
+            "ceiling_ms": None if bytes_read is None else 1e3 * bytes_read / limit,
+            "share_of_ceiling": share(limit),
+            "share_of_gemv": share(gemv),
             "flops_per_token": decode_flops(model, case.context),
             "bytes_per_token": None if bytes_read is None else bytes_read / case.batch,
             "load_average": load_average(),

@@ -27,10 +27,15 @@ def summary(report: Mapping[str, Any]) -> dict[str, Any]:
     return {**report, "decode": decode}
 
 
+# Of matrix-vector products and of plain reading; no step beats the higher one.
+BANDWIDTHS = ("gemv_bytes_per_second", "read_bytes_per_second")
+
+
 def slopes(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     """How time and the bytes read grow with the context, for each contestant measured at two long ones at least.
 
-    Both in milliseconds per 1,024 tokens of each sequence, by least squares; bytes over the median GEMV bandwidth.
+    Both in milliseconds per 1,024 tokens of each sequence, by least squares; bytes over the higher of the measured
+    bandwidths, median.
     """
     groups: dict[tuple, list[Mapping[str, Any]]] = {}
     for row in report["decode"]:
@@ -42,7 +47,7 @@ def slopes(report: Mapping[str, Any]) -> list[dict[str, Any]]:
             continue
         contexts = [row["context"] for row in chosen]
         milliseconds = 1024 * _slope(contexts, [row["ms_median"] for row in chosen])
-        bandwidth = statistics.median(row["gemv_bytes_per_second"] for row in chosen)
+        bandwidth = statistics.median(max(row[name] for name in BANDWIDTHS) for row in chosen)
         read = 1024 * _slope(contexts, [1e3 * row["cache_bytes_read"] / bandwidth for row in chosen])
         found.append(
             {

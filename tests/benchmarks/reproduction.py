@@ -12,9 +12,11 @@ output folder; a killed command goes on, in the middle of a run too, and lines f
 import argparse
 import json
 import math
+import shutil
 import statistics
 import sys
 import time
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -44,8 +46,9 @@ SHAPE = {
 }
 LATENT = {"qk_nope_head_dim": 32, "qk_rope_head_dim": 32, "v_head_dim": 64}
 RANK = 128  # r; a quarter is 32
-TABLE = 64  # width of a gate table; the paper's is a third of the hidden size as well
-# Everything but attention's keys and values is equal. `None` is a Llama with that many key/value heads.
+TABLE = 85  # width of a gate table; a third of the hidden size, as in the paper
+# Width, depth, heads and MLP are equal. Latent attention turns half of each query, Llamas (those with
+# `key_value_heads`) all of it.
 VARIANTS: dict[str, dict[str, Any]] = {
     "MLA r": {"kv_lora_rank": RANK, "kv_gate": None},
     "MLA r/4": {"kv_lora_rank": RANK // 4, "kv_gate": None},
@@ -54,7 +57,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "EG-MLA r, table": {"kv_lora_rank": RANK, "kv_gate_embedding_dim": TABLE},
     "EG-MLA r, input": {"kv_lora_rank": RANK},
     "MHA": {"key_value_heads": 4},
-    "GQA": {"key_value_heads": 1},
+    "GQA-2": {"key_value_heads": 2},
     "EG-MLA r/4, table 16": {"kv_lora_rank": RANK // 4, "kv_gate_embedding_dim": 16},
     "EG-MLA r/4, table 256": {"kv_lora_rank": RANK // 4, "kv_gate_embedding_dim": 256},
     "EG-MLA r/4, expanded": {"kv_lora_rank": RANK // 4, "kv_gate": "expanded"},
@@ -123,6 +126,7 @@ def run(variant: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     )
     config = make_config(variant)
     target = options.output / f"{variant.replace('/', '-').replace(',', '').replace(' ', '_')}-{seed}"
+    shutil.rmtree(target, ignore_errors=True)  # of a run that was killed before its line was written
     place = Place.of(target, None, True, False)
     job = Job(
         "train",
@@ -135,23 +139,30 @@ def run(variant: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     )
     started = time.time()
     report = run_job(job, place, settings)
-    for file in sorted(target.iterdir()):  # figures are kept, weights not
-        file.unlink()
-    target.rmdir()
+    shutil.rmtree(target)  # figures are kept, weights not
     return {
         "variant": variant,
         "seed": seed,
-        "tokens": report["tokens"],
+        **conditions(options),
         "loss": report["evaluations"][-1]["loss"],
         "evaluations": [[row["tokens"], row["loss"]] for row in report["evaluations"]],
         "cache_elements": sum(cache_elements_per_layer(meta_model(config))),
         "parameters": parameters(config),
         "seconds": round(time.time() - started, 1),
         "resumed": report["resumed_at_step"] > 0,
-        "learning_rate": report["settings"]["learning_rate"],
-        "eval_tokens": report["evaluation"]["tokens"],
         "commit": report["commit"],
         "versions": report["versions"],
+    }
+
+
+def conditions(options: argparse.Namespace) -> dict[str, Any]:
+    """What runs must have in common to be compared: size, rate and texts (by content)."""
+    names = [*options.data, *options.eval_data]
+    return {
+        "tokens": options.tokens,
+        "eval_tokens": options.eval_tokens,
+        "learning_rate": options.learning_rate,
+        "texts": [sha256(Path(name).read_bytes()).hexdigest()[:16] for name in names],
     }
 
 
@@ -221,14 +232,22 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     left.set_xlabel("cache elements per token")
     right.set_xlabel("width of the gate table (0: no gate), rank r/4")
     for axis in (left, right):
-        axis.set_ylabel("held-out loss, nats per token")
+        axis.set_ylabel("held-out loss, nats per token, 95 % intervals")
         axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=130)
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:
-    """Lines of earlier runs."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    """Earlier runs, one for each variant and seed.
+
+    Raises:
+        SystemExit: when they are not of one experiment.
+    """
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    for name in ("tokens", "eval_tokens", "learning_rate", "texts"):
+        if len({json.dumps(row[name]) for row in lines}) > 1:
+            sys.exit(f"{path} has runs of different {name}, which cannot be compared; give each its own --output.")
+    return list({(row["variant"], row["seed"]): row for row in lines}.values())
 
 
 def main() -> None:
@@ -256,6 +275,14 @@ def main() -> None:
     results = options.output / "results.jsonl"
     rows = read_results(results)
     done = {(row["variant"], row["seed"]) for row in rows}
+    if rows and not options.report:
+        for name, value in conditions(options).items():
+            if rows[0][name] != value:
+                sys.exit(
+                    f"{results} has runs with {name}={rows[0][name]}, and now it is {value}; use another --output."
+                )
+    for name in chosen:
+        make_config(name)  # whatever cannot be made is found before hours of training
     wanted = [] if options.report else [(name, seed) for seed in range(options.seeds) for name in chosen]
     for index, (variant, seed) in enumerate(wanted):
         if (variant, seed) in done:
