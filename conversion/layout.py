@@ -40,6 +40,7 @@ def deepseek_config(config: EGMLAConfig) -> DeepseekV3Config:
     """
     reasons = {
         "its latent has no norm; convert a source without a latent with --latent-norm": not config.kv_latent_norm,
+        "its gate acts on keys and values (kv_gate='expanded')": config.kv_gate == "expanded",
         "its latent was made smaller behind its norm, by an encoder; export it at its own width (--exact)": (
             config.kv_encoder_dim is not None
         ),

@@ -32,6 +32,7 @@ GROWTH_FRACTION = 8
 GROWTH_MIN_TOKENS = 64
 # The first tokens of a text, which an int4 cache keeps as they are (StreamingLLM's number, arXiv 2309.17453).
 KEPT_FIRST_TOKENS = 4
+TOKEN_ID_DTYPE = torch.int32  # of TOKEN_ID_BYTES
 
 
 def with_room(storage: torch.Tensor, start: int, length: int, least: int) -> torch.Tensor:
@@ -469,6 +470,9 @@ QUANTIZED_LAYERS: dict[str, type[QuantizedLatentLayer]] = {"int8": Int8LatentLay
 class EGMLACache(Cache):
     """Key/value cache of an EG-MLA model: `R + P` elements per token and layer, gate already applied.
 
+    For `kv_gate="expanded"`, whose gate acts on what is made of the latent, it holds each token's id as well, once for
+    all layers.
+
     Args:
         config (`EGMLAConfig`):
             The model's configuration; it gives each layer's width.
@@ -538,6 +542,60 @@ class EGMLACache(Cache):
             if isinstance(layers[-1], GrowingLatentLayer):
                 layers[-1].expected_tokens = expected_tokens or 0
         super().__init__(layers=layers, offloading=offloading)
+        # Ids of the cached tokens: entries of one element, in int32, beside the layers.
+        self.token_ids: Any = None
+        if config.cache_id_bytes_per_token and max_cache_len is None:
+            self.token_ids = GrowingLatentLayer(1, 0)
+            self.token_ids.expected_tokens = expected_tokens or 0
+        elif config.cache_id_bytes_per_token:
+            self.token_ids = FixedLatentLayer(1, 0, max_cache_len=max_cache_len)
+
+    def append_token_ids(self, ids: torch.Tensor) -> torch.Tensor:
+        """Stores the ids of the tokens whose entries are to be appended next; for `kv_gate="expanded"`.
+
+        Args:
+            ids (`torch.Tensor`): ids `[B, T]`.
+
+        Returns:
+            `torch.Tensor`: ids `[B, S]` of all tokens, as many as `append` returns entries; a copy.
+
+        Raises:
+            ValueError: when this cache is not made for ids, is of another number of sequences, is full, or holds
+                tokens that came without ids.
+        """
+        if self.token_ids is None:
+            raise ValueError(
+                "This cache was built for a model whose gates need no token ids, and kv_gate='expanded' does; build "
+                "it with EGMLACache(model.config)."
+            )
+        if self.layers[0].is_initialized and ids.shape[0] != self.layers[0].batch_size:
+            raise ValueError(
+                f"Ids of {ids.shape[0]} sequences were given, but this cache holds {self.layers[0].batch_size}; use "
+                "a new cache, or batch_repeat_interleave or batch_select_indices on this one."
+            )
+        self._seek_token_ids()
+        entries = ids.to(TOKEN_ID_DTYPE)[:, None, :, None]
+        held = self.token_ids.append(entries, entries[..., :0])
+        # A copy, since backward passes keep ids and the next ones are written beside them.
+        return held[:, 0, :, 0].to(ids.device, torch.long)
+
+    def _seek_token_ids(self) -> None:
+        """Sets the next ids' place to that of the next entries: after a forward that failed, or cropped layers."""
+        length, held = self.layers[0].get_seq_length(), self.token_ids
+        if isinstance(length, torch.Tensor):  # in compiled code
+            held.cumulative_length.copy_(length)
+            return
+        if held.is_initialized and not self.layers[0].is_initialized and not is_torchdynamo_compiling():
+            held.reset()
+            held.is_initialized = False  # the next ones may be of another number of sequences
+        ahead = int(held.get_seq_length()) - length
+        if ahead < 0:
+            raise ValueError(
+                f"This cache holds {length} tokens and the ids of {length + ahead}, and kv_gate='expanded' needs "
+                "them all; call append_token_ids before the entries of each token are appended."
+            )
+        if ahead:
+            held.crop(-ahead)
 
     def append(self, latent, rope_key, layer_idx: int) -> torch.Tensor | QuantizedEntries:
         """Stores a layer's new entries and returns what to attend to, packed.
@@ -566,16 +624,44 @@ class EGMLACache(Cache):
             if not layer.is_initialized:
                 empty = torch.empty((batch_size, 1, 0, layer.width), dtype=dtype, device=device)
                 layer.lazy_initialization(empty, empty)
+        if self.token_ids is not None and not self.token_ids.is_initialized:
+            empty = torch.empty((batch_size, 1, 0, 1), dtype=TOKEN_ID_DTYPE, device=device)
+            self.token_ids.lazy_initialization(empty, empty)
+
+    @property
+    def _holders(self) -> list[Any]:
+        """The layers, and what holds the ids."""
+        return self.layers if self.token_ids is None else [*self.layers, self.token_ids]
+
+    def crop(self, tokens_to_remove: int) -> None:
+        for holder in self._holders:
+            holder.crop(tokens_to_remove)
+
+    def reset(self) -> None:
+        for holder in self._holders:
+            holder.reset()
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        for holder in self._holders:
+            holder.reorder_cache(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        for holder in self._holders:
+            holder.batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        for holder in self._holders:
+            holder.batch_select_indices(indices)
 
     @property
     def nbytes(self) -> int:
-        """Bytes in use: `B x S x (R + P)` elements, or their codes and scales, all layers."""
-        return sum(used.numel() * used.element_size() for layer in self.layers for used in layer.used)
+        """Bytes in use: `B x S x (R + P)` elements, or their codes and scales, all layers, and `B x S` token ids."""
+        return sum(used.numel() * used.element_size() for holder in self._holders for used in holder.used)
 
     @property
     def allocated_nbytes(self) -> int:
         """Bytes of the storages behind the buffers, each counted once."""
-        storages = [storage.untyped_storage() for layer in self.layers for storage in layer.storages]
+        storages = [storage.untyped_storage() for holder in self._holders for storage in holder.storages]
         return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 

@@ -6,7 +6,9 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 
 
-KV_GATES = ("latent", None)
+KV_GATES = ("latent", "expanded", None)
+# A token's id in the cache (int32), from which expanded gates are computed at every step.
+TOKEN_ID_BYTES = 4
 
 # Written into every checkpoint, so that `trust_remote_code` finds each Auto class.
 AUTO_MAP = {
@@ -77,7 +79,9 @@ class EGMLAConfig(PreTrainedConfig):
             Factor on the attention scores. `None` is `(N + P) ** -0.5`, times YaRN's `mscale` squared where
             `rope_parameters` has `mscale_all_dim`, as in DeepSeek.
         kv_gate (`str`, *optional*, defaults to `"latent"`):
-            `"latent"` multiplies the latent by the token's gate before it is cached; `None` is plain MLA.
+            `"latent"` multiplies the latent by the token's gate before it is cached; `None` is plain MLA. `"expanded"`
+            multiplies the keys and values made of the latent instead, by a gate of width `H (N + V)`: the latent is
+            cached ungated, each token's id beside it, once for all layers, and every step expands the whole cache.
         kv_gate_embedding_dim (`int`, *optional*):
             `None` feeds the gate with the model's input embedding; a number gives each layer a table of its own,
             `vocab_size x kv_gate_embedding_dim` (256 in the paper).
@@ -182,6 +186,8 @@ class EGMLAConfig(PreTrainedConfig):
             }
         if self.query_norm_dim:
             self._plan_normed_queries()
+        if self.kv_gate == "expanded":
+            self._plan_whole_attention()  # the gate's norm spans all heads
         # Derived from fields: DeepSeek's configs carry them, and must not set them apart.
         for derived in ("head_dim", "qk_head_dim"):
             kwargs.pop(derived, None)
@@ -195,13 +201,19 @@ class EGMLAConfig(PreTrainedConfig):
     def _plan_normed_queries(self):
         """Tensor parallelism of `query_norm_dim`: heads are split where no norm spans several, else only the MLP."""
         if self.qk_nope_head_dim % self.query_norm_dim:
-            plan = self.base_model_tp_plan.items()
-            self.base_model_tp_plan = {name: style for name, style in plan if ".self_attn." not in name}
+            self._plan_whole_attention()
             return
         self.base_model_tp_plan |= {"layers.*.self_attn.q_norm": "replicated_with_grad_allreduce"}
         if self.qk_rope_head_dim:
             scale = {"layers.*.self_attn.q_rope_scale": "colwise", "layers.*.self_attn": "local_params"}
             self.base_model_tp_plan |= scale
+
+    def _plan_whole_attention(self):
+        """Tensor parallelism of the MLP alone, where a norm spans several heads."""
+        plan = self.base_model_tp_plan.items()
+        self.base_model_tp_plan = {
+            name: style for name, style in plan if not f"{name}.".startswith("layers.*.self_attn.")
+        }
 
     @property
     def head_dim(self) -> int:
@@ -269,7 +281,8 @@ class EGMLAConfig(PreTrainedConfig):
         if self.kv_gate_embedding_dim is not None and (self.kv_gate is None or self.kv_gate_embedding_dim < 1):
             raise ValueError(
                 f"kv_gate_embedding_dim={self.kv_gate_embedding_dim} with kv_gate={self.kv_gate!r}: a gate table "
-                "needs a positive width and kv_gate='latent'; use None to feed the gate with the input embedding."
+                "needs a positive width and kv_gate='latent' or 'expanded'; use None to feed the gate with the input "
+                "embedding."
             )
         if self.qk_norm_dim is not None and (
             self.qk_norm_dim < 1 or self.qk_rope_head_dim == 0 or self.qk_rope_head_dim % self.qk_norm_dim
@@ -379,7 +392,12 @@ class EGMLAConfig(PreTrainedConfig):
 
     def cache_bytes_per_token(self, bytes_per_element: int = 2) -> int:
         """Bytes cached per token, all layers together; two bytes an element is bf16 or fp16."""
-        return self.cache_elements_per_token * bytes_per_element
+        return self.cache_elements_per_token * bytes_per_element + self.cache_id_bytes_per_token
+
+    @property
+    def cache_id_bytes_per_token(self) -> int:
+        """Bytes of a token's id in the cache, held once for all layers; 0 where no gate is computed from it later."""
+        return TOKEN_ID_BYTES if self.kv_gate == "expanded" else 0
 
 
 __all__ = ["EGMLAConfig"]

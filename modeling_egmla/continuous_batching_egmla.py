@@ -52,6 +52,11 @@ def check_pages(config: EGMLAConfig) -> int:
     Raises:
         ValueError: where they do not fit Transformers' pages, or where the attention asked for reads pages by itself.
     """
+    if config.kv_gate == "expanded":
+        raise ValueError(
+            "generate_batch with kv_gate='expanded': its gates are computed from the ids of all cached tokens, and "
+            "pages hold latents and rotary keys only. Use generate(), whose cache holds the ids."
+        )
     widths = sorted(set(config.cache_elements_per_layer))
     if len(widths) > 1 or widths[0] % 2:
         raise ValueError(

@@ -301,7 +301,7 @@ class EGMLAAttention(nn.Module):
     """Multi-head attention over gated latents.
 
     Source: DeepSeek-V3's attention (module and parameter names, `expand_kv`), with the gate of arXiv 2509.16686 on the
-    latent before it is cached.
+    latent before it is cached, or (`kv_gate="expanded"`) on the keys and values that are made of the cached latent.
     """
 
     def __init__(self, config: EGMLAConfig, layer_idx: int):
@@ -361,15 +361,18 @@ class EGMLAAttention(nn.Module):
             # No padding row in the table: a zero embedding is a gate like any other.
             if config.kv_gate_embedding_dim is not None:
                 self.kv_gate_embedding = nn.Embedding(config.vocab_size, config.kv_gate_embedding_dim)
-            self.kv_gate_proj = EGMLALinear(config.kv_gate_embedding_dim or D, R, bias=False)
-            self.kv_gate_norm = EGMLAGateNorm(R, eps=config.rms_norm_eps)
+            width = self.kv_b_proj.out_features if config.kv_gate == "expanded" else R
+            self.kv_gate_proj = EGMLALinear(config.kv_gate_embedding_dim or D, width, bias=False)
+            self.kv_gate_norm = EGMLAGateNorm(width, eps=config.rms_norm_eps)
         slots = config.layer_rope_slots(layer_idx)
         self.rope_slots = None if slots is None else nn.Buffer(torch.tensor(slots, dtype=torch.long), persistent=False)
 
     def gate(self, gate_input: torch.Tensor) -> torch.Tensor:
         """The gate `[B, T, R]` of tokens, given by embedding `[B, T, D]` or, where there is a table, by id `[B, T]`.
 
-        Source: arXiv 2509.16686: a linear map of the token's embedding to the latent's width, normalised.
+        `[B, T, H (N + V)]` where it acts on expanded keys and values.
+
+        Source: arXiv 2509.16686: a linear map of the token's embedding to the width of what it gates, normalised.
         """
         if self.kv_gate_embedding_dim is not None:
             gate_input = self.kv_gate_embedding(gate_input)
@@ -406,14 +409,14 @@ class EGMLAAttention(nn.Module):
         return torch.cat((normed, plain), dim=-1)
 
     def project_latents(self, hidden_states, gate_input) -> tuple[torch.Tensor, torch.Tensor]:
-        """Gated latents `[B, 1, T, R]` and rotary keys, not yet turned, `[B, 1, T, P]`."""
+        """Latents to cache `[B, 1, T, R]`, gated if the gate is theirs, and rotary keys `[B, 1, T, P]`, not turned."""
         if self.kv_encoder_norm_dim is not None:
             hidden_states = self.encode(hidden_states)
         compressed = self.kv_a_proj_with_mqa(hidden_states)
         latents, rope_keys = compressed.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
         if self.kv_latent_norm:
             latents = self.kv_a_layernorm(latents)
-        if self.kv_gate is not None:
+        if self.kv_gate == "latent":
             latents = latents * self.gate(gate_input)
         # One head, four dimensions: every cache of Transformers then handles them.
         return latents.unsqueeze(1), rope_keys.unsqueeze(1)
@@ -442,20 +445,29 @@ class EGMLAAttention(nn.Module):
         weight = weight.view(-1, self.qk_nope_head_dim + self.v_head_dim, self.kv_lora_rank)
         return weight.split([self.qk_nope_head_dim, self.v_head_dim], dim=1)
 
-    def expand_kv(self, latents: torch.Tensor, rope_keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def expand_kv(
+        self, latents: torch.Tensor, rope_keys: torch.Tensor, gate_input: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys `[B, H, S, N + P]` and values `[B, H, S, V]` of latents `[B, 1, S, R]` and rotary keys `[B, 1, S, P]`.
+
+        With `kv_gate="expanded"` they are gated here, for which `gate_input` must be of all `S` tokens.
 
         Source: `DeepseekV3Attention.expand_kv`, whose name and contract serving engines look for.
         """
         expanded = self.kv_b_proj(latents.squeeze(1))
+        if self.kv_gate == "expanded":
+            expanded = expanded * self.gate(gate_input)
         expanded = expanded.view(*expanded.shape[:-1], -1, self.qk_nope_head_dim + self.v_head_dim).transpose(1, 2)
         nope_keys, values = expanded.split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
         keys = torch.cat((nope_keys, rope_keys.expand(-1, nope_keys.shape[1], -1, -1)), dim=-1)
         return keys, values
 
-    def attend_expanded(self, nope, rope, latents, rope_keys, attention_mask, **kwargs):
+    def attend_expanded(self, nope, rope, latents, rope_keys, attention_mask, gate_input=None, **kwargs):
         """Attention `[B, T, H, V]` through the attention interface, on keys and values expanded from all latents."""
-        keys, values = self.expand_kv(latents, rope_keys)
+        keys, values = self.expand_kv(latents, rope_keys, gate_input)
+        if isinstance(attention_mask, BlockMask) and attention_mask.shape[-1] > keys.shape[2]:
+            missing = attention_mask.shape[-1] - keys.shape[2]  # a block mask cannot be cut, and hides the rest
+            keys, values = (nn.functional.pad(x, (0, 0, 0, missing)) for x in (keys, values))
         # On CPU, SDPA has a fused kernel for equal widths only; the other makes all T x S scores, four times slower.
         padding = self.qk_head_dim - self.v_head_dim
         padded = self.config._attn_implementation == "sdpa" and keys.device.type == "cpu" and padding > 0
@@ -518,7 +530,10 @@ class EGMLAAttention(nn.Module):
         absorb: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Output `[B, T, D]` and, with eager attention, weights `[B, H, T, S]`. `absorb` picks the latent space."""
+        """Output `[B, T, D]` and, with eager attention, weights `[B, H, T, S]`. `absorb` picks the latent space.
+
+        `gate_input` is of the `T` new tokens, of all `S` for a gate that acts on expanded keys and values.
+        """
         nope, rope = self.project_queries(hidden_states)
         latents, rope_keys = self.project_latents(hidden_states, gate_input)
         if self.qk_norm_dim is not None:
@@ -548,15 +563,14 @@ class EGMLAAttention(nn.Module):
             # A fixed-size cache has masks as wide as it is, and returns only what is in use.
             if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 4:
                 attention_mask = attention_mask[..., :seen]
-            elif isinstance(attention_mask, BlockMask) and attention_mask.shape[-1] > seen:
-                missing = attention_mask.shape[-1] - seen  # a block mask cannot be cut, and hides the rest
-                latents, rope_keys = (nn.functional.pad(x, (0, 0, 0, missing)) for x in (latents, rope_keys))
         if absorb:
             if entries is None:
                 entries = torch.cat((latents, rope_keys), dim=-1)
             output, weights = self.attend_absorbed(nope, rope, entries, attention_mask)
         else:
-            output, weights = self.attend_expanded(nope, rope, latents, rope_keys, attention_mask, **kwargs)
+            output, weights = self.attend_expanded(
+                nope, rope, latents, rope_keys, attention_mask, gate_input, **kwargs
+            )
         return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
 
 
@@ -672,17 +686,27 @@ class EGMLAModel(EGMLAPreTrainedModel):
             self._keep_in_fp32_modules_strict = ["e_score_correction_bias"]
         self.post_init()
 
-    def _gate_input(self, input_ids, inputs_embeds, kv_gate_input_ids) -> torch.Tensor | None:
-        """What the gates read: embeddings `[B, T, D]`, or ids `[B, T]` for tables; `None` without a gate."""
+    def _gate_input(self, input_ids, inputs_embeds, kv_gate_input_ids, past_key_values) -> torch.Tensor | None:
+        """What the gates read: embeddings `[B, T, D]`, or ids `[B, T]` for tables; `None` without a gate.
+
+        Expanded gates read that of all tokens, `[B, S, D]` or `[B, S]`: a cache holds the ids of those before.
+        """
         if self.config.kv_gate is None:
             return None
-        if self.config.kv_gate_embedding_dim is None:
+        expanded, table = self.config.kv_gate == "expanded", self.config.kv_gate_embedding_dim
+        cached = expanded and past_key_values is not None
+        if table is None and not cached and not (expanded and kv_gate_input_ids is not None):
             return inputs_embeds
         ids = input_ids if kv_gate_input_ids is None else kv_gate_input_ids
         if ids is None:
+            need = f"this model's gates read a table by token id (kv_gate_embedding_dim={table})"
+            if table is None:
+                need = (
+                    "the cache of this model holds token ids, from which its gates (kv_gate='expanded') are computed "
+                    "at every step; use_cache=False does without"
+                )
             raise ValueError(
-                "Only inputs_embeds was given, but this model's gates read a table by token id "
-                f"(kv_gate_embedding_dim={self.config.kv_gate_embedding_dim}). Pass the ids of the same tokens as "
+                f"Only inputs_embeds was given, but {need}. Pass the ids of the same tokens as "
                 "well: model(inputs_embeds=..., kv_gate_input_ids=ids), or pass input_ids alone."
             )
         if ids.shape[-1] != inputs_embeds.shape[1]:
@@ -690,11 +714,23 @@ class EGMLAModel(EGMLAPreTrainedModel):
                 f"kv_gate_input_ids covers {ids.shape[-1]} tokens and inputs_embeds {inputs_embeds.shape[1]}; both "
                 "must be of the same tokens."
             )
+        if cached:
+            if not hasattr(past_key_values, "append_token_ids"):
+                raise ValueError(
+                    f"{type(past_key_values).__name__} holds no token ids, from which the gates of this model "
+                    "(kv_gate='expanded') are computed at every step; pass past_key_values=EGMLACache(model.config), "
+                    "or none, and one is made."
+                )
+            ids = past_key_values.append_token_ids(ids.expand(inputs_embeds.shape[0], -1))
+        if expanded and table is None:
+            return self.embed_tokens(ids)
         return ids
 
     def _absorb(self, new_tokens: int, past_key_values: Cache | None) -> bool:
         """Whether this forward attends in the latent space: decoding, and any continuation where that is cheaper."""
         if past_key_values is None or (self.training and self.config.attention_dropout):
+            return False
+        if self.config.kv_gate == "expanded":  # every token has up-projections of its own
             return False
         if new_tokens == 1:
             return True
@@ -722,16 +758,16 @@ class EGMLAModel(EGMLAPreTrainedModel):
         r"""
         Args:
             kv_gate_input_ids (`torch.LongTensor` of shape `(B, T)`, *optional*):
-                Ids of the tokens in `inputs_embeds`, for models whose gates have tables of their own.
+                Ids of the tokens in `inputs_embeds`, for models whose gates have tables of their own, and for those
+                with `kv_gate="expanded"` and a cache.
         """
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        gate_input = self._gate_input(input_ids, inputs_embeds, kv_gate_input_ids)
-
         if use_cache and past_key_values is None:
             past_key_values = EGMLACache(self.config)
+        gate_input = self._gate_input(input_ids, inputs_embeds, kv_gate_input_ids, past_key_values)
         if position_ids is None:
             past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_length
@@ -838,7 +874,8 @@ class EGMLAForCausalLM(EGMLAPreTrainedModel, GenerationMixin):
         r"""
         Args:
             kv_gate_input_ids (`torch.LongTensor` of shape `(B, T)`, *optional*):
-                Ids of the tokens in `inputs_embeds`, for models whose gates have tables of their own.
+                Ids of the tokens in `inputs_embeds`, for models whose gates have tables of their own, and for those
+                with `kv_gate="expanded"` and a cache.
 
         Returns:
             `CausalLMOutputWithPast`: logits `[B, T, vocab_size]` (or of the positions in `logits_to_keep`), the loss

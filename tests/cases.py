@@ -66,6 +66,15 @@ MODEL_CASES = {
         "post_norm": True,
     },
     "always-absorbed": {"kv_lora_rank": 6, "softmax_scale": 0.4},
+    "expanded gate": {"kv_gate": "expanded"},
+    "expanded gate, tables": {
+        "kv_gate": "expanded",
+        "kv_gate_embedding_dim": 10,
+        "kv_lora_rank": [12, 28],
+        "q_lora_rank": 20,
+        "rope_interleave": False,
+        "tie_word_embeddings": False,
+    },
 }
 
 # Not among the cases above: the reference implementation has no experts, which are Transformers' own.
@@ -82,6 +91,9 @@ EXPERTS = {
         "topk_group": 1,
     },
 }
+
+# Cases whose gates are computed from the ids of all cached tokens: no absorption, and no cache but EGMLACache.
+EXPANDED_CASES = tuple(name for name, fields in MODEL_CASES.items() if fields.get("kv_gate") == "expanded")
 
 # Cases whose behaviour covers the expensive tests: each gate, per-layer ranks, no rotary part.
 CORE_CASES = ("input-gate", "table-gate", "gate-off", "no-rope", "rank-per-layer", "rope-slots")

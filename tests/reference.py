@@ -7,6 +7,7 @@ kr_t = RoPE(W_KR x_t, t)
 score_h(t, s) = tau (qn_h . W_UK,h z_s + qr_h . kr_s),  s <= t
 y_t = W_O concat_h(sum_s softmax_s(score_h)(t, s) W_UV,h z_s) (+ b)
 
+With kv_gate="expanded", z_t = c_t and W_UK,h z_s, W_UV,h z_s are multiplied by their head's part of g_s instead.
 With an encoder, W_DKV and W_KR read RMSNorm groups of W_E x_t (+ b) in the place of x_t.
 """
 
@@ -23,7 +24,7 @@ class Reference:
     logits: torch.Tensor
     hidden_states: list[torch.Tensor] = field(default_factory=list)
     attentions: list[torch.Tensor] = field(default_factory=list)
-    gated_latents: list[torch.Tensor] = field(default_factory=list)
+    latents: list[torch.Tensor] = field(default_factory=list)  # as they are cached
     rope_keys: list[torch.Tensor] = field(default_factory=list)
 
 
@@ -116,7 +117,7 @@ def reference_forward(config, state_dict, input_ids, positions=None) -> Referenc
     weights = {name: tensor.detach().double() for name, tensor in state_dict.items()}
     rows = [_sequence(config, weights, ids.tolist(), positions) for ids in input_ids]
     joined = Reference(torch.stack([row.logits for row in rows]))
-    for name in ("hidden_states", "attentions", "gated_latents", "rope_keys"):
+    for name in ("hidden_states", "attentions", "latents", "rope_keys"):
         values = zip(*(getattr(row, name) for row in rows), strict=True)
         setattr(joined, name, [torch.stack(value) for value in values])
     return joined
@@ -208,7 +209,7 @@ def _attention(config, layer, weights, inputs, ids, embedding, positions, result
     rotates = layer not in (config.nope_layers or [])
     tau = softmax_scale(config)
 
-    latents, rope_keys, queries = [], [], []
+    latents, gates, rope_keys, queries = [], [], [], []
     for x, token, position in zip(inputs, ids, positions, strict=True):
         compressed = _linear(weights, "self_attn.kv_a_proj_with_mqa", _features(config, weights, x))
         latent, rope_key = compressed[:R], compressed[R:]
@@ -224,7 +225,9 @@ def _attention(config, layer, weights, inputs, ids, embedding, positions, result
                 weights["self_attn.kv_gate_norm.bias"],
                 config.rms_norm_eps,
             )
-            latent = latent * g
+            if config.kv_gate == "latent":
+                latent = latent * g
+            gates.append(g)
         latents.append(latent)
         rope_key = _group_norm(weights, "self_attn.k_norm", rope_key, config.rms_norm_eps)
         if rotates:
@@ -241,6 +244,12 @@ def _attention(config, layer, weights, inputs, ids, embedding, positions, result
         queries.append(query.view(heads, N + P))
 
     up = weights["self_attn.kv_b_proj.weight"].view(heads, N + V, R)
+    # Each head's keys and values of each token, `[T][H]` vectors of N + V.
+    expanded = [[up[h] @ latent for h in range(heads)] for latent in latents]
+    if config.kv_gate == "expanded":
+        for s, g in enumerate(gates):
+            for h in range(heads):
+                expanded[s][h] = expanded[s][h] * g[h * (N + V) : (h + 1) * (N + V)]
     attention = torch.zeros(heads, len(ids), len(ids), dtype=torch.float64)
     outputs = []
     for t, position in enumerate(positions):
@@ -252,13 +261,13 @@ def _attention(config, layer, weights, inputs, ids, embedding, positions, result
                 rope = _group_norm(weights, "self_attn.q_norm", rope, config.rms_norm_eps)
             if rotates:
                 rope = turn(rope, position, frequencies, scale, config.rope_interleave)
-            scores = [tau * float(nope @ (up[h, :N] @ latents[s]) + rope @ rope_keys[s]) for s in range(t + 1)]
+            scores = [tau * float(nope @ expanded[s][h][:N] + rope @ rope_keys[s]) for s in range(t + 1)]
             exponentials = [math.exp(score - max(scores)) for score in scores]
             shares = [exponential / sum(exponentials) for exponential in exponentials]
             attention[h, t, : t + 1] = torch.tensor(shares, dtype=torch.float64)
-            joined.append(sum(share * (up[h, N:] @ latents[s]) for s, share in enumerate(shares)))
+            joined.append(sum(share * expanded[s][h][N:] for s, share in enumerate(shares)))
         outputs.append(_linear(weights, "self_attn.o_proj", torch.cat(joined)))
     result.attentions.append(attention)
-    result.gated_latents.append(torch.stack(latents))
+    result.latents.append(torch.stack(latents))
     result.rope_keys.append(torch.stack(rope_keys))
     return outputs

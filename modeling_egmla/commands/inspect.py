@@ -33,6 +33,7 @@ def inspect(
     from egmla.evaluation.accounting import (
         PARTS,
         cache_elements_per_layer,
+        cache_id_bytes,
         cache_windows,
         count_parameters,
         meta_model,
@@ -62,17 +63,19 @@ def inspect(
             table.add_row(f"parameters: {part}", f"{in_units(counts[part])} ({counts[part]:,})")
     table.add_row("parameters: all", f"{in_units(sum(counts.values()))} ({sum(counts.values()):,})")
     table.add_section()
-    elements = sum(per_layer)
+    elements, ids = sum(per_layer), cache_id_bytes(config)
     table.add_row("cache elements per token", f"{elements:,}")
     table.add_row("  of each layer", _short(per_layer if len(set(per_layer)) > 1 else per_layer[0]))
-    table.add_row("cache bytes per token, bf16", f"{2 * elements:,}")
+    table.add_row("cache bytes per token, bf16", f"{2 * elements + ids:,}")
+    if ids:
+        table.add_row("  of them the token's id, for all layers", f"{ids}")
     limited = sorted({window for window in windows if window is not None})
     if limited:
         table.add_row("  layers with a sliding window", f"{sum(window is not None for window in windows)}")
         table.add_row("  tokens these cache at most", ", ".join(f"{window:,}" for window in limited))
     for context in CONTEXTS:
         held = sum(count * min(context, window or context) for count, window in zip(per_layer, windows, strict=True))
-        table.add_row(f"  at {context // 1024}K tokens", in_bytes(2 * held))
+        table.add_row(f"  at {context // 1024}K tokens", in_bytes(2 * held + ids * context))
     console().print(table)
 
 

@@ -82,10 +82,16 @@ def decode_attention_flops(config: PreTrainedConfig, context: int) -> int:
 
     Scores and their use, a multiplication and an addition counting as two: `2 S H (2R + P)` in the latent space of
     EG-MLA; `2 S H (N + P + V)` and the expansion `2 S R H (N + V)` where a latent cache is expanded in each step, as
-    Transformers' DeepSeek does; `4 S H d` otherwise. Derived in the design, performance arithmetic 1.2.
+    Transformers' DeepSeek does, and `2 S E H (N + V)` more for expanded gates; `4 S H d` otherwise. Derived in the
+    design, performance arithmetic 1.2.
     """
     fields: Any = config
     heads, layers = fields.num_attention_heads, fields.num_hidden_layers
+    if config.model_type == "egmla" and fields.kv_gate == "expanded":
+        N, P, V = fields.qk_nope_head_dim, fields.qk_rope_head_dim, fields.v_head_dim
+        gate = fields.kv_gate_embedding_dim or fields.hidden_size
+        widths = [(N + P + V) + (rank + gate) * (N + V) for rank in fields.layer_kv_lora_ranks]
+        return 2 * context * heads * sum(widths)
     if config.model_type == "egmla":
         widths = [2 * rank + fields.qk_rope_head_dim for rank in fields.layer_kv_lora_ranks]
         return 2 * context * heads * sum(widths)
@@ -136,6 +142,11 @@ def cache_elements_per_layer(model: PreTrainedModel, tokens: int = 4) -> list[in
 
     # The difference of two lengths, so that what a layer holds whatever the length is not counted as per token.
     return [(more - less) // tokens for more, less in zip(held(2 * tokens), held(tokens), strict=True)]
+
+
+def cache_id_bytes(config: PreTrainedConfig) -> int:
+    """Bytes cached per token beside the elements of the layers, once for all of them: its id, for expanded gates."""
+    return getattr(config, "cache_id_bytes_per_token", 0)
 
 
 def cache_windows(model: PreTrainedModel) -> list[int | None]:

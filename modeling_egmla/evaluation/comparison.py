@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 import torch
 from transformers import PreTrainedModel
 
+from .accounting import cache_id_bytes
 from .decode_speed import time_decode
 from .perplexity import perplexity, token_windows
 
@@ -80,7 +81,7 @@ def compare(
         rows.append(
             ComparisonRow(
                 model=name,
-                cache_elements_per_token=bytes_per_token // model.dtype.itemsize,
+                cache_elements_per_token=(bytes_per_token - cache_id_bytes(model.config)) // model.dtype.itemsize,
                 cache_bytes_per_token=bytes_per_token,
                 perplexity=perplexities[name],
                 decode_tokens_per_second=timing.tokens_per_second,

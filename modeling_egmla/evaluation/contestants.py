@@ -18,7 +18,7 @@ from egmla import EGMLACache, EGMLAConfig
 from egmla.cache_egmla import KEPT_FIRST_TOKENS
 from egmla.quantization_egmla import SCALE_DTYPE, element_group_size, token_group_size
 
-from .accounting import cache_elements_per_layer, cache_windows, meta_model
+from .accounting import cache_elements_per_layer, cache_id_bytes, cache_windows, meta_model
 from .decode_speed import CacheMaker
 
 
@@ -87,8 +87,8 @@ class Contestant:
         role (`str`): which of a subject's models it is.
         cache (*optional*): makes its empty cache; the model's default (a growing one) if none.
         compiled (`bool`): decodes in one graph of `torch.compile`.
-        cache_bytes (*optional*): bytes a sequence takes in its cache by formula, of (configuration, bytes of an
-            element in the model's format, tokens); elements times bytes times tokens if none.
+        cache_bytes (*optional*): bytes a sequence takes in its cache's layers by formula, of (configuration, bytes of
+            an element in the model's format, tokens); elements times bytes times tokens if none.
         tolerance (`float`, *optional*): of the parity gate, relative; for a cache that is not exact.
     """
 
@@ -298,16 +298,18 @@ class Models:
 
     def cache_bytes(self, contestant: Contestant, tokens: int) -> int:
         """Bytes that a sequence of `tokens` takes in a contestant's cache by formula, all layers."""
+        config, itemsize = self.subject.roles[contestant.role].config, self.dtype.itemsize
+        ids = cache_id_bytes(config) * tokens
         if contestant.cache_bytes is not None:
-            return contestant.cache_bytes(self.subject.roles[contestant.role].config, self.dtype.itemsize, tokens)
-        return sum(self.cache_elements(contestant.role)) * self.dtype.itemsize * tokens
+            return contestant.cache_bytes(config, itemsize, tokens) + ids
+        return sum(self.cache_elements(contestant.role)) * itemsize * tokens + ids
 
     def case_bytes(self, contestant: Contestant, batch_size: int, room: int, new_tokens: int = 1) -> tuple[int, int]:
         """Memory that a contestant takes beyond its weights with `room` tokens cached, in bytes; an estimate.
 
         Held: the cache with its slack. On the way, while it is its turn: the longer copy of a growing cache's layer,
-        DeepSeek's expanded keys and values (in fp32 again where the fused kernel does not take them), hidden states
-        and logits.
+        expanded keys and values (DeepSeek's in fp32 again where the fused kernel does not take them) with their gates,
+        hidden states and logits.
         """
         config: Any = self.subject.roles[contestant.role].config
         itemsize, elements = self.dtype.itemsize, self.cache_elements(contestant.role)
@@ -318,6 +320,11 @@ class Models:
             width = 2 * (N + V) + (N + P) + V if itemsize == 4 else 2 * (N + V) + 2 * (N + P + V)
             layer += batch_size * room * config.num_attention_heads * width * itemsize
             layer += batch_size * room * config.num_attention_heads * new_tokens * 4 * 2  # its scores
+        elif cache_id_bytes(config):  # expanded gates: their input, two steps of their making, and what they gate
+            N, P, V = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
+            width = config.num_attention_heads * (4 * (N + V) + 2 * (N + P + V))
+            width += 2 * (config.kv_gate_embedding_dim or config.hidden_size)
+            layer += batch_size * room * width * itemsize
         if contestant.cache is None:
             cached *= GROWING_SLACK if config.model_type == "egmla" else 1
             layer += 2 * max(elements) * 4 * room  # the noise it is filled with, in fp32

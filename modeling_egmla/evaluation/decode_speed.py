@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, StaticLayer
 
-from .accounting import cache_nbytes
+from .accounting import cache_id_bytes, cache_nbytes
 from .timing import Timer
 
 
@@ -104,6 +104,11 @@ def synthetic_cache(
     if context == 1:
         return filled
     generator = torch.Generator(model.device).manual_seed(seed)
+    if cache_id_bytes(model.config):
+        shape = (batch_size, context - 1)
+        filled.append_token_ids(
+            torch.randint(model.config.vocab_size, shape, generator=generator, device=model.device)
+        )
     for index, layer in enumerate(filled.layers):
         # DynamicCache holds keys and values, EGMLACache latents and rotary keys, under the same names; static layers
         # have empty slots behind.

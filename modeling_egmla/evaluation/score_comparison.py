@@ -249,7 +249,7 @@ def _run(loaded, model, arguments, task, manager, limit, num_fewshot, batch_size
     """One model on one task: results in lm-eval's format, and each question's values."""
     from lm_eval import simple_evaluate
 
-    from .accounting import cache_elements_per_layer
+    from .accounting import cache_elements_per_layer, cache_id_bytes
 
     results: Any = simple_evaluate(
         model=loaded,
@@ -279,7 +279,7 @@ def _run(loaded, model, arguments, task, manager, limit, num_fewshot, batch_size
     elements = sum(cache_elements_per_layer(loaded.model))
     return {
         "cache_elements_per_token": elements,
-        "cache_bytes_per_token": elements * loaded.model.dtype.itemsize,
+        "cache_bytes_per_token": elements * loaded.model.dtype.itemsize + cache_id_bytes(loaded.model.config),
         "results": results,
         "questions": questions,
     }

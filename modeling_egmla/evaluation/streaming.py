@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TextStreamer
 
-from .accounting import cache_nbytes
+from .accounting import cache_id_bytes, cache_nbytes
 
 
 @dataclass
@@ -131,7 +131,7 @@ def stream_answer(
         cached_tokens=cached_tokens,
         cache_used_bytes=used,
         cache_allocated_bytes=allocated,
-        cache_elements_per_token=used / model.dtype.itemsize / cached_tokens,
+        cache_elements_per_token=(used / cached_tokens - cache_id_bytes(model.config)) / model.dtype.itemsize,
         cache_layers=len(cache.layers),
     )
 
