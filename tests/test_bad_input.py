@@ -66,8 +66,8 @@ BAD_CONFIGS = {
     ),
     "layer without rotation": ({"nope_layers": [0, 2]}, ["nope_layers=[0, 2]", "each from 0 to 1", "use None"]),
     "gate unknown": (
-        {"kv_gate": "expanded"},
-        ["kv_gate='expanded'", "known gates are 'latent', None", "use one of them"],
+        {"kv_gate": "output"},
+        ["kv_gate='output'", "known gates are 'latent', 'expanded', None", "use one of them"],
     ),
     "table without a gate": (
         {"kv_gate": None, "kv_gate_embedding_dim": 16},

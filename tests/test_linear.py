@@ -8,7 +8,7 @@ from cases import tiny_model, token_ids
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from egmla.linear_egmla import ONEDNN_LINEAR, EGMLALinear
+from egmla.linear_egmla import FEW_ROWS, ONEDNN_LINEAR, EGMLALinear
 
 
 needs_onednn = pytest.mark.skipif(ONEDNN_LINEAR is None, reason="this PyTorch has no oneDNN")
@@ -72,7 +72,8 @@ def test_only_plain_inference_in_fp32_takes_the_other_kernel():
     ours, _ = pair()
     inputs = torch.randn(2, 24)
     with torch.no_grad():
-        assert uses_onednn(ours, inputs)
+        assert uses_onednn(ours, inputs) and uses_onednn(ours, torch.randn(FEW_ROWS, 24))
+        assert not uses_onednn(ours, torch.randn(FEW_ROWS + 1, 24))
         assert not uses_onednn(pair(dtype=torch.bfloat16)[0], inputs.bfloat16())
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert not uses_onednn(ours, inputs)
