@@ -620,13 +620,11 @@ class EGMLACache(Cache):
 
     def early_initialization(self, batch_size: int, num_heads=None, head_dim=None, dtype=None, device=None):
         """Allocates all layers now. The widths come from the config, so `num_heads` and `head_dim` are not needed."""
-        for layer in self.layers:
-            if not layer.is_initialized:
-                empty = torch.empty((batch_size, 1, 0, layer.width), dtype=dtype, device=device)
-                layer.lazy_initialization(empty, empty)
-        if self.token_ids is not None and not self.token_ids.is_initialized:
-            empty = torch.empty((batch_size, 1, 0, 1), dtype=TOKEN_ID_DTYPE, device=device)
-            self.token_ids.lazy_initialization(empty, empty)
+        for holder in self._holders:
+            if not holder.is_initialized:
+                kind = TOKEN_ID_DTYPE if holder is self.token_ids else dtype
+                empty = torch.empty((batch_size, 1, 0, holder.width), dtype=kind, device=device)
+                holder.lazy_initialization(empty, empty)
 
     @property
     def _holders(self) -> list[Any]:

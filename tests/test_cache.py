@@ -237,6 +237,27 @@ def test_append_returns_a_view_of_all_entries(cache):
     assert given.data_ptr() == cache.layers[0].buffer.data_ptr()
 
 
+def check_selections(cache, fill, assert_holds):
+    """Sequences reordered, selected and repeated, and appended to: 130 tokens of 0, 0, 0, 2, 2, 2 in the end."""
+    fill(cache, [0, 1, 2], 0, 70)
+    cache.reorder_cache(torch.tensor([2, 0, 0]))
+    assert_holds(cache, [2, 0, 0], 70)
+    cache.batch_select_indices(torch.tensor([1, 0]))
+    assert_holds(cache, [0, 2], 70)
+    cache.batch_repeat_interleave(3)
+    assert_holds(cache, [0, 0, 0, 2, 2, 2], 70)
+    fill(cache, [0, 0, 0, 2, 2, 2], 70, 130)
+
+
+def call_every_operation(cache):
+    """What an empty cache must bear."""
+    cache.reorder_cache(torch.tensor([0]))
+    cache.batch_repeat_interleave(2)
+    cache.batch_select_indices(torch.tensor([0]))
+    cache.crop(-2)
+    cache.reset()
+
+
 def test_reorder(cache):
     fill(cache, [0, 1, 2], 0, 70)
     cache.reorder_cache(torch.tensor([2, 0, 0]))
@@ -281,11 +302,7 @@ def test_reset(cache):
 
 
 def test_operations_on_an_empty_cache(cache):
-    cache.reorder_cache(torch.tensor([0]))
-    cache.batch_repeat_interleave(2)
-    cache.batch_select_indices(torch.tensor([0]))
-    cache.crop(-2)
-    cache.reset()
+    call_every_operation(cache)
     assert cache.get_seq_length() == 0 and cache.nbytes == 0 and cache.allocated_nbytes == 0
     assert cache.layers[0].keys is None and cache.layers[0].values is None
     fill(cache, [0], 0, 2)

@@ -10,7 +10,7 @@ import torch
 from cases import BASE, EXPANDED_CASES, MODEL_CASES, difference, make_tokenizer, tiny_config, token_ids
 from cases import tiny_model as make_model
 from huggingface_hub.errors import StrictDataclassClassValidationError
-from test_cache import storage_bytes
+from test_cache import call_every_operation, check_selections, storage_bytes
 from transformers import DynamicCache, StaticCache
 from typer.testing import CliRunner
 
@@ -311,14 +311,7 @@ def test_growth_keeps_every_id(cache):
 
 
 def test_operations_of_generation(cache):
-    fill(cache, [0, 1, 2], 0, 70)
-    cache.reorder_cache(torch.tensor([2, 0, 0]))
-    assert_holds(cache, [2, 0, 0], 70)
-    cache.batch_select_indices(torch.tensor([1, 0]))
-    assert_holds(cache, [0, 2], 70)
-    cache.batch_repeat_interleave(3)
-    assert_holds(cache, [0, 0, 0, 2, 2, 2], 70)
-    fill(cache, [0, 0, 0, 2, 2, 2], 70, 130)
+    check_selections(cache, fill, assert_holds)
     cache.crop(-90)
     assert_holds(cache, [0, 0, 0, 2, 2, 2], 40)
     fill(cache, [0, 0, 0, 2, 2, 2], 40, 50)
@@ -335,11 +328,7 @@ def test_operations_of_generation(cache):
 
 
 def test_operations_on_an_empty_cache(cache):
-    cache.reorder_cache(torch.tensor([0]))
-    cache.batch_repeat_interleave(2)
-    cache.batch_select_indices(torch.tensor([0]))
-    cache.crop(-2)
-    cache.reset()
+    call_every_operation(cache)
     assert cache.get_seq_length() == cache.nbytes == cache.allocated_nbytes == 0
     fill(cache, [0], 0, 2)
     assert_holds(cache, [0], 2)

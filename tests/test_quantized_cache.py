@@ -6,7 +6,7 @@ import pytest
 import torch
 from cases import BASE, CORE_CASES, difference, token_ids
 from cases import tiny_model as make_model
-from test_cache import Spy, storage_bytes
+from test_cache import Spy, call_every_operation, check_selections, storage_bytes
 
 from egmla import EGMLACache, EGMLAConfig, quantization_egmla
 from egmla import modeling_egmla as modeling
@@ -269,14 +269,7 @@ def test_growth_keeps_every_token(cache):
 
 
 def test_operations_of_generation(cache):
-    fill(cache, [0, 1, 2], 0, 70)
-    cache.reorder_cache(torch.tensor([2, 0, 0]))
-    assert_holds(cache, [2, 0, 0], 70)
-    cache.batch_select_indices(torch.tensor([1, 0]))
-    assert_holds(cache, [0, 2], 70)
-    cache.batch_repeat_interleave(3)
-    assert_holds(cache, [0, 0, 0, 2, 2, 2], 70)
-    fill(cache, [0, 0, 0, 2, 2, 2], 70, 130)
+    check_selections(cache, fill, assert_holds)
     assert_holds(cache, [0, 0, 0, 2, 2, 2], 130)
     cache.reset()
     assert cache.get_seq_length() == cache.nbytes == cache.allocated_nbytes == storage_bytes(cache) == 0
@@ -308,11 +301,7 @@ def test_crop(cache, removed):
 
 
 def test_operations_on_an_empty_cache(cache):
-    cache.reorder_cache(torch.tensor([0]))
-    cache.batch_repeat_interleave(2)
-    cache.batch_select_indices(torch.tensor([0]))
-    cache.crop(-2)
-    cache.reset()
+    call_every_operation(cache)
     cache.layers[0].offload()
     cache.layers[0].prefetch()
     assert cache.get_seq_length() == 0 and cache.nbytes == cache.allocated_nbytes == 0

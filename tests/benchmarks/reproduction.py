@@ -26,7 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from egmla import EGMLAConfig, EGMLAForCausalLM
 from egmla.commands.common import quiet_transformers
-from egmla.evaluation.accounting import cache_elements_per_layer, meta_model
+from egmla.evaluation.accounting import cache_elements_per_layer, count_parameters, meta_model
 from egmla.training.run import Job, run_job
 from egmla.training.scratch import DEFAULTS, scratch_settings, train_tokenizer
 from egmla.training.workspace import Place
@@ -102,15 +102,6 @@ def make_model(config: Any, seed: int) -> Any:
     return model
 
 
-def parameters(config: Any) -> dict[str, int]:
-    """Parameters of a model: embedding, gate tables, gates' matrices and norms, all others."""
-    counts = {"embedding": 0, "gate_tables": 0, "gates": 0, "others": 0}
-    for name, parameter in meta_model(config).named_parameters():
-        kind = "gate_tables" if "kv_gate_embedding" in name else "gates" if "kv_gate_" in name else "others"
-        counts["embedding" if "embed_tokens" in name else kind] += parameter.numel()
-    return counts
-
-
 def run(variant: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     """Trains one variant with one seed; goes on where it was interrupted."""
     settings = scratch_settings(
@@ -147,7 +138,7 @@ def run(variant: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
         "loss": report["evaluations"][-1]["loss"],
         "evaluations": [[row["tokens"], row["loss"]] for row in report["evaluations"]],
         "cache_elements": sum(cache_elements_per_layer(meta_model(config))),
-        "parameters": parameters(config),
+        "parameters": count_parameters(meta_model(config)),
         "seconds": round(time.time() - started, 1),
         "resumed": report["resumed_at_step"] > 0,
         "commit": report["commit"],
@@ -193,9 +184,10 @@ def make_table(rows: list[dict[str, Any]]) -> str:
     ]
     for variant in [name for name in VARIANTS if name in losses]:
         counts = of[variant]["parameters"]
+        others = sum(counts.values()) - counts["embeddings"] - counts["gate tables"]
+        loss = shown(interval(list(losses[variant].values())))
         lines.append(
-            f"| {variant} | {of[variant]['cache_elements']} | {counts['others'] + counts['gates']:,} | "
-            f"{counts['gate_tables']:,} | {shown(interval(list(losses[variant].values())))} | "
+            f"| {variant} | {of[variant]['cache_elements']} | {others:,} | {counts['gate tables']:,} | {loss} | "
             f"{len(losses[variant])} |"
         )
     lines += ["", "| difference of losses, paired by seed | 95 % | seeds |", "| --- | ---: | ---: |"]
@@ -260,13 +252,10 @@ def main() -> None:
     parser.add_argument("--eval-every", type=int, default=75, help="optimiser steps")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--variants", default=",".join(VARIANTS).replace(", ", "; "), help="by ',', as 'MLA r,MHA'")
+    parser.add_argument("--variant", action="append", choices=VARIANTS, help="repeatable; all by default")
     parser.add_argument("--report", action="store_true", help="train nothing, only write table and plot")
     options = parser.parse_args()
-    chosen = [name.replace("; ", ", ") for name in options.variants.split(",")]
-    for name in chosen:
-        if name not in VARIANTS:
-            sys.exit(f"{name!r} is no variant; there is {'; '.join(VARIANTS)} (write '; ' where a name has ', ').")
+    chosen = options.variant or list(VARIANTS)
     if not options.report and not (options.data and options.eval_data):
         sys.exit("Name text to train on and held-out text: --data FILE --eval-data FILE.")
 
