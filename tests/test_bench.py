@@ -21,7 +21,7 @@ from egmla.evaluation.bench import BenchSettings, pack, run_bench
 from egmla.evaluation.bench_report import REPORT, share_of_ceiling, slopes
 from egmla.evaluation.contestants import Contestant, Models, compiled_graphs, compiling, pair_subject, shape_subject
 from egmla.evaluation.decode_speed import DecodeTiming, pair_ratios, rewind, synthetic_cache, time_decode, time_prefill
-from egmla.evaluation.machine import measure_bandwidth
+from egmla.evaluation.machine import Limits, measure_limits
 from egmla.evaluation.memory import measure_apart
 from egmla.evaluation.parity import check_parity, gates_at_identity
 from egmla.evaluation.timing import Timer
@@ -102,7 +102,8 @@ def test_every_case_has_its_figures(measured):
         (16, batch, name) for batch in (1, 2) for name in NAMES
     }
     assert all(row["tokens_per_second"] == row["batch"] * 16 / row["seconds"] for row in report["prefill"])
-    assert {"gemv_bytes_per_second", "read_bytes_per_second"} == set(report["bandwidth"]["float32"])
+    names = {"gemv_bytes_per_second", "read_bytes_per_second", "product_flops_per_second"}
+    assert names == set(report["limits"]["float32"])
     assert not report["skipped"]
     assert ("Parity gate", 1, 1) in stages and ("tiny, float32, batch 2, 128 tokens", 10, 10) in stages
 
@@ -150,6 +151,8 @@ def test_slopes_leave_short_contexts_out():
                 "cache_bytes_read": 1000 * context,
                 "gemv_bytes_per_second": 4e8,
                 "read_bytes_per_second": 1e9,
+                "flops_per_token": 5000 + 1500 * context,
+                "product_flops_per_second": 1e9,
             },
         }
         for context, ms in ((512, 99.0), (2048, 10.0), (8192, 22.0), (32768, 70.0))
@@ -160,6 +163,9 @@ def test_slopes_leave_short_contexts_out():
     assert row["ms_per_1024_tokens"] == pytest.approx(2.0)
     assert row["read_ms_per_1024_tokens"] == pytest.approx(1.024)
     assert row["times_read"] == pytest.approx(2.0 / 1.024)
+    # 1,500 operations a token at 1e9 per second take longer.
+    assert row["product_ms_per_1024_tokens"] == pytest.approx(1.536)
+    assert row["times_limit"] == pytest.approx(2.0 / 1.536)
     assert slopes({"decode": rows[:1]}) == []
 
 
@@ -264,9 +270,14 @@ def test_cpu_is_timed_by_the_clock():
     assert timer.peak_bytes() is None
 
 
-def test_bandwidth_is_of_all_bytes():
-    figures = measure_bandwidth(torch.bfloat16, CPU, 2**16, sweeps=1)
-    assert all(value > 0 for value in figures.values())
+def test_limits_count_bytes_and_operations(monkeypatch):
+    seconds = iter([2.0, 4.0, 8.0])
+    monkeypatch.setattr(Timer, "measure", lambda self, work: (work(), next(seconds)))
+    assert measure_limits(Limits(torch.bfloat16, CPU, 2**15)) == {  # one matrix of 128 x 128
+        "gemv_bytes_per_second": 2**15 / 2,
+        "read_bytes_per_second": 2**15 / 4,
+        "product_flops_per_second": 2 * 128**3 / 8,
+    }
 
 
 # the gate

@@ -645,13 +645,17 @@ def test_token_classification(name):
 
 @torch.no_grad()
 @pytest.mark.skipif(not shutil.which("c++") and not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
-def test_compiled_decode_step_does_not_recompile():
-    """One graph, no breaks, over ten steps of a fixed cache, with the logits of the uncompiled model."""
+@pytest.mark.parametrize("batch", [1, 2])
+def test_compiled_decode_step_does_not_recompile(batch):
+    """One graph, no breaks, over ten steps of a fixed cache, with the logits of the uncompiled model.
+
+    A single sequence has linear layers of its own: sums instead of products.
+    """
     from torch._dynamo.utils import counters
 
     torch._dynamo.reset()
     counters.clear()
-    model, ids = tiny_model("table-gate", num_hidden_layers=1), token_ids(2, 20)
+    model, ids = tiny_model("table-gate", num_hidden_layers=1), token_ids(batch, 20)
     expected = model(ids, use_cache=False).logits
     cache = EGMLACache(model.config, max_cache_len=32)
     model(ids[:, :8], past_key_values=cache)

@@ -18,7 +18,7 @@ from .accounting import decode_flops, swept_weight_bytes
 from .bench_report import REPORT, open_report, share_of_ceiling, slopes
 from .contestants import OUR_ROLES, Contestant, Models, Subject, check_lengths, compiled_graphs, compiling
 from .decode_speed import DecodeTiming, pair_ratios, time_decode, time_prefill
-from .machine import SWEEP_BYTES, Bandwidth, device_bytes, load_average, measure_bandwidth
+from .machine import SWEEP_BYTES, Limits, device_bytes, load_average, measure_limits, median_limits
 from .memory import measure_apart
 from .parity import check_parity
 from .plots import check_matplotlib, plot_bench
@@ -47,7 +47,7 @@ class BenchSettings:
         prefill_tokens (`int`): tokens of the prompts that prefill is timed on; 0 leaves it out.
         memory_tokens (`int`): tokens decoded in a process of its own per case, whose memory is followed; 0 for none.
         device (`str`): where to run.
-        sweep_bytes (`int`): bytes of the matrices that the bandwidth is measured on.
+        sweep_bytes (`int`): bytes of the matrices that the machine's limits are measured on.
     """
 
     contexts: tuple[int, ...] = (512, 2048, 8192, 32768)
@@ -123,7 +123,7 @@ def run_bench(
         say (*optional*): called with what a reader should know meanwhile.
 
     Returns:
-        `dict`: settings, machine, parity, bandwidth, and rows: `decode`, `ratios`, `prefill`, `memory`, `skipped`,
+        `dict`: settings, machine, parity, limits, and rows: `decode`, `ratios`, `prefill`, `memory`, `skipped`,
         `slopes`.
 
     Raises:
@@ -271,9 +271,6 @@ class _Bench:
             if not self.unfinished(subject, dtype):
                 continue
             models = Models(subject, getattr(torch, dtype), self.device)
-            if dtype not in self.report["bandwidth"]:
-                figures = measure_bandwidth(models.dtype, self.device, self.settings.sweep_bytes)
-                self.report["bandwidth"][dtype] = figures
             for case in self.cases(subject, dtype):
                 if self.settings.prefill_tokens and case.context == self.settings.contexts[0]:
                     prompt = _Case(case.subject, case.dtype, case.batch, self.settings.prefill_tokens)
@@ -326,9 +323,9 @@ class _Bench:
 
     def _decode_group(self, case: _Case, group: Mapping[str, Contestant], models: Models) -> None:
         settings = self.settings
-        bandwidth = Bandwidth(models.dtype, self.device, settings.sweep_bytes)
-        bandwidth.gemv(), bandwidth.read()
-        swept: list[tuple[float, float]] = []
+        limits = Limits(models.dtype, self.device, settings.sweep_bytes)
+        measure_limits(limits)
+        measured: list[dict[str, float]] = []
         with compiling() as compiled:
             runners: dict[str, Any] = {}
             for name, contestant in group.items():
@@ -344,15 +341,16 @@ class _Bench:
                 first_warmup=settings.first_warmup,
                 batch_size=case.batch,
                 turn_seconds=settings.turn_seconds,
-                before_round=lambda: swept.append((bandwidth.gemv(), bandwidth.read())),
+                before_round=lambda: measured.append(measure_limits(limits)),
                 progress=lambda done, total: self.progress(str(case), done, total),
             )
             # One graph each is enough where no size changes.
             recompilations = compiled_graphs() - sum(contestant.compiled for contestant in group.values())
-        gemv, read = map(statistics.median, zip(*swept, strict=True))
+        found = median_limits(measured)
+        self.report["limits"].setdefault(case.dtype, found)
         new = self.pending("decode", case, list(group))
         for name in new:
-            row = self._decode_row(case, name, group[name], timings[name], models, gemv, read)
+            row = self._decode_row(case, name, group[name], timings[name], models, found)
             if group[name].compiled:
                 row["recompilations"] = max(0, recompilations)
             self.report["decode"].append(row)
@@ -378,8 +376,7 @@ class _Bench:
         contestant: Contestant,
         timing: DecodeTiming,
         models: Models,
-        gemv: float,
-        read: float,
+        limits: Mapping[str, float],
     ) -> dict[str, Any]:
         model = models.get(contestant.role)
         formula = models.cache_bytes(contestant, case.context) * case.batch
@@ -390,7 +387,8 @@ class _Bench:
             )
         weight_bytes = swept_weight_bytes(model)
         bytes_read = None if weight_bytes is None else weight_bytes + timing.cache_used_bytes
-        limit = max(gemv, read)
+        gemv = limits["gemv_bytes_per_second"]
+        limit = max(gemv, limits["read_bytes_per_second"])
 
         def share(bandwidth: float) -> float | None:
             return None if bytes_read is None else share_of_ceiling(bytes_read, bandwidth, timing.median)
@@ -409,8 +407,7 @@ class _Bench:
             "cache_formula_bytes": formula,
             "weight_bytes_swept": weight_bytes,
             "cache_bytes_read": timing.cache_used_bytes,
-            "gemv_bytes_per_second": gemv,
-            "read_bytes_per_second": read,
+            **limits,
             "ceiling_ms": None if bytes_read is None else 1e3 * bytes_read / limit,
             "share_of_ceiling": share(limit),
             "share_of_gemv": share(gemv),

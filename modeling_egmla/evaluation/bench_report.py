@@ -32,10 +32,10 @@ BANDWIDTHS = ("gemv_bytes_per_second", "read_bytes_per_second")
 
 
 def slopes(report: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """How time and the bytes read grow with the context, for each contestant measured at two long ones at least.
+    """How time, bytes and operations grow with the context, for each contestant measured at two long ones at least.
 
-    Both in milliseconds per 1,024 tokens of each sequence, by least squares; bytes over the higher of the measured
-    bandwidths, median.
+    In milliseconds per 1,024 tokens of each sequence, by least squares: bytes over the higher of the measured
+    bandwidths, operations over the speed of large products in the model's format, medians.
     """
     groups: dict[tuple, list[Mapping[str, Any]]] = {}
     for row in report["decode"]:
@@ -49,6 +49,8 @@ def slopes(report: Mapping[str, Any]) -> list[dict[str, Any]]:
         milliseconds = 1024 * _slope(contexts, [row["ms_median"] for row in chosen])
         bandwidth = statistics.median(max(row[name] for name in BANDWIDTHS) for row in chosen)
         read = 1024 * _slope(contexts, [1e3 * row["cache_bytes_read"] / bandwidth for row in chosen])
+        product = statistics.median(row["product_flops_per_second"] for row in chosen)
+        compute = 1024 * batch * _slope(contexts, [1e3 * row["flops_per_token"] / product for row in chosen])
         found.append(
             {
                 "subject": subject,
@@ -59,6 +61,8 @@ def slopes(report: Mapping[str, Any]) -> list[dict[str, Any]]:
                 "ms_per_1024_tokens": milliseconds,
                 "read_ms_per_1024_tokens": read,
                 "times_read": milliseconds / read,
+                "product_ms_per_1024_tokens": compute,
+                "times_limit": milliseconds / max(read, compute),
             }
         )
     return found
@@ -97,7 +101,7 @@ def open_report(output: Path, subjects: Sequence[Subject], settings: Mapping[str
     path = output / REPORT
     if not path.is_file():
         report: dict[str, Any] = {"settings": described, "commit": commit}
-        report |= {"machine": describe_machine(torch.device(device)), "subjects": shapes, "bandwidth": {}}
+        report |= {"machine": describe_machine(torch.device(device)), "subjects": shapes, "limits": {}}
         return report | {kind: [] for kind in KINDS}
     report = read_json(path, "remove it to measure again")
     if "settings" not in report or "decode" not in report:

@@ -1,9 +1,9 @@
-"""What this machine is and can do: memory left, memory of this process, processor, bandwidth of reading and GEMV."""
+"""What this machine is and can do: memory left, this process's memory, processor, speed of reading and products."""
 
 import os
 import platform
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from .timing import Timer
 SWEEP_BYTES = 512 * 2**20
 # Side of one of them, when there is room: larger gives no more.
 SIDE = 4096
+# Side of those that are multiplied with each other.
+PRODUCT_SIDE = 2048
 UNKNOWN_MACHINE_BYTES = 4 * 2**30
 
 
@@ -95,12 +97,13 @@ def reset_peak_resident() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-class Bandwidth:
-    """Bytes per second of sweeping matrices once each, by products with one vector and by a plain sum.
+class Limits:
+    """Bytes per second of sweeping matrices once each, and operations per second of products of large matrices.
 
     The product of a matrix with a vector is what decoding at batch 1 does with weights, in the kernel of `nn.Linear`
     or, where EG-MLA's layers have another, the faster of the two. A plain sum may read faster than either, and what is
-    compiled comes near it.
+    compiled comes near it. Attention of all heads over one latent does so many operations per byte that it may be the
+    operations it waits for.
 
     Args:
         dtype (`torch.dtype`): number format of the matrices.
@@ -134,6 +137,14 @@ class Bandwidth:
         _, seconds = self._timer.measure(lambda: [matrix.view(torch.float32).sum() for matrix in self.matrices])
         return self.nbytes / seconds
 
+    @torch.no_grad()
+    def multiply(self) -> float:
+        """Floating point operations per second of one product of square matrices, multiply and add being two."""
+        side = min(PRODUCT_SIDE, self.matrices[0].shape[0])
+        matrix = self.matrices[0][:side, :side].contiguous()
+        _, seconds = self._timer.measure(lambda: matrix @ matrix)
+        return 2 * side**3 / seconds
+
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
     """Processor, cores, threads and memory, for reports."""
@@ -155,11 +166,19 @@ def load_average() -> float | None:
         return None
 
 
-def measure_bandwidth(dtype: torch.dtype, device: torch.device, nbytes: int = SWEEP_BYTES, sweeps: int = 5) -> dict:
-    """Medians of `Bandwidth` over some sweeps after one that is not counted, in bytes per second."""
-    bandwidth = Bandwidth(dtype, device, nbytes)
-    figures = {}
-    for name in ("gemv", "read"):
-        found = [getattr(bandwidth, name)() for _ in range(sweeps + 1)]
-        figures[f"{name}_bytes_per_second"] = statistics.median(found[1:])
-    return figures
+# How `measure_limits` names what it finds, and by which method of `Limits`.
+LIMITS = {
+    "gemv_bytes_per_second": Limits.gemv,
+    "read_bytes_per_second": Limits.read,
+    "product_flops_per_second": Limits.multiply,
+}
+
+
+def measure_limits(limits: Limits) -> dict[str, float]:
+    """Each of `LIMITS`, measured once."""
+    return {name: measure(limits) for name, measure in LIMITS.items()}
+
+
+def median_limits(measured: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The medians of what `measure_limits` gave."""
+    return {name: statistics.median(row[name] for row in measured) for name in LIMITS}
