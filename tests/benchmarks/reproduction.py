@@ -78,6 +78,8 @@ CLAIMS = (
     ("EG-MLA r/4, expanded", "EG-MLA r/4, input"),
     ("MLA r", "MHA"),
 )
+# What runs must have in common to be compared.
+CONDITIONS = ("tokens", "batch_size", "eval_tokens", "learning_rate", "texts")
 # Two-sided 95 % points of Student's t by degrees of freedom.
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
@@ -110,7 +112,7 @@ def run(variant: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
         eval_tokens=options.eval_tokens,
         tokens=options.tokens,
         sequence_length=256,
-        batch_size=16,
+        batch_size=options.batch_size,
         learning_rate=options.learning_rate,
         seed=seed,
         eval_every=options.eval_every,
@@ -147,14 +149,9 @@ def run(variant: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def conditions(options: argparse.Namespace) -> dict[str, Any]:
-    """What runs must have in common to be compared: size, rate and texts (by content)."""
-    names = [*options.data, *options.eval_data]
-    return {
-        "tokens": options.tokens,
-        "eval_tokens": options.eval_tokens,
-        "learning_rate": options.learning_rate,
-        "texts": [sha256(Path(name).read_bytes()).hexdigest()[:16] for name in names],
-    }
+    """`CONDITIONS` of this command; texts by content."""
+    texts = [sha256(Path(name).read_bytes()).hexdigest()[:16] for name in (*options.data, *options.eval_data)]
+    return {name: texts if name == "texts" else getattr(options, name) for name in CONDITIONS}
 
 
 def interval(values: list[float]) -> tuple[float, float | None]:
@@ -236,7 +233,7 @@ def read_results(path: Path) -> list[dict[str, Any]]:
         SystemExit: when they are not of one experiment.
     """
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-    for name in ("tokens", "eval_tokens", "learning_rate", "texts"):
+    for name in CONDITIONS:
         if len({json.dumps(row[name]) for row in lines}) > 1:
             sys.exit(f"{path} has runs of different {name}, which cannot be compared; give each its own --output.")
     return list({(row["variant"], row["seed"]): row for row in lines}.values())
@@ -247,9 +244,10 @@ def main() -> None:
     parser.add_argument("--data", action="append", default=[], help="text to train on, repeatable")
     parser.add_argument("--eval-data", action="append", default=[], help="held-out text, repeatable")
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--tokens", type=int, default=1_500_000)
+    parser.add_argument("--tokens", type=int, default=1_000_000)
+    parser.add_argument("--batch-size", type=int, default=8, help="sequences of 256 tokens per optimiser step")
     parser.add_argument("--eval-tokens", type=int, default=65_536)
-    parser.add_argument("--eval-every", type=int, default=75, help="optimiser steps")
+    parser.add_argument("--eval-every", type=int, default=160, help="optimiser steps")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--variant", action="append", choices=VARIANTS, help="repeatable; all by default")
