@@ -694,10 +694,14 @@ def test_prefill_uses_the_fused_kernel_where_widths_differ(monkeypatch):
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["input-gate", "expanded gate"])
 def test_flex_attention_with_either_cache(name):
-    """Block masks: uncached, prefill into a growing and a fixed cache, and decoding behind it."""
-    model, ids = tiny_model(name, attn_implementation="flex_attention"), token_ids(1, 24)
+    """Block masks: uncached, prefill into a growing and a fixed cache, and decoding behind it.
+
+    Not as far as 24 tokens: without AVX-512, PyTorch 2.13's compiled kernel is wrong for heads of 16 elements and 24 or
+    40 keys (0.4 off by itself, without a model; heads of 32 to 128 elements are right).
+    """
+    model, ids = tiny_model(name, attn_implementation="flex_attention"), token_ids(1, 23)
     expected = tiny_model(name)(ids, use_cache=False).logits
     for cache in (EGMLACache(model.config), EGMLACache(model.config, max_cache_len=128)):
         logits = [model(ids[:, :20], past_key_values=cache).logits]
-        logits += [model(ids[:, t : t + 1], past_key_values=cache).logits for t in range(20, 24)]
+        logits += [model(ids[:, t : t + 1], past_key_values=cache).logits for t in range(20, 23)]
         assert difference(torch.cat(logits, dim=1), expected) <= TOLERANCE
