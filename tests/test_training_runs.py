@@ -154,6 +154,14 @@ def test_dry_run_writes_and_loads_nothing(models, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(("bf16", "fast"), [(True, False), (True, True), (False, False)])
+def test_bf16_is_advised_against_where_it_is_slow(models, tmp_path, monkeypatch, bf16, fast):
+    monkeypatch.setattr("egmla.training.run.multiplies_bf16", lambda: fast)
+    said = []
+    heal(models, tmp_path / "healed", places={"dry_run": True, "say": said.append}, bf16=bf16)
+    assert [line.startswith("bf16 is slower than fp32") for line in said] == [True] * (bf16 and not fast)
+
+
 def test_the_card_of_a_healed_model_has_the_figures_of_its_report(models, tmp_path):
     """0-token figures beside healed ones, every stage with its command; what is no longer true is not said."""
     heal(models, tmp_path / "first", stage="gate")

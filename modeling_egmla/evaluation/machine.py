@@ -61,6 +61,11 @@ def processor_name(device: torch.device | None = None) -> str:
         return platform.processor() or platform.machine()
 
 
+def multiplies_bf16() -> bool:
+    """Whether PyTorch has fast products of bf16 matrices here; elsewhere they are slower than fp32 by far."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def resident_bytes() -> int:
     """Bytes of this process in memory now (Linux).
 

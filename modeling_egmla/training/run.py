@@ -21,6 +21,7 @@ from transformers.trainer_utils import set_seed
 from egmla import EGMLAConfig, EGMLAForCausalLM
 from egmla.conversion.writing import staged_folder
 from egmla.evaluation.accounting import meta_model
+from egmla.evaluation.machine import multiplies_bf16
 from egmla.evaluation.perplexity import perplexity
 from egmla.evaluation.plots import check_matplotlib
 from egmla.provenance import peak_bytes, weights_sha256
@@ -169,6 +170,8 @@ def run_job(
     if last is not None:
         check_same_run(place.work, identity)
     check_space(place, planned)
+    if settings.bf16 and arguments.device.type == "cpu" and not multiplies_bf16():
+        say("bf16 is slower than fp32 by far on this processor, which has no instructions for it; leave it out.")
     if show_plan is not None:
         show_plan(planned)
     if dry_run:
