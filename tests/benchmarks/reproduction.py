@@ -69,6 +69,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 # Differences that the paper's claim is about: the first minus the second, by seed.
 CLAIMS = (
+    ("MLA r/4", "MLA r"),
     ("EG-MLA r/4, table", "MLA r"),
     ("EG-MLA r/4, input", "MLA r"),
     ("EG-MLA r/4, table", "MLA r/4"),
@@ -207,17 +208,20 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     by_variant: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         by_variant.setdefault(row["variant"], []).append(row)
-    for variant, found in by_variant.items():
+    for index, (variant, found) in enumerate(by_variant.items()):
         mean, half = interval([row["loss"] for row in found])
-        point = found[0]["cache_elements"]
-        left.errorbar(point, mean, yerr=half, marker="o", capsize=3, linestyle="none")
-        left.annotate(variant, (point, mean), fontsize=7, xytext=(4, 3), textcoords="offset points")
+        point = found[0]["cache_elements"] * 1.02**index  # side by side where caches are of one size
+        left.errorbar(point, mean, yerr=half, marker="o", capsize=3, linestyle="none", label=variant)
         fields = VARIANTS[variant]
         if fields.get("kv_lora_rank") == RANK // 4 and fields.get("kv_gate", "latent") != "expanded":
             width = 0 if "kv_gate" in fields else fields.get("kv_gate_embedding_dim")
             if width is not None:
                 right.errorbar(width, mean, yerr=half, marker="o", capsize=3, color="#1f77b4")
     left.set_xscale("log")
+    points = sorted({row["cache_elements"] for row in rows})
+    left.set_xticks(points, [str(point) for point in points])
+    left.set_xticks([], minor=True)
+    left.legend(frameon=False, fontsize=7)
     left.set_xlabel("cache elements per token")
     right.set_xlabel("width of the gate table (0: no gate), rank r/4")
     for axis in (left, right):
