@@ -104,8 +104,8 @@ def open_report(output: Path, subjects: Sequence[Subject], settings: Mapping[str
         report |= {"machine": describe_machine(torch.device(device)), "subjects": shapes, "limits": {}}
         return report | {kind: [] for kind in KINDS}
     report = read_json(path, "remove it to measure again")
-    if "settings" not in report or "decode" not in report:
-        raise ValueError(f"{path} is no report of a benchmark; choose another folder.")
+    if not {"settings", "decode", "limits"} <= report.keys():
+        raise ValueError(f"{path} is no report of a benchmark of this version; choose another folder.")
     changed = [name for name, value in described.items() if report["settings"].get(name) != value]
     changed += ["commit"] if report["commit"] != commit else []
     changed += [name for name, roles in shapes.items() if report["subjects"].get(name, roles) != roles]

@@ -19,8 +19,10 @@ from .timing import Timer
 SWEEP_BYTES = 512 * 2**20
 # Side of one of them, when there is room: larger gives no more.
 SIDE = 4096
-# Side of those that are multiplied with each other.
-PRODUCT_SIDE = 2048
+# Side of those that are multiplied with each other, doubled until a product takes so long: without instructions for
+# it, bf16 is slower by a factor of hundreds.
+PRODUCT_SIDE = 256
+PRODUCT_SECONDS = 0.02
 UNKNOWN_MACHINE_BYTES = 4 * 2**30
 
 
@@ -145,10 +147,14 @@ class Limits:
     @torch.no_grad()
     def multiply(self) -> float:
         """Floating point operations per second of one product of square matrices, multiply and add being two."""
-        side = min(PRODUCT_SIDE, self.matrices[0].shape[0])
-        matrix = self.matrices[0][:side, :side].contiguous()
-        _, seconds = self._timer.measure(lambda: matrix @ matrix)
-        return 2 * side**3 / seconds
+        largest = self.matrices[0].shape[0]
+        side = min(PRODUCT_SIDE, largest)
+        while True:
+            matrix = self.matrices[0][:side, :side].contiguous()
+            _, seconds = self._timer.measure(lambda matrix=matrix: matrix @ matrix)
+            if seconds > PRODUCT_SECONDS or 2 * side > largest:
+                return 2 * side**3 / seconds
+            side *= 2
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
