@@ -4,6 +4,7 @@ import os
 import platform
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +152,7 @@ class Limits:
         side = min(PRODUCT_SIDE, largest)
         while True:
             matrix = self.matrices[0][:side, :side].contiguous()
-            _, seconds = self._timer.measure(lambda matrix=matrix: matrix @ matrix)
+            _, seconds = self._timer.measure(partial(torch.matmul, matrix, matrix))
             if seconds > PRODUCT_SECONDS or 2 * side > largest:
                 return 2 * side**3 / seconds
             side *= 2
