@@ -905,7 +905,16 @@ class EGMLAForCausalLM(EGMLAPreTrainedModel, GenerationMixin):
         )
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
-        """As in `GenerationMixin`, with the latent cache in place of the default, the static and the quantised one."""
+        """As in `GenerationMixin`, with the latent cache in place of the default, the static and the quantised one.
+
+        Raises:
+            ValueError: for a prompt of embeddings to be read in chunks.
+        """
+        if generation_config.prefill_chunk_size is not None and model_kwargs.get("inputs_embeds") is not None:
+            raise ValueError(
+                f"prefill_chunk_size={generation_config.prefill_chunk_size} with inputs_embeds: generate() divides "
+                "token ids only; leave prefill_chunk_size out, or give input_ids alone."
+            )
         given = model_kwargs.get("past_key_values")
         options = {}
         # An assistant is called many times with the same settings, and from the second time on with its cache.

@@ -150,6 +150,18 @@ def test_chunked_prefill(name, kind):
     assert torch.equal(out.sequences, expected)
 
 
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"cache_implementation": "static"}], ids=str)
+@pytest.mark.parametrize("name", ["input-gate", "no-rope"])
+def test_chunked_prefill_of_embeddings_is_refused(name, options):
+    """Transformers divides the ids, of which there are none: it would cut the mask to nothing."""
+    model, ids = tiny_model(name), token_ids(2, 11)
+    embeddings = model.get_input_embeddings()(ids)
+    given = {"inputs_embeds": embeddings, "prefill_chunk_size": 4, "max_new_tokens": 2, **options}
+    for more in ({}, {"input_ids": ids}):
+        with pytest.raises(ValueError, match="prefill_chunk_size=4 with inputs_embeds"):
+            model.generate(**given, **more)
+
+
 def test_chunked_prefill_bounds_memory():
     """32,768 tokens in a process of its own: no mask, no scores, no copies of the cache on the way (formula there)."""
     config = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 1, "num_attention_heads": 4}
