@@ -13,6 +13,7 @@ import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from egmla import EGMLAConfig
+from egmla.evaluation.machine import multiplies_bf16
 from egmla.modeling_egmla import EGMLADecoderLayer, EGMLARotaryEmbedding
 
 from .statistics import SourceRun
@@ -101,8 +102,8 @@ class Refinement:
         if self.dtype not in ("auto", "float32", "bfloat16"):
             raise ValueError(f"dtype={self.dtype!r} of the refinement: must be auto, float32 or bfloat16.")
         if self.dtype == "auto":
-            cpu = torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.cpu._is_avx512_bf16_supported()
-            object.__setattr__(self, "dtype", "bfloat16" if torch.cuda.is_available() or cpu else "float32")
+            fast = torch.cuda.is_available() or multiplies_bf16()
+            object.__setattr__(self, "dtype", "bfloat16" if fast else "float32")
 
 
 class ConvertedRun:

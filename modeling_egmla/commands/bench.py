@@ -121,7 +121,7 @@ def _tables(report):
     from .common import in_bytes
 
     caption = (
-        "cache allocated / in use; ceiling: weights and cache over the measured GEMV bandwidth; times: medians of "
+        "cache allocated / in use; ceiling: weights and cache over the measured bandwidth; times: medians of "
         "pairs of turns, how much longer than EG-MLA"
     )
     tables = {}

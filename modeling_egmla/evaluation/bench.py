@@ -18,7 +18,7 @@ from .accounting import decode_flops, swept_weight_bytes
 from .bench_report import REPORT, open_report, share_of_ceiling, slopes
 from .contestants import OUR_ROLES, Contestant, Models, Subject, check_lengths, compiled_graphs, compiling
 from .decode_speed import DecodeTiming, pair_ratios, time_decode, time_prefill
-from .machine import SWEEP_BYTES, Limits, device_bytes, load_average, measure_limits, median_limits
+from .machine import SWEEP_BYTES, Limits, bandwidth, device_bytes, load_average, median_limits
 from .memory import measure_apart
 from .parity import check_parity
 from .plots import check_matplotlib, plot_bench
@@ -123,7 +123,7 @@ def run_bench(
         say (*optional*): called with what a reader should know meanwhile.
 
     Returns:
-        `dict`: settings, machine, parity, limits, and rows: `decode`, `ratios`, `prefill`, `memory`, `skipped`,
+        `dict`: settings, machine, and rows: `parity`, `decode`, `ratios`, `prefill`, `memory`, `skipped`,
         `slopes`.
 
     Raises:
@@ -324,7 +324,7 @@ class _Bench:
     def _decode_group(self, case: _Case, group: Mapping[str, Contestant], models: Models) -> None:
         settings = self.settings
         limits = Limits(models.dtype, self.device, settings.sweep_bytes)
-        measure_limits(limits)
+        limits.measure()
         measured: list[dict[str, float]] = []
         with compiling() as compiled:
             runners: dict[str, Any] = {}
@@ -341,13 +341,12 @@ class _Bench:
                 first_warmup=settings.first_warmup,
                 batch_size=case.batch,
                 turn_seconds=settings.turn_seconds,
-                before_round=lambda: measured.append(measure_limits(limits)),
+                before_round=lambda: measured.append(limits.measure()),
                 progress=lambda done, total: self.progress(str(case), done, total),
             )
             # One graph each is enough where no size changes.
             recompilations = compiled_graphs() - sum(contestant.compiled for contestant in group.values())
         found = median_limits(measured)
-        self.report["limits"].setdefault(case.dtype, found)
         new = self.pending("decode", case, list(group))
         for name in new:
             row = self._decode_row(case, name, group[name], timings[name], models, found)
@@ -388,7 +387,7 @@ class _Bench:
         weight_bytes = swept_weight_bytes(model)
         bytes_read = None if weight_bytes is None else weight_bytes + timing.cache_used_bytes
         gemv = limits["gemv_bytes_per_second"]
-        limit = max(gemv, limits["read_bytes_per_second"])
+        limit = bandwidth(limits)
 
         def share(bandwidth: float) -> float | None:
             return None if bytes_read is None else share_of_ceiling(bytes_read, bandwidth, timing.median)

@@ -11,10 +11,12 @@ import torch
 from egmla.provenance import read_json, source_commit
 
 from .contestants import Subject
-from .machine import describe_machine
+from .machine import bandwidth, describe_machine
 
 
 REPORT = "bench.json"
+# Raised when rows hold something new that is read back.
+FORMAT = 2
 # Kinds of rows, each of one contestant in one case.
 KINDS = ("parity", "decode", "ratios", "prefill", "memory", "skipped", "slopes")
 # From this context on the slope of time against context is taken: below it, weights and small operations rule.
@@ -27,15 +29,11 @@ def summary(report: Mapping[str, Any]) -> dict[str, Any]:
     return {**report, "decode": decode}
 
 
-# Of matrix-vector products and of plain reading; no step beats the higher one.
-BANDWIDTHS = ("gemv_bytes_per_second", "read_bytes_per_second")
-
-
 def slopes(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     """How time, bytes and operations grow with the context, for each contestant measured at two long ones at least.
 
     In milliseconds per 1,024 tokens of each sequence, by least squares: bytes over the higher of the measured
-    bandwidths, operations over the speed of large products in the model's format, medians.
+    bandwidths, operations over the speed of large products (in the model's format or fp32), medians.
     """
     groups: dict[tuple, list[Mapping[str, Any]]] = {}
     for row in report["decode"]:
@@ -47,8 +45,8 @@ def slopes(report: Mapping[str, Any]) -> list[dict[str, Any]]:
             continue
         contexts = [row["context"] for row in chosen]
         milliseconds = 1024 * _slope(contexts, [row["ms_median"] for row in chosen])
-        bandwidth = statistics.median(max(row[name] for name in BANDWIDTHS) for row in chosen)
-        read = 1024 * _slope(contexts, [1e3 * row["cache_bytes_read"] / bandwidth for row in chosen])
+        reading = statistics.median(bandwidth(row) for row in chosen)
+        read = 1024 * _slope(contexts, [1e3 * row["cache_bytes_read"] / reading for row in chosen])
         product = statistics.median(row["product_flops_per_second"] for row in chosen)
         compute = 1024 * batch * _slope(contexts, [1e3 * row["flops_per_token"] / product for row in chosen])
         found.append(
@@ -100,11 +98,11 @@ def open_report(output: Path, subjects: Sequence[Subject], settings: Mapping[str
     }
     path = output / REPORT
     if not path.is_file():
-        report: dict[str, Any] = {"settings": described, "commit": commit}
-        report |= {"machine": describe_machine(torch.device(device)), "subjects": shapes, "limits": {}}
+        report: dict[str, Any] = {"format": FORMAT, "settings": described, "commit": commit}
+        report |= {"machine": describe_machine(torch.device(device)), "subjects": shapes}
         return report | {kind: [] for kind in KINDS}
     report = read_json(path, "remove it to measure again")
-    if not {"settings", "decode", "limits"} <= report.keys():
+    if report.get("format") != FORMAT:
         raise ValueError(f"{path} is no report of a benchmark of this version; choose another folder.")
     changed = [name for name, value in described.items() if report["settings"].get(name) != value]
     changed += ["commit"] if report["commit"] != commit else []

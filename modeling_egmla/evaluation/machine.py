@@ -20,10 +20,12 @@ from .timing import Timer
 SWEEP_BYTES = 512 * 2**20
 # Side of one of them, when there is room: larger gives no more.
 SIDE = 4096
-# Side of those that are multiplied with each other, doubled until a product takes so long: without instructions for
-# it, bf16 is slower by a factor of hundreds.
+# Side of those that are multiplied with each other, doubled until one product takes PRODUCT_SECONDS: without
+# instructions for it, bf16 is slower by a factor of hundreds.
 PRODUCT_SIDE = 256
 PRODUCT_SECONDS = 0.02
+# Of matrix-vector products and of plain reading; no step beats the higher one.
+BANDWIDTHS = ("gemv_bytes_per_second", "read_bytes_per_second")
 UNKNOWN_MACHINE_BYTES = 4 * 2**30
 
 
@@ -65,8 +67,11 @@ def processor_name(device: torch.device | None = None) -> str:
 
 
 def multiplies_bf16() -> bool:
-    """Whether PyTorch has fast products of bf16 matrices here; elsewhere they are slower than fp32 by far."""
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    """Whether products of bf16 matrices are faster than those of fp32 on this processor; else they are far slower."""
+    if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        return False
+    # With AVX-512 alone oneDNN says yes too, and converts: three times as long as fp32.
+    return not torch.cpu._is_avx512_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
 def resident_bytes() -> int:
@@ -110,8 +115,7 @@ class Limits:
 
     The product of a matrix with a vector is what decoding at batch 1 does with weights, in the kernel of `nn.Linear`
     or, where EG-MLA's layers have another, the faster of the two. A plain sum may read faster than either, and what is
-    compiled comes near it. Attention of all heads over one latent does so many operations per byte that it may be the
-    operations it waits for.
+    compiled comes near it. Attention of all heads over one latent may be bound by arithmetic instead.
 
     Args:
         dtype (`torch.dtype`): number format of the matrices.
@@ -145,17 +149,34 @@ class Limits:
         _, seconds = self._timer.measure(lambda: [matrix.view(torch.float32).sum() for matrix in self.matrices])
         return self.nbytes / seconds
 
-    @torch.no_grad()
     def multiply(self) -> float:
-        """Floating point operations per second of one product of square matrices, multiply and add being two."""
+        """Floating point operations per second of one product of square matrices, multiply and add being two.
+
+        On a CPU of fp32 ones where that is faster: attention kernels may sum in another format than weights have.
+        """
+        dtypes = {self._vector.dtype}
+        if self._vector.device.type == "cpu":
+            dtypes.add(torch.float32)
+        return max(self._multiply(dtype) for dtype in dtypes)
+
+    @torch.no_grad()
+    def _multiply(self, dtype: torch.dtype) -> float:
         largest = self.matrices[0].shape[0]
         side = min(PRODUCT_SIDE, largest)
         while True:
-            matrix = self.matrices[0][:side, :side].contiguous()
+            matrix = self.matrices[0][:side, :side].to(dtype).contiguous()
             _, seconds = self._timer.measure(partial(torch.matmul, matrix, matrix))
             if seconds > PRODUCT_SECONDS or 2 * side > largest:
                 return 2 * side**3 / seconds
             side *= 2
+
+    def measure(self) -> dict[str, float]:
+        """All three, by the names they have in reports."""
+        return {
+            "gemv_bytes_per_second": self.gemv(),
+            "read_bytes_per_second": self.read(),
+            "product_flops_per_second": self.multiply(),
+        }
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
@@ -178,19 +199,11 @@ def load_average() -> float | None:
         return None
 
 
-# How `measure_limits` names what it finds, and by which method of `Limits`.
-LIMITS = {
-    "gemv_bytes_per_second": Limits.gemv,
-    "read_bytes_per_second": Limits.read,
-    "product_flops_per_second": Limits.multiply,
-}
-
-
-def measure_limits(limits: Limits) -> dict[str, float]:
-    """Each of `LIMITS`, measured once."""
-    return {name: measure(limits) for name, measure in LIMITS.items()}
-
-
 def median_limits(measured: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The medians of what `measure_limits` gave."""
-    return {name: statistics.median(row[name] for row in measured) for name in LIMITS}
+    """The medians of what `Limits.measure` gave several times."""
+    return {name: statistics.median(row[name] for row in measured) for name in measured[0]}
+
+
+def bandwidth(limits: Mapping[str, float]) -> float:
+    """The higher one of the bandwidths in what `Limits.measure` gave, bytes per second."""
+    return max(limits[name] for name in BANDWIDTHS)

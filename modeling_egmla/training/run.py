@@ -170,8 +170,8 @@ def run_job(
     if last is not None:
         check_same_run(place.work, identity)
     check_space(place, planned)
-    if settings.bf16 and arguments.device.type == "cpu" and not multiplies_bf16():
-        say("bf16 is slower than fp32 by far on this processor, which has no instructions for it; leave it out.")
+    if settings.bf16 and last is None and arguments.device.type == "cpu" and not multiplies_bf16():
+        say("--bf16: this processor has no instructions for it and takes far longer than in fp32; leave --bf16 out.")
     if show_plan is not None:
         show_plan(planned)
     if dry_run:
