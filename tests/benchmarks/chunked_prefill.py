@@ -39,7 +39,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, default=32768)
     parser.add_argument("--chunk", type=int, default=512)
-    parser.add_argument("--config", type=json.loads, default={}, help="fields that differ from egmla-kv64-120m")
+    parser.add_argument("--config", type=json.loads, default={}, help="fields that differ from EGMLAConfig()")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     options = parser.parse_args()
 

@@ -152,7 +152,8 @@ def run(variant: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
 def conditions(options: argparse.Namespace) -> dict[str, Any]:
     """`CONDITIONS` of this command; texts by content."""
     texts = [sha256(Path(name).read_bytes()).hexdigest()[:16] for name in (*options.data, *options.eval_data)]
-    return {name: texts if name == "texts" else getattr(options, name) for name in CONDITIONS}
+    values = {**vars(options), "texts": texts}
+    return {name: values[name] for name in CONDITIONS}
 
 
 def interval(values: list[float]) -> tuple[float, float | None]:
@@ -205,14 +206,16 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
-    by_variant: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        by_variant.setdefault(row["variant"], []).append(row)
-    for index, (variant, found) in enumerate(by_variant.items()):
+    beside: dict[int, int] = {}
+    for variant, fields in VARIANTS.items():
+        found = [row for row in rows if row["variant"] == variant]
+        if not found:
+            continue
         mean, half = interval([row["loss"] for row in found])
-        point = found[0]["cache_elements"] * 1.02**index  # side by side where caches are of one size
+        size = found[0]["cache_elements"]
+        beside[size] = beside.get(size, -1) + 1
+        point = size * 1.03 ** beside[size]  # side by side where caches are of one size
         left.errorbar(point, mean, yerr=half, marker="o", capsize=3, linestyle="none", label=variant)
-        fields = VARIANTS[variant]
         if fields.get("kv_lora_rank") == RANK // 4 and fields.get("kv_gate", "latent") != "expanded":
             width = 0 if "kv_gate" in fields else fields.get("kv_gate_embedding_dim")
             if width is not None:
