@@ -11,7 +11,7 @@ the absorption `EGMLAAttention.attend_absorbed` with `latent_attention`, the cac
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
@@ -259,35 +259,34 @@ def _quantized_attention(
     Sums are in fp32, whatever the model's dtype: pieces are made anew in each step, in either dtype as fast. A product
     of few rows keeps one core busy, so each piece is cut in parts for the threads that the batch leaves idle.
     """
-    R = entries.latent_width
-    rotated = query.float() * scaling  # [B, 1, rows, R + P]
+    B, R = query.shape[0], entries.latent_width
+    rotated = query[:, 0].float() * scaling  # [B, rows, R + P]
     if entries.rotation is not None:
         rotated = rotated @ entries.rotation
-    threads = max(1, _cpu_threads() // query.shape[0]) if query.device.type == "cpu" else 1
+    threads = max(1, _cpu_threads() // B) if query.device.type == "cpu" else 1
+    queries = rotated.repeat_interleave(threads, dim=0)
     outputs, totals, highest, start = [], [], [], 0
     for piece in entries.pieces():
-        # Of several sequences, parts of unequal length would be copied.
-        even = piece.shape[1] // threads * threads if query.shape[0] == 1 else piece.shape[1]
-        for part in piece.tensor_split([even], dim=1):
-            if not part.shape[1]:
-                continue
-            parts = part.unflatten(1, (1 if part.shape[1] % threads else threads, -1))  # [B, parts, n, R + P]
-            scores = torch.matmul(rotated, parts.transpose(2, 3))  # [B, parts, rows, n]
+        for parts in _in_parts(piece, threads):  # [B * count, n, R + P]
+            scores = torch.bmm(rotated if parts.shape[0] == B else queries, parts.transpose(1, 2))
             if attention_mask is not None:
-                mask = attention_mask[:, 0, :, start : start + part.shape[1]]
-                mask = mask.unflatten(-1, parts.shape[1:3]).transpose(1, 2)
+                count, n = parts.shape[0] // B, parts.shape[1]
+                mask = attention_mask[:, 0, :, start : start + count * n].unflatten(-1, (count, n)).transpose(1, 2)
+                mask = mask.expand(B, -1, -1, -1).flatten(0, 1)
                 # Not infinite: a part without any visible token would give weights that are not numbers.
                 hidden = torch.finfo(scores.dtype).min
                 if mask.dtype == torch.bool:
                     scores = scores.masked_fill(~mask, hidden)
                 else:
                     scores = (scores + mask).clamp(min=hidden)
-            # Relative to each part's own highest score: none overflows, in half the time of softmax and logsumexp.
-            highest.append(scores.amax(dim=-1, keepdim=True))
-            weights = (scores - highest[-1]).exp_()
-            totals.append(weights.sum(dim=-1, keepdim=True))
-            outputs.append(torch.matmul(weights, parts[..., :R]))
-            start += part.shape[1]
+                start += count * n
+            # Relative to each part's own highest score: none overflows, in half the time of softmax and logsumexp. It
+            # cancels out in the end, and so does its gradient.
+            top = scores.detach().amax(dim=-1, keepdim=True)
+            weights = scores.sub_(top).exp_()
+            found = (torch.bmm(weights, parts[..., :R]), weights.sum(dim=-1, keepdim=True), top)
+            for kind, tensor in zip((outputs, totals, highest), found, strict=True):
+                kind.append(tensor.unflatten(0, (B, -1)))
     tops = torch.cat(highest, dim=1)  # [B, parts, rows, 1]
     shares = torch.exp(tops - tops.amax(dim=1, keepdim=True))
     output = (torch.cat(outputs, dim=1) * shares).sum(dim=1, keepdim=True)
@@ -295,6 +294,17 @@ def _quantized_attention(
     if entries.rotation is not None:
         output = output @ entries.rotation[:R, :R]
     return output.to(query.dtype)
+
+
+def _in_parts(piece: torch.Tensor, count: int) -> Iterator[torch.Tensor]:
+    """A piece `[B, n, W]` as `[B * count, n / count, W]`; what does not divide comes by itself, `[B, ., W]`."""
+    B, n = piece.shape[:2]
+    # Of several sequences, the front of a piece would have to be copied.
+    even = n - n % count if B == 1 or n % count == 0 else 0
+    if even:
+        yield piece[:, :even].unflatten(1, (count, -1)).flatten(0, 1)
+    if even < n:
+        yield piece[:, even:]
 
 
 class EGMLAAttention(nn.Module):

@@ -224,7 +224,8 @@ class TokenGroups(QuantizedEntries):
             low, high = piece.split([codes.shape[-1], self.shape[-1] - codes.shape[-1]], dim=-1)
             low.copy_(codes & 15)
             high.copy_((codes >> 4)[..., : high.shape[-1]])
-            yield piece.mul_(scales[:, :, :1]).add_(scales[:, :, 1:]).flatten(1, 2)
+            torch.addcmul(scales[:, :, 1:], piece, scales[:, :, :1], out=piece)
+            yield piece.flatten(1, 2)
         for piece in self.kept[:, self.first :].split(self.piece_tokens, dim=1):
             if piece.shape[1]:
                 yield piece.float()
