@@ -10,8 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
-from egmla import EGMLACache, EGMLAConfig, EGMLAForCausalLM, EGMLAModel
-from egmla import modeling_egmla as modeling
+from egmla import EGMLACache, EGMLAConfig, EGMLAForCausalLM, EGMLAModel, latent_attention_egmla
 
 
 # fp32 sums in another order.
@@ -600,7 +599,7 @@ def test_split_attention_equals_unsplit(batch, parts, length, dtype):
     buffer = torch.randn(batch, 1, length + 13, 24).to(dtype)
     entries, query = buffer[:, :, :length], (3 * torch.randn(batch, 1, 5, 24)).to(dtype)
     expected = plain_attention(query, entries, 0.3)
-    split = modeling._split_attention(query, entries, None, 0.3, parts)
+    split = latent_attention_egmla._split_attention(query, entries, None, 0.3, parts)
     assert split.shape == query.shape and split.dtype == dtype
     assert difference(split, expected) <= (TOLERANCE if dtype == torch.float32 else BF16_TOLERANCE)
 
@@ -615,9 +614,9 @@ def test_split_attention_is_used_and_changes_nothing(name, monkeypatch):
         calls.append(parts)
         return split(query, entries, attention_mask, scaling, parts)
 
-    split = modeling._split_attention
-    monkeypatch.setattr(modeling, "_split_attention", spied)
-    monkeypatch.setattr(modeling, "SPLIT_MIN_TOKENS", 8)
+    split = latent_attention_egmla._split_attention
+    monkeypatch.setattr(latent_attention_egmla, "_split_attention", spied)
+    monkeypatch.setattr(latent_attention_egmla, "SPLIT_MIN_TOKENS", 8)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     model = tiny_model(name)
     for batch, expected_parts in ((1, {3, 4}), (2, {2}), (3, set())):  # 31 to 33 tokens by at least 8, 4 threads
@@ -661,20 +660,20 @@ def test_split_attention_heeds_masks(hidden, length, additive, dtype):
     seen[1, :, :, hidden] = False
     weights = (query.double() @ entries.double().transpose(2, 3) * 0.3).masked_fill(~seen, -torch.inf).softmax(-1)
     mask = seen if additive is None else torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, additive)
-    split = modeling._split_attention(query, entries, mask, 0.3, 4)
+    split = latent_attention_egmla._split_attention(query, entries, mask, 0.3, 4)
     expected = weights @ entries.double()
     assert difference(split, expected) <= (TOLERANCE if dtype == torch.float32 else BF16_TOLERANCE)
 
 
 def test_split_attention_stays_out_of_training(monkeypatch):
     """The split kernel is called below autograd, so it must not run where gradients are wanted."""
-    monkeypatch.setattr(modeling, "SPLIT_MIN_TOKENS", 8)
+    monkeypatch.setattr(latent_attention_egmla, "SPLIT_MIN_TOKENS", 8)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     query, entries = torch.randn(1, 1, 5, 24), torch.randn(1, 1, 50, 24)
-    assert modeling._split_count(query, entries) == 4
-    assert modeling._split_count(query.requires_grad_(), entries) == 1
+    assert latent_attention_egmla._split_count(query, entries) == 4
+    assert latent_attention_egmla._split_count(query.requires_grad_(), entries) == 1
     with torch.no_grad():
-        assert modeling._split_count(query, entries) == 4
+        assert latent_attention_egmla._split_count(query, entries) == 4
 
 
 # --- stock caches hold the same ---

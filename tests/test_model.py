@@ -26,6 +26,7 @@ from egmla import (
     EGMLAForSequenceClassification,
     EGMLAForTokenClassification,
     EGMLAModel,
+    latent_attention_egmla,
 )
 from egmla import modeling_egmla as modeling
 
@@ -151,7 +152,7 @@ def test_absorbed_equals_expanded_with_gradients(case, implementation, absorb, m
     if case in EXPANDED_CASES:
         pytest.skip("nothing to absorb")
     if implementation == "sdpa heads apart":
-        monkeypatch.setattr(modeling, "PACK_MAX_ROWS", 1)
+        monkeypatch.setattr(latent_attention_egmla, "PACK_MAX_ROWS", 1)
     ids = token_ids(2, 7)
     results = []
     for value in (False, True):
@@ -241,7 +242,7 @@ def test_cached_equals_uncached_eager(case, kind):
 @torch.no_grad()
 @pytest.mark.parametrize("kind", CACHES)
 def test_decode_beyond_the_packing_limit(case, kind, monkeypatch):
-    monkeypatch.setattr(modeling, "PACK_MAX_ROWS", 6)
+    monkeypatch.setattr(latent_attention_egmla, "PACK_MAX_ROWS", 6)
     model, ids = tiny_model(case), token_ids(2, 12)
     expected = model(ids, use_cache=False).logits
     assert difference(decode(model, ids, make_cache(kind, model.config), [4, 1, 3, 4]), expected) <= TOLERANCE
@@ -254,10 +255,10 @@ def test_long_chunks_need_no_mask_where_nothing_is_hidden():
     cases |= {torch.ones(2, 9).tril(3): False, block_mask: False}
     with torch.no_grad():
         for mask, expected in cases.items():
-            assert modeling.needs_no_mask(mask, 600, 9, torch.device("cpu")) is expected
-        assert not modeling.needs_no_mask(None, 600, 9, torch.device("cuda"))
-        assert not modeling.needs_no_mask(None, 512, 9, torch.device("cpu"))
-    assert not modeling.needs_no_mask(None, 600, 9, torch.device("cpu"))  # gradients
+            assert latent_attention_egmla.needs_no_mask(mask, 600, 9, torch.device("cpu")) is expected
+        assert not latent_attention_egmla.needs_no_mask(None, 600, 9, torch.device("cuda"))
+        assert not latent_attention_egmla.needs_no_mask(None, 512, 9, torch.device("cpu"))
+    assert not latent_attention_egmla.needs_no_mask(None, 600, 9, torch.device("cpu"))  # gradients
 
 
 @torch.no_grad()
@@ -265,7 +266,7 @@ def test_long_chunks_need_no_mask_where_nothing_is_hidden():
 @pytest.mark.parametrize("kind", CACHES)
 def test_long_chunks_are_masked_where_tokens_are_hidden(kind, hidden, monkeypatch):
     """A mask of a chunk on a long past is larger than the cache, so there is one only where it hides something."""
-    monkeypatch.setattr(modeling, "PACK_MAX_ROWS", 6)
+    monkeypatch.setattr(latent_attention_egmla, "PACK_MAX_ROWS", 6)
     masks, make_mask = [], modeling.create_causal_mask
     monkeypatch.setattr(
         modeling, "create_causal_mask", lambda **inputs: masks.append(make_mask(**inputs)) or masks[-1]

@@ -8,8 +8,7 @@ from cases import BASE, CORE_CASES, difference, token_ids
 from cases import tiny_model as make_model
 from test_cache import Spy, call_every_operation, check_selections, storage_bytes
 
-from egmla import EGMLACache, EGMLAConfig, quantization_egmla
-from egmla import modeling_egmla as modeling
+from egmla import EGMLACache, EGMLAConfig, latent_attention_egmla, quantization_egmla
 from egmla.cache_egmla import KEPT_FIRST_TOKENS, GrowingLatentLayer, Int4LatentLayer, Int8LatentLayer
 from egmla.quantization_egmla import (
     ElementGroups,
@@ -382,13 +381,13 @@ def random_entries(batch, length, dtype, quantization):
 @pytest.mark.parametrize("batch, threads", [(1, 1), (1, 2), (1, 3), (2, 5), (3, 1)])
 def test_attention_in_pieces_equals_attention_on_all(batch, threads, length, dtype, quantization, monkeypatch):
     monkeypatch.setattr(quantization_egmla, "PIECE_TOKENS", 16 * batch)
-    monkeypatch.setattr(modeling, "_cpu_threads", lambda: threads)
+    monkeypatch.setattr(latent_attention_egmla, "_cpu_threads", lambda: threads)
     entries, exact = random_entries(batch, length, dtype, quantization)
     assert type(entries) is {"int8": ElementGroups, "int4": TokenGroups}[quantization]
     assert entries.shape == (batch, 1, length, 24)
     query = (3 * torch.randn(batch, 1, 5, 24)).to(dtype)
     expected = plain_attention(query, exact, None, 0.3)[..., :16]
-    given = modeling._quantized_attention(query, entries, None, 0.3)
+    given = latent_attention_egmla._quantized_attention(query, entries, None, 0.3)
     assert given.dtype == dtype
     assert difference(given, expected) <= (TOLERANCE if dtype == torch.float32 else BF16_TOLERANCE)
 
@@ -401,7 +400,7 @@ def test_attention_in_pieces_equals_attention_on_all(batch, threads, length, dty
 def test_attention_in_pieces_heeds_masks(threads, hidden, additive, dtype, quantization, monkeypatch):
     """Left padding over whole pieces, rows that see different tokens."""
     monkeypatch.setattr(quantization_egmla, "PIECE_TOKENS", 32)
-    monkeypatch.setattr(modeling, "_cpu_threads", lambda: threads)
+    monkeypatch.setattr(latent_attention_egmla, "_cpu_threads", lambda: threads)
     entries, exact = random_entries(2, 47, dtype, quantization)
     query = torch.randn(2, 3, 2, 24).to(dtype)  # three heads, two tokens
     seen = torch.ones(2, 1, 2, 47, dtype=torch.bool)
@@ -410,23 +409,23 @@ def test_attention_in_pieces_heeds_masks(threads, hidden, additive, dtype, quant
     value = torch.finfo(dtype).min if additive == "lowest" else additive
     mask = seen if additive is None else torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, value)
     expected = plain_attention(query, exact, seen, 0.3)[..., :16]
-    given = modeling.latent_attention(query, entries, mask, 0.3)
+    given = latent_attention_egmla.latent_attention(query, entries, mask, 0.3)
     assert difference(given, expected) <= (TOLERANCE if dtype == torch.float32 else BF16_TOLERANCE)
 
 
 @torch.no_grad()
 def test_many_rows_attend_to_a_dequantised_copy(quantization, monkeypatch):
     """A long chunk behind a past: heads times tokens beyond the packing limit."""
-    monkeypatch.setattr(modeling, "PACK_MAX_ROWS", 3)
+    monkeypatch.setattr(latent_attention_egmla, "PACK_MAX_ROWS", 3)
     entries, exact = random_entries(2, 30, torch.float32, quantization)
     query = torch.randn(2, 2, 4, 24)
     seen = torch.ones(1, 1, 4, 30, dtype=torch.bool).tril(26)
     expected = plain_attention(query, exact, seen, 0.3)
-    assert difference(modeling.latent_attention(query, entries, None, 0.3), expected) <= TOLERANCE
+    assert difference(latent_attention_egmla.latent_attention(query, entries, None, 0.3), expected) <= TOLERANCE
     monkeypatch.undo()  # few rows: without a mask it is the same
-    assert difference(modeling.latent_attention(query, entries, None, 0.3), expected) <= TOLERANCE
-    monkeypatch.setattr(modeling, "PACK_MAX_ROWS", 3)
-    assert difference(modeling.latent_attention(query, entries, seen, 0.3), expected) <= TOLERANCE
+    assert difference(latent_attention_egmla.latent_attention(query, entries, None, 0.3), expected) <= TOLERANCE
+    monkeypatch.setattr(latent_attention_egmla, "PACK_MAX_ROWS", 3)
+    assert difference(latent_attention_egmla.latent_attention(query, entries, seen, 0.3), expected) <= TOLERANCE
 
 
 @torch.no_grad()
@@ -498,7 +497,7 @@ def test_pieces_with_gradients_are_apart(quantization, monkeypatch):
     with torch.no_grad():
         entries, exact = random_entries(1, 50, torch.float32, quantization)
     query = torch.randn(1, 1, 5, 24, requires_grad=True)
-    modeling._quantized_attention(query, entries, None, 0.3).square().sum().backward()
+    latent_attention_egmla._quantized_attention(query, entries, None, 0.3).square().sum().backward()
     given, query.grad = query.grad, None
     plain_attention(query, exact, None, 0.3)[..., :16].square().sum().backward()
     assert difference(given, query.grad) <= TOLERANCE
@@ -527,8 +526,8 @@ def test_kept_memory_is_where_the_entries_are(quantization, monkeypatch):
     monkeypatch.setattr(quantization_egmla, "_kept", quantization_egmla._Kept())
     query = torch.randn(1, 1, 5, 24)
     with torch.device("meta"):
-        modeling._quantized_attention(query, entries, None, 0.3)
-    given = modeling._quantized_attention(query, entries, None, 0.3)
+        latent_attention_egmla._quantized_attention(query, entries, None, 0.3)
+    given = latent_attention_egmla._quantized_attention(query, entries, None, 0.3)
     assert difference(given, plain_attention(query, exact, None, 0.3)[..., :16]) <= TOLERANCE
 
 
@@ -539,7 +538,7 @@ def test_autocast_leaves_sums_in_fp32(quantization):
     query, seen = torch.randn(2, 1, 5, 24), torch.ones(2, 1, 1, 50, dtype=torch.bool)
     seen[1, ..., :7] = False
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        given = modeling.latent_attention(query.transpose(1, 2), entries, seen, 0.3).transpose(1, 2)
+        given = latent_attention_egmla.latent_attention(query.transpose(1, 2), entries, seen, 0.3).transpose(1, 2)
     assert difference(given, plain_attention(query, exact, seen, 0.3)[..., :16]) <= TOLERANCE
 
 

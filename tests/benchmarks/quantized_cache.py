@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 
 from egmla import EGMLACache, EGMLAConfig, EGMLAForCausalLM
 from egmla.evaluation.perplexity import token_windows
-from egmla.modeling_egmla import latent_attention
+from egmla.latent_attention_egmla import latent_attention
 
 
 CONTESTANTS = {"full": {}, "int8": {"quantization": "int8"}, "int4": {"quantization": "int4"}}

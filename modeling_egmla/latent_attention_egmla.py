@@ -1,0 +1,215 @@
+# Copyright 2026 The egmla authors. Licensed under the Apache License, Version 2.0.
+"""Attention of all heads over one shared latent, on cache entries as they are, and when that pays.
+
+Shapes as in `modeling_egmla.py`: B batch, H heads, T new tokens, S tokens seen, R latent and P rotary key width.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from transformers.utils import is_torchdynamo_compiling
+
+from .quantization_egmla import QuantizedEntries
+
+
+# Below this many cached tokens per thread, splitting the cache over threads costs more than it saves.
+SPLIT_MIN_TOKENS = 512
+# Up to this many query rows (heads x new tokens) are packed into one problem; more would copy the mask too often.
+PACK_MAX_ROWS = 512
+
+
+def absorption_pays(new_tokens: int, kv_lora_rank: int, qk_nope_head_dim: int, v_head_dim: int) -> bool:
+    """Whether `T` new tokens behind a long past attend with fewer operations in the latent space than expanded.
+
+    Per head, absorbed attention takes `T S (2R + P)` multiplications, expanded attention `T S (N + P + V)` plus
+    `S R (N + V)` for the expansion. So absorbed wins while `T < R (N + V) / (2R - N - V)`, always where `2R <= N + V`.
+    Derived in the design, performance arithmetic 1.3.
+    """
+    excess = 2 * kv_lora_rank - qk_nope_head_dim - v_head_dim
+    return excess <= 0 or new_tokens * excess < kv_lora_rank * (qk_nope_head_dim + v_head_dim)
+
+
+def latent_attention(
+    query: torch.Tensor,
+    entries: torch.Tensor | QuantizedEntries,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+) -> torch.Tensor:
+    """Attention of all heads over one shared latent, which is key and value at once.
+
+    Key and value being the same tensor keeps the fused kernels (they want equal widths on CPU); heads go where queries
+    usually are, so that one pass over the cache serves all of them.
+
+    Args:
+        query (`torch.Tensor`): absorbed queries `[B, H, T, R + P]`.
+        entries (`torch.Tensor` or `QuantizedEntries`): cache entries `[B, 1, S, R + P]`.
+        attention_mask (`torch.Tensor`, *optional*): `[B or 1, 1, T, S]`, boolean (true is seen) or additive. `None`:
+            each of the `T` queries, the last tokens of the cache, sees all up to itself.
+        scaling (`float`): factor on the scores.
+
+    Returns:
+        `torch.Tensor`: `[B, H, T, R + P]`, of which only the first `R` elements mean anything and may come alone.
+    """
+    B, H, T, width = query.shape
+    if T > 1 and (attention_mask is None or H * T > PACK_MAX_ROWS):
+        if isinstance(entries, QuantizedEntries):
+            entries = entries.dequantize()
+        if attention_mask is None:
+            return _continued_attention(query, entries, scaling)
+        # Expanding has stride 0: no head gets a copy of the cache.
+        shared = entries.expand(-1, H, -1, -1)
+        return nn.functional.scaled_dot_product_attention(
+            query, shared, shared, attn_mask=attention_mask, scale=scaling, is_causal=False
+        )
+    packed = query.reshape(B, 1, H * T, width)
+    if attention_mask is not None and (T > 1 or attention_mask.shape[1] > 1):
+        attention_mask = attention_mask.expand(-1, H, -1, -1).reshape(-1, 1, H * T, attention_mask.shape[-1])
+    if isinstance(entries, QuantizedEntries):
+        with torch.autocast(query.device.type, enabled=False):  # its sums are in fp32
+            return _quantized_attention(packed, entries, attention_mask, scaling).view(B, H, T, -1)
+    parts = _split_count(packed, entries)
+    if parts > 1:
+        output = _split_attention(packed, entries, attention_mask, scaling, parts)
+    else:
+        output = nn.functional.scaled_dot_product_attention(
+            packed, entries, entries, attn_mask=attention_mask, scale=scaling, is_causal=False
+        )
+    return output.view(B, H, T, width)
+
+
+def needs_no_mask(attention_mask: torch.Tensor | None, rows: int, tokens: int, device: torch.device) -> bool:
+    """Whether `latent_attention` does without a mask `[T, S]` for `rows` (heads x new tokens) behind a past.
+
+    Many rows on a CPU, none of the `S` tokens hidden by `attention_mask` `[B, S]`: the mask of a long prompt's chunk
+    would take more memory than the cache.
+    """
+    if rows <= PACK_MAX_ROWS or device.type != "cpu" or torch.is_grad_enabled() or is_torchdynamo_compiling():
+        return False
+    if attention_mask is None:
+        return True
+    two_dimensional = isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2
+    return two_dimensional and attention_mask.shape[1] == tokens and bool(attention_mask.all())
+
+
+def _continued_attention(query: torch.Tensor, entries: torch.Tensor, scaling: float) -> torch.Tensor:
+    """Attention of the last `T` of `S` tokens on all up to themselves: past and own tokens, by their log-sum-exp.
+
+    Queries `[B, H, T, W]`, entries `[B, 1, S, W]` with `S > T`, output `[B, H, T, W]`; on a CPU no mask is made.
+    """
+    H, T, S = query.shape[1], query.shape[2], entries.shape[2]
+    entries = entries.to(query.dtype).expand(-1, H, -1, -1)  # autocast leaves both formats
+    if query.device.type != "cpu":  # a layer placed elsewhere than the embeddings
+        mask = torch.ones(T, S, dtype=torch.bool, device=query.device).tril(S - T)
+        return nn.functional.scaled_dot_product_attention(query, entries, entries, attn_mask=mask, scale=scaling)
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    past, own = entries.split([S - T, T], dim=2)
+    before, before_lse = kernel(query, past, past, scale=scaling)
+    among, among_lse = kernel(query, own, own, is_causal=True, scale=scaling)
+    share = torch.sigmoid(before_lse - among_lse).to(query.dtype).unsqueeze(-1)  # [B, H, T, 1]
+    return torch.lerp(among, before, share)
+
+
+@torch.compiler.assume_constant_result
+def _cpu_threads() -> int:
+    return torch.get_num_threads()
+
+
+def _split_count(query: torch.Tensor, entries: torch.Tensor) -> int:
+    """Pieces to cut the cache into: one per CPU thread the batch leaves idle, 1 where the kernel does not apply."""
+    if query.device.type != "cpu":
+        return 1
+    if torch.is_grad_enabled() and (query.requires_grad or entries.requires_grad):
+        return 1
+    if query.shape[2] < 2:  # a single row makes the kernel's log-sum-exp shape ambiguous, and there is nothing to gain
+        return 1
+    return max(1, min(_cpu_threads() // query.shape[0], entries.shape[2] // SPLIT_MIN_TOKENS))
+
+
+def _split_attention(
+    query: torch.Tensor, entries: torch.Tensor, attention_mask: torch.Tensor | None, scaling: float, parts: int
+) -> torch.Tensor:
+    """Attention over `parts` pieces of the cache at once, merged by their log-sum-exp.
+
+    A fused CPU kernel works on one (sequence, head) at a time, so a single sequence over a single shared head would
+    keep one core busy. The pieces take the place of heads, as a view: nothing is copied.
+    """
+    step = entries.shape[2] // parts
+    size = entries.shape[2] - step * (parts - 1)  # pieces overlap by what the division leaves, so all are of one size
+    pieces = entries[:, 0].unfold(1, size, step).transpose(2, 3)  # [B, parts, size, R + P], a view
+    mask = None
+    if attention_mask is not None:
+        if attention_mask.dtype == torch.bool:
+            # Not infinite: the kernel gives a piece without any token the weight of one with score 0.
+            hidden = torch.finfo(query.dtype).min
+            attention_mask = torch.zeros_like(attention_mask, dtype=query.dtype).masked_fill(~attention_mask, hidden)
+        else:
+            attention_mask = attention_mask.clamp(min=torch.finfo(query.dtype).min)
+        mask = attention_mask[:, 0].unfold(2, size, step).transpose(1, 2)  # [B or 1, parts, rows or 1, size]
+    if size > step:
+        doubled = query.new_zeros((1, parts, 1, size))
+        doubled[:, :-1, :, step:] = -torch.inf
+        mask = doubled if mask is None else mask + doubled
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    outputs, lse = kernel(query.expand(-1, parts, -1, -1), pieces, pieces, attn_mask=mask, scale=scaling)
+    shares = torch.softmax(lse, dim=1).to(outputs.dtype)  # [B, parts, rows]
+    return (outputs * shares.unsqueeze(-1)).sum(dim=1, keepdim=True)
+
+
+def _quantized_attention(
+    query: torch.Tensor, entries: QuantizedEntries, attention_mask: torch.Tensor | None, scaling: float
+) -> torch.Tensor:
+    """Attention `[B, 1, rows, R]` over quantised entries, piece by piece, merged by their sums of exponentials.
+
+    Sums are in fp32, whatever the model's dtype: pieces are made anew in each step, in either dtype as fast. A product
+    of few rows keeps one core busy, so each piece is cut in parts for the threads that the batch leaves idle.
+    """
+    B, R = query.shape[0], entries.latent_width
+    rotated = query[:, 0].float() * scaling  # [B, rows, R + P]
+    if entries.rotation is not None:
+        rotated = rotated @ entries.rotation
+    threads = max(1, _cpu_threads() // B) if query.device.type == "cpu" else 1
+    queries = rotated.repeat_interleave(threads, dim=0)
+    outputs: list[torch.Tensor] = []
+    totals: list[torch.Tensor] = []
+    highest: list[torch.Tensor] = []
+    start = 0
+    for piece in entries.pieces():
+        for parts in _in_parts(piece, threads):  # [B * count, n, R + P]
+            scores = torch.bmm(rotated if parts.shape[0] == B else queries, parts.transpose(1, 2))
+            if attention_mask is not None:
+                count, n = parts.shape[0] // B, parts.shape[1]
+                mask = attention_mask[:, 0, :, start : start + count * n].unflatten(-1, (count, n)).transpose(1, 2)
+                mask = mask.expand(B, -1, -1, -1).flatten(0, 1)
+                # Not infinite: a part without any visible token would give weights that are not numbers.
+                hidden = torch.finfo(scores.dtype).min
+                if mask.dtype == torch.bool:
+                    scores = scores.masked_fill(~mask, hidden)
+                else:
+                    scores = (scores + mask).clamp(min=hidden)
+                start += count * n
+            # Relative to each part's own highest score: none overflows, in half the time of softmax and logsumexp. It
+            # cancels out in the end, and so does its gradient.
+            top = scores.detach().amax(dim=-1, keepdim=True)
+            weights = scores.sub_(top).exp_()
+            found = (torch.bmm(weights, parts[..., :R]), weights.sum(dim=-1, keepdim=True), top)
+            for kind, tensor in zip((outputs, totals, highest), found, strict=True):
+                kind.append(tensor.unflatten(0, (B, -1)))
+    tops = torch.cat(highest, dim=1)  # [B, parts, rows, 1]
+    shares = torch.exp(tops - tops.amax(dim=1, keepdim=True))
+    output = (torch.cat(outputs, dim=1) * shares).sum(dim=1, keepdim=True)
+    output = output / (torch.cat(totals, dim=1) * shares).sum(dim=1, keepdim=True)
+    if entries.rotation is not None:
+        output = output @ entries.rotation[:R, :R]
+    return output.to(query.dtype)
+
+
+def _in_parts(piece: torch.Tensor, count: int) -> Iterator[torch.Tensor]:
+    """A piece `[B, n, W]` as `[B * count, n / count, W]`; what does not divide comes by itself, `[B, ., W]`."""
+    B, n = piece.shape[:2]
+    # Of several sequences, the front of a piece would have to be copied.
+    even = n - n % count if B == 1 or n % count == 0 else 0
+    if even:
+        yield piece[:, :even].unflatten(1, (count, -1)).flatten(0, 1)
+    if even < n:
+        yield piece[:, even:]
