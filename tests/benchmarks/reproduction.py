@@ -45,7 +45,7 @@ SHAPE = {
     "tie_word_embeddings": True,
 }
 LATENT = {"qk_nope_head_dim": 32, "qk_rope_head_dim": 32, "v_head_dim": 64}
-RANK = 128  # r; a quarter is 32
+RANK = 128  # r; a quarter is 32, a sixteenth 8
 TABLE = 85  # width of a gate table; a third of the hidden size, as in the paper
 # Width, depth, heads and MLP are equal. Latent attention turns half of each query, Llamas (those with
 # `key_value_heads`) all of it.
@@ -54,6 +54,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "MLA r/4": {"kv_lora_rank": RANK // 4, "kv_gate": None},
     "EG-MLA r/4, table": {"kv_lora_rank": RANK // 4, "kv_gate_embedding_dim": TABLE},
     "EG-MLA r/4, input": {"kv_lora_rank": RANK // 4},
+    "MLA r/16": {"kv_lora_rank": RANK // 16, "kv_gate": None},
+    "EG-MLA r/16, table": {"kv_lora_rank": RANK // 16, "kv_gate_embedding_dim": TABLE},
+    "EG-MLA r/16, input": {"kv_lora_rank": RANK // 16},
     "EG-MLA r, table": {"kv_lora_rank": RANK, "kv_gate_embedding_dim": TABLE},
     "EG-MLA r, input": {"kv_lora_rank": RANK},
     "MHA": {"key_value_heads": 4},
@@ -74,6 +77,9 @@ CLAIMS = (
     ("EG-MLA r/4, input", "MLA r"),
     ("EG-MLA r/4, table", "MLA r/4"),
     ("EG-MLA r/4, input", "MLA r/4"),
+    ("MLA r/16", "MLA r/4"),
+    ("EG-MLA r/16, table", "MLA r/16"),
+    ("EG-MLA r/16, input", "MLA r/16"),
     ("EG-MLA r, table", "MLA r"),
     ("EG-MLA r/4, expanded", "MLA r"),
     ("EG-MLA r/4, expanded", "EG-MLA r/4, input"),
