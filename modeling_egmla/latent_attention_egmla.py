@@ -205,7 +205,10 @@ def _quantized_attention(
 
 
 def _in_parts(piece: torch.Tensor, count: int) -> Iterator[torch.Tensor]:
-    """A piece `[B, n, W]` as `[B * count, n / count, W]`; what does not divide comes by itself, `[B, ., W]`."""
+    """A piece `[B, n, W]` as `[B * count, n / count, W]`, and the rest of it `[B, ., W]`.
+
+    Where `count` does not divide a piece of several sequences, all of it is rest.
+    """
     B, n = piece.shape[:2]
     # Of several sequences, the front of a piece would have to be copied.
     even = n - n % count if B == 1 or n % count == 0 else 0

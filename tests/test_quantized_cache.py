@@ -491,15 +491,23 @@ def test_bf16_model(quantization):
     assert cache.layers[0].keys.dtype == torch.bfloat16
 
 
-def test_pieces_with_gradients_are_apart(quantization, monkeypatch):
+@pytest.mark.parametrize("masked", ["nothing", "boolean", "additive", "one mask for all"])
+@pytest.mark.parametrize("batch, threads", [(1, 2), (2, 1), (2, 4)])
+def test_pieces_with_gradients_are_apart(batch, threads, masked, quantization, monkeypatch):
     """Without them a piece is overwritten by the next; a backward pass needs them all."""
-    monkeypatch.setattr(quantization_egmla, "PIECE_TOKENS", 16)
+    monkeypatch.setattr(quantization_egmla, "PIECE_TOKENS", 16 * batch)
+    monkeypatch.setattr(latent_attention_egmla, "_cpu_threads", lambda: threads)
     with torch.no_grad():
-        entries, exact = random_entries(1, 50, torch.float32, quantization)
-    query = torch.randn(1, 1, 5, 24, requires_grad=True)
-    latent_attention_egmla._quantized_attention(query, entries, None, 0.3).square().sum().backward()
+        entries, exact = random_entries(batch, 50, torch.float32, quantization)
+    query = torch.randn(batch, 1, 5, 24, requires_grad=True)
+    seen = torch.rand(1 if masked == "one mask for all" else batch, 1, 5, 50) > 0.4
+    mask = {"nothing": None, "additive": torch.zeros(seen.shape).masked_fill(~seen, -torch.inf)}.get(masked, seen)
+    output = latent_attention_egmla._quantized_attention(query, entries, mask, 0.3)
+    output.square().sum().backward()
     given, query.grad = query.grad, None
-    plain_attention(query, exact, None, 0.3)[..., :16].square().sum().backward()
+    expected = plain_attention(query, exact, None if mask is None else seen, 0.3)[..., :16]
+    expected.square().sum().backward()
+    assert difference(output.detach(), expected.detach()) <= TOLERANCE
     assert difference(given, query.grad) <= TOLERANCE
 
 

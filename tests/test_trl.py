@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 from cases import difference, make_tokenizer, tiny_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import egmla  # registers the Auto classes, by which TRL loads a folder
 
@@ -39,6 +39,7 @@ def options(folder, **more):
         "report_to": [],
         "use_cpu": True,
         "bf16": False,
+        "gradient_checkpointing": False,
         "disable_tqdm": True,
         **more,
     }
@@ -87,24 +88,32 @@ def test_packed_texts_do_not_see_each_other(folder):
     starts = [*(positions[0] == 0).nonzero().flatten().tolist(), ids.shape[1]]
     assert len(starts) > 4
     model = trainer.model.eval()
-    together = model(**{name: value for name, value in batch.items() if name != "labels"}).logits
+    given = {name: value for name, value in batch.items() if name != "labels"}
+    together = model(**given, use_cache=False).logits  # as SFTTrainer's loss
     for start, end in pairwise(starts):
         assert difference(model(ids[:, start:end]).logits, together[:, start:end]) <= TOLERANCE
 
 
 def test_sft_of_adapters(folder):
     peft = pytest.importorskip("peft")
-    adapters = peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    adapters = peft.LoraConfig(r=4, target_modules="all-linear")
     config = trl.SFTConfig(**options(folder))
     trainer = trl.SFTTrainer(model=str(folder), args=config, train_dataset=rows(*TEXTS), peft_config=adapters)
     trainer.train()
     losses = logged(trainer, "loss")
     assert losses[-1] < losses[0]
-    trainer.save_model(str(folder.parent / "adapters"))
-    ids = torch.tensor([[ord(letter) for letter in SENTENCES[0]]])
-    loaded = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), folder.parent / "adapters")
-    expected = loaded(ids).logits
-    assert difference(loaded.merge_and_unload()(ids).logits, expected) <= TOLERANCE
+    tuned = folder.parent / "tuned"
+    ids = AutoTokenizer.from_pretrained(folder)(SENTENCES[0], return_tensors="pt").input_ids
+    expected = trainer.model.eval()(ids).logits
+    # As in the README.
+    model = trainer.model.merge_and_unload()
+    model.config.use_cache = True
+    model.save_pretrained(tuned)
+    trainer.processing_class.save_pretrained(tuned)
+    loaded = AutoModelForCausalLM.from_pretrained(tuned)
+    assert torch.equal(AutoTokenizer.from_pretrained(tuned)(SENTENCES[0], return_tensors="pt").input_ids, ids)
+    assert type(loaded(ids).past_key_values) is egmla.EGMLACache
+    assert difference(loaded(ids).logits, expected) <= TOLERANCE
     assert (AutoModelForCausalLM.from_pretrained(folder)(ids).logits - expected).abs().max() > 100 * TOLERANCE
 
 
@@ -118,7 +127,7 @@ def test_dpo(folder):
 
 
 def test_grpo(folder):
-    """What it generates comes from the latent cache, and a reward for one letter makes that letter more frequent."""
+    """A reward for one letter makes that letter more frequent."""
 
     def share_of_e(completions, **_):
         return [text.count("e") / max(1, len(text)) for text in completions]

@@ -123,8 +123,8 @@ def run_bench(
         say (*optional*): called with what a reader should know meanwhile.
 
     Returns:
-        `dict`: settings, machine, and rows: `parity`, `decode`, `ratios`, `prefill`, `memory`, `skipped`,
-        `slopes`.
+        `dict`: format, settings, commit, machine, subjects, and rows: `parity`, `decode`, `ratios`, `prefill`,
+        `memory`, `skipped`, `slopes`.
 
     Raises:
         ValueError, ImportError: for bad input, before any work.
@@ -389,8 +389,8 @@ class _Bench:
         gemv = limits["gemv_bytes_per_second"]
         limit = bandwidth(limits)
 
-        def share(bandwidth: float) -> float | None:
-            return None if bytes_read is None else share_of_ceiling(bytes_read, bandwidth, timing.median)
+        def share(speed: float) -> float | None:
+            return None if bytes_read is None else share_of_ceiling(bytes_read, speed, timing.median)
 
         return {
             **asdict(case),
