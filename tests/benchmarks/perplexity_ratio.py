@@ -1,7 +1,9 @@
 """Perplexity of a converted model against its source, on the same windows of a text.
 
     python tests/benchmarks/perplexity_ratio.py SOURCE CONVERTED --text wiki.test.raw --windows 9 --window 2048
+    python tests/benchmarks/perplexity_ratio.py SOURCE HEALED --text stories.txt --windows 4 --window 1024 --divergence
 
+With --divergence also how far its predictions are from the source's, and how often both expect the same token.
 The last line of the output is one JSON object.
 """
 
@@ -17,6 +19,19 @@ from egmla.conversion import load_source
 from egmla.evaluation.perplexity import perplexity, token_windows
 
 
+@torch.inference_mode()
+def divergence(source, converted, windows) -> tuple[float, float]:
+    """Mean KL divergence from the source's next-token distribution in nats, and how often the best one is the same."""
+    total, same, count = 0.0, 0, 0
+    for window in windows:
+        ids = torch.as_tensor(window).view(1, -1)
+        expected, given = (model(ids).logits[0].float().log_softmax(-1) for model in (source, converted))
+        total += (expected.exp() * (expected - given)).sum().item()
+        same += (expected.argmax(-1) == given.argmax(-1)).sum().item()
+        count += ids.numel()
+    return total / count, same / count
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("source")
@@ -24,6 +39,7 @@ def main() -> int:
     parser.add_argument("--text", required=True)
     parser.add_argument("--window", type=int, default=2048)
     parser.add_argument("--windows", type=int, default=9)
+    parser.add_argument("--divergence", action="store_true")
     options = parser.parse_args()
     model, tokenizer = load_source(options.source)
     with open(options.text, encoding="utf-8") as file:
@@ -34,9 +50,13 @@ def main() -> int:
         converted = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
         elements = converted.config.cache_elements_per_token / converted.config.num_hidden_layers
         value = perplexity(converted, windows)
-        result[path.rstrip("/").rsplit("/", 1)[-1]] = {"perplexity": value, "elements_per_token_and_layer": elements}
+        row = {"perplexity": value, "elements_per_token_and_layer": elements}
+        result[path.rstrip("/").rsplit("/", 1)[-1]] = row
         ratio = value / result["source"]
         print(f"converted  {value:.3f}  {ratio:.3f} times  {elements:.0f} elements per token and layer")
+        if options.divergence:
+            row["divergence"], row["same_token"] = divergence(model, converted, windows)
+            print(f"           {row['divergence']:.4f} nats from the source, {row['same_token']:.1%} the same token")
     print(json.dumps(result))
     return 0
 
