@@ -70,7 +70,7 @@ def test_every_class_saves_the_full_auto_map_and_its_code(kind, tmp_path):
     assert saved["auto_map"] == FULL_AUTO_MAP
     assert saved["architectures"] == [CLASSES[kind][1].__name__]
     names = {path.name for path in tmp_path.glob("*.py")}
-    files = ("configuration", "cache", "continuous_batching", "linear", "modeling", "quantization")
+    files = ("configuration", "cache", "continuous_batching", "latent_attention", "linear", "modeling", "quantization")
     assert names == {f"{file}_egmla.py" for file in files}
     for reference in FULL_AUTO_MAP.values():
         module, _, name = reference.partition(".")
