@@ -170,10 +170,7 @@ def _quantized_attention(
         rotated = rotated @ entries.rotation
     threads = max(1, _cpu_threads() // B) if query.device.type == "cpu" else 1
     queries = rotated.repeat_interleave(threads, dim=0)
-    outputs: list[torch.Tensor] = []
-    totals: list[torch.Tensor] = []
-    highest: list[torch.Tensor] = []
-    start = 0
+    found, start = [], 0
     for piece in entries.pieces():
         for parts in _in_parts(piece, threads):  # [B * count, n, R + P]
             scores = torch.bmm(rotated if parts.shape[0] == B else queries, parts.transpose(1, 2))
@@ -192,13 +189,14 @@ def _quantized_attention(
             # cancels out in the end, and so does its gradient.
             top = scores.detach().amax(dim=-1, keepdim=True)
             weights = scores.sub_(top).exp_()
-            found = (torch.bmm(weights, parts[..., :R]), weights.sum(dim=-1, keepdim=True), top)
-            for kind, tensor in zip((outputs, totals, highest), found, strict=True):
-                kind.append(tensor.unflatten(0, (B, -1)))
-    tops = torch.cat(highest, dim=1)  # [B, parts, rows, 1]
+            found.append((torch.bmm(weights, parts[..., :R]), weights.sum(dim=-1, keepdim=True), top))
+    # [B, parts, rows, R or 1]
+    outputs, totals, tops = (
+        torch.cat([tensor.unflatten(0, (B, -1)) for tensor in kind], dim=1) for kind in zip(*found, strict=True)
+    )
     shares = torch.exp(tops - tops.amax(dim=1, keepdim=True))
-    output = (torch.cat(outputs, dim=1) * shares).sum(dim=1, keepdim=True)
-    output = output / (torch.cat(totals, dim=1) * shares).sum(dim=1, keepdim=True)
+    output = (outputs * shares).sum(dim=1, keepdim=True)
+    output = output / (totals * shares).sum(dim=1, keepdim=True)
     if entries.rotation is not None:
         output = output @ entries.rotation[:R, :R]
     return output.to(query.dtype)

@@ -98,6 +98,20 @@ EXPANDED_CASES = tuple(name for name, fields in MODEL_CASES.items() if fields.ge
 # Cases whose behaviour covers the expensive tests: each gate, per-layer ranks, no rotary part.
 CORE_CASES = ("input-gate", "table-gate", "gate-off", "no-rope", "rank-per-layer", "rope-slots")
 
+# The files that travel in every checkpoint.
+CODE_FILES = {
+    f"{name}_egmla.py"
+    for name in (
+        "cache",
+        "configuration",
+        "continuous_batching",
+        "latent_attention",
+        "linear",
+        "modeling",
+        "quantization",
+    )
+}
+
 ROPE_CASES = {
     "linear": {"rope_type": "linear", "rope_theta": 100.0, "factor": 3.0},
     "llama3": {

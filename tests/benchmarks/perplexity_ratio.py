@@ -26,7 +26,7 @@ def divergence(source, converted, windows) -> tuple[float, float]:
     for window in windows:
         ids = torch.as_tensor(window).view(1, -1)
         expected, given = (model(ids).logits[0].float().log_softmax(-1) for model in (source, converted))
-        total += (expected.exp() * (expected - given)).sum().item()
+        total += torch.nn.functional.kl_div(given, expected, reduction="sum", log_target=True).item()
         same += (expected.argmax(-1) == given.argmax(-1)).sum().item()
         count += ids.numel()
     return total / count, same / count
