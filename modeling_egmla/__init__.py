@@ -10,6 +10,7 @@ from transformers import (
 
 from .cache_egmla import EGMLACache
 from .configuration_egmla import EGMLAConfig
+from .cpu_kernel import load_cpu_kernel
 from .modeling_egmla import (
     EGMLAForCausalLM,
     EGMLAForSequenceClassification,
@@ -35,4 +36,5 @@ __all__ = [
     "EGMLAForTokenClassification",
     "EGMLAModel",
     "EGMLAPreTrainedModel",
+    "load_cpu_kernel",
 ]

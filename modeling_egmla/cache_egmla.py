@@ -297,8 +297,7 @@ class Int8LatentLayer(QuantizedLatentLayer):
     def append(self, latent: torch.Tensor, rope_key: torch.Tensor) -> ElementGroups:
         if not self.is_initialized:
             self.lazy_initialization(latent, rope_key)
-        rotated = torch.cat((latent, rope_key), dim=-1).float() @ self.matrix
-        codes, scales = quantize_elements(rotated, self.group_size)
+        codes, scales = quantize_elements(torch.cat((latent, rope_key), dim=-1), self.matrix, self.group_size)
         start, self.length = self.length, self.length + latent.shape[2]
         self.buffer = with_room(self.buffer, start, self.length, self.tokens_to_come)
         self.scales = with_room(self.scales, start, self.length, self.tokens_to_come)

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from transformers.utils import is_torchdynamo_compiling
 
-from .quantization_egmla import QuantizedEntries
+from .cpu_kernel_egmla import cpu_operators
+from .quantization_egmla import QuantizedEntries, TokenGroups
 
 
 # Below this many cached tokens per thread, splitting the cache over threads costs more than it saves.
@@ -35,6 +36,7 @@ def latent_attention(
     entries: torch.Tensor | QuantizedEntries,
     attention_mask: torch.Tensor | None,
     scaling: float,
+    kv_lora_rank: int,
 ) -> torch.Tensor:
     """Attention of all heads over one shared latent, which is key and value at once.
 
@@ -47,10 +49,23 @@ def latent_attention(
         attention_mask (`torch.Tensor`, *optional*): `[B or 1, 1, T, S]`, boolean (true is seen) or additive. `None`:
             each of the `T` queries, the last tokens of the cache, sees all up to itself.
         scaling (`float`): factor on the scores.
+        kv_lora_rank (`int`): `R`.
 
     Returns:
-        `torch.Tensor`: `[B, H, T, R + P]`, of which only the first `R` elements mean anything and may come alone.
+        `torch.Tensor`: `[B, H, T, R]`, mean latents.
     """
+    if cpu_operators() is not None and _is_for_cpu_kernel(query, entries, attention_mask):
+        return _compiled_attention(query[:, :, 0], entries, attention_mask, scaling, kv_lora_rank).unsqueeze(2)
+    return _attention(query, entries, attention_mask, scaling)[..., :kv_lora_rank]
+
+
+def _attention(
+    query: torch.Tensor,
+    entries: torch.Tensor | QuantizedEntries,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+) -> torch.Tensor:
+    """By PyTorch's kernels: `[B, H, T, R + P]`, of which the first `R` elements mean anything and may come alone."""
     B, H, T, width = query.shape
     if T > 1 and (attention_mask is None or H * T > PACK_MAX_ROWS):
         if isinstance(entries, QuantizedEntries):
@@ -90,6 +105,34 @@ def needs_no_mask(attention_mask: torch.Tensor | None, rows: int, tokens: int, d
         return True
     two_dimensional = isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2
     return two_dimensional and attention_mask.shape[1] == tokens and bool(attention_mask.all())
+
+
+def _is_for_cpu_kernel(
+    query: torch.Tensor, entries: torch.Tensor | QuantizedEntries, attention_mask: torch.Tensor | None
+) -> bool:
+    """Whether the compiled kernel takes the case: one new token per sequence on a CPU, nothing to record."""
+    if query.shape[2] != 1 or query.device.type != "cpu" or entries.device.type != "cpu":
+        return False
+    if torch.is_grad_enabled() and (query.requires_grad or getattr(entries, "requires_grad", False)):
+        return False
+    return attention_mask is None or (attention_mask.dtype == torch.bool and attention_mask.shape[1] == 1)
+
+
+def _compiled_attention(
+    query: torch.Tensor,
+    entries: torch.Tensor | QuantizedEntries,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    rank: int,
+) -> torch.Tensor:
+    """Attention `[B, H, R]` of queries `[B, H, R + P]` by the compiled kernel, on entries as they are cached."""
+    operators, mask = cpu_operators(), None if attention_mask is None else attention_mask[:, 0, 0]
+    if isinstance(entries, torch.Tensor):
+        return operators.latent_attention(query, entries[:, 0], mask, scaling, rank)
+    stored = entries.codes, entries.scales
+    if isinstance(entries, TokenGroups):
+        return operators.latent_attention_int4(query, entries.kept, entries.first, *stored, mask, scaling, rank)
+    return operators.latent_attention_int8(query, *stored, entries.rotation, mask, scaling, rank)
 
 
 def _continued_attention(query: torch.Tensor, entries: torch.Tensor, scaling: float) -> torch.Tensor:

@@ -329,7 +329,7 @@ class EGMLAAttention(nn.Module):
             output = torch.matmul(weights.view(B, 1, H * T, -1), entries[..., : self.kv_lora_rank])
             output = output.view(B, H, T, -1)
         else:
-            output = latent_attention(query, entries, attention_mask, self.scaling)[..., : self.kv_lora_rank]
+            output = latent_attention(query, entries, attention_mask, self.scaling, self.kv_lora_rank)
         output = output.transpose(0, 1).reshape(H, B * T, self.kv_lora_rank)
         output = torch.bmm(output, value_up.transpose(1, 2))  # [H, B T, V]
         return output.view(H, B, T, self.v_head_dim).permute(1, 2, 0, 3), weights

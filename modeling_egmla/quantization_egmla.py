@@ -18,6 +18,8 @@ from functools import cache
 
 import torch
 
+from .cpu_kernel_egmla import cpu_operators
+
 
 # Elements (int8) or tokens (int4) per group by default. A group takes 2 and 4 bytes beside its codes, 3.1 and 12.5 %.
 GROUP_SIZE = 64
@@ -27,6 +29,8 @@ SCALE_DTYPE = torch.bfloat16
 # Tokens turned into floating point at a time, of all sequences together: fewer cost more small operations, and more
 # were no faster. At 128 elements a token that is 4 MB, which a thread keeps.
 PIECE_TOKENS = 8192
+# Up to this many new tokens the compiled kernel quantises: more are worth a product on all cores.
+KERNEL_TOKENS = 64
 
 
 def element_group_size(group_size: int | None, rank: int, rope_dim: int) -> int:
@@ -80,13 +84,20 @@ def rotation(rank: int, rope_dim: int, device: torch.device) -> torch.Tensor:
     return torch.block_diag(*blocks).to(device)
 
 
-def quantize_elements(entries: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """int8 codes `[..., W]` and bf16 scales `[..., W / group_size]` of entries `[..., W]`; an element is scale x code.
+def quantize_elements(
+    entries: torch.Tensor, matrix: torch.Tensor, group_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """int8 codes `[..., W]` and bf16 scales `[..., W / group_size]` of entries `[..., W]` times a matrix `[W, W]`.
 
-    The element of largest magnitude gets the code -128, which has no positive counterpart, and the scale its opposite
-    sign: all codes are used. Errors are up to half a scale, or 1.25 where both signs occur at full magnitude.
+    An element is scale x code. The one of largest magnitude gets the code -128, which has no positive counterpart, and
+    the scale its opposite sign: all codes are used. Errors are up to half a scale, or 1.25 where both signs occur at
+    full magnitude.
     """
-    groups = entries.float().unflatten(-1, (-1, group_size))
+    operators, tokens = cpu_operators(), entries.shape[:-1]
+    if operators is not None and entries.device.type == "cpu" and tokens.numel() <= KERNEL_TOKENS:
+        codes, scales = operators.quantize_int8(entries.detach().flatten(0, -2), matrix, matrix.shape[0] // group_size)
+        return codes.unflatten(0, tokens), scales.unflatten(0, tokens)
+    groups = (entries.float() @ matrix).unflatten(-1, (-1, group_size))
     extremes = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
     scales = (extremes / -128).to(SCALE_DTYPE)
     # All-zero groups have the scale 0, and codes 0.
@@ -151,6 +162,8 @@ class QuantizedEntries:
 
     # What `pieces` are to be multiplied with from the right to be entries; its own inverse.
     rotation: torch.Tensor | None = None
+    codes: torch.Tensor
+    scales: torch.Tensor
 
     def __init__(self, shape: torch.Size, latent_width: int, dtype: torch.dtype, device: torch.device):
         self.shape = shape

@@ -105,6 +105,7 @@ CODE_FILES = {
         "cache",
         "configuration",
         "continuous_batching",
+        "cpu_kernel",
         "latent_attention",
         "linear",
         "modeling",

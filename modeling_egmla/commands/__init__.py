@@ -33,11 +33,23 @@ app = typer.Typer(
 @app.callback()
 def options(
     debug: Annotated[bool, typer.Option("--debug", envvar="EGMLA_DEBUG", help="Show tracebacks of errors.")] = False,
+    cpu_kernel: Annotated[
+        bool,
+        typer.Option(
+            "--cpu-kernel",
+            envvar="EGMLA_CPU_KERNEL",
+            help="Decode with the compiled CPU kernel (needs a C++ compiler).",
+        ),
+    ] = False,
     version: Annotated[
         bool, typer.Option("--version", callback=show_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
     """EG-MLA: language models with a small, gated KV cache for Hugging Face Transformers."""
+    if cpu_kernel:
+        from egmla import load_cpu_kernel
+
+        load_cpu_kernel()
 
 
 for command in (demo, convert, sweep, heal, train, generate, compare, bench, inspect, presets, card, push):

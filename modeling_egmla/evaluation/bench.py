@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from egmla.cpu_kernel_egmla import cpu_operators
 from egmla.provenance import software_versions, write_json
 
 from .accounting import decode_flops, swept_weight_bytes
@@ -100,7 +101,8 @@ class BenchSettings:
         """What figures depend on: what must be the same for them to stand in one report."""
         kept = ("rounds", "steps", "first_warmup", "warmup", "turn_seconds", "device")
         settings = {name: getattr(self, name) for name in kept}
-        return settings | {"threads": torch.get_num_threads(), "versions": software_versions()}
+        here = {"threads": torch.get_num_threads(), "cpu_kernel": cpu_operators() is not None}
+        return settings | here | {"versions": software_versions()}
 
 
 def run_bench(

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
-from egmla import EGMLAConfig  # also registers the architecture
+from egmla import EGMLAConfig, load_cpu_kernel  # also registers the architecture
+from egmla.cpu_kernel_egmla import cpu_operators
 
 from .accounting import cache_nbytes
 from .contestants import CONTESTANTS, Role, compiling, make_model
@@ -34,6 +35,7 @@ def measure_apart(role: Role, contestant: str, **options: Any) -> dict[str, Any]
         `dict`: as of `measure`; or `error` with the last line of what the process said, when it failed.
     """
     options |= {"contestant": contestant, "folder": role.folder, "threads": torch.get_num_threads()}
+    options["cpu_kernel"] = cpu_operators() is not None
     options["config"] = None if role.folder else {**role.config.to_dict(), "model_type": role.config.model_type}
     command = [sys.executable, "-m", "egmla.evaluation.memory"]
     done = subprocess.run(command, input=json.dumps(options), capture_output=True, text=True)
@@ -58,6 +60,7 @@ def measure(
     folder: str | None = None,
     config: dict[str, Any] | None = None,
     threads: int = 1,
+    cpu_kernel: bool = False,
 ) -> dict[str, Any]:
     """Fills a cache to `context` tokens, decodes `warmup` and then `tokens` more, and follows this process's memory.
 
@@ -71,6 +74,7 @@ def measure(
         seconds (`float`): the run ends early beyond this.
         folder, config (*optional*): of the model's weights; its configuration where weights are random.
         threads (`int`): CPU threads.
+        cpu_kernel (`bool`): with the compiled kernel.
 
     Returns:
         `dict`: bytes, resident on a CPU and allocated on a GPU: `weight_bytes`, `before_bytes`, `after_bytes`,
@@ -78,6 +82,8 @@ def measure(
         `cache_used_bytes`, `cache_allocated_bytes`, `cache_growth_bytes`; `tokens` decoded.
     """
     torch.set_num_threads(threads)
+    if cpu_kernel:
+        load_cpu_kernel()
     place = torch.device(device)
     timer = Timer(place)
     shape = EGMLAConfig() if config is None else AutoConfig.for_model(**config)

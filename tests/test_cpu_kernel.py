@@ -1,0 +1,312 @@
+"""The compiled CPU kernel: compiled here, compared with attention in fp64 and with models that run without it."""
+
+import importlib.util
+import shutil
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+import torch
+from cases import EXPANDED_CASES, difference, tiny_model, token_ids
+
+from egmla import EGMLACache, cpu_kernel, cpu_kernel_egmla, load_cpu_kernel
+from egmla.cache_egmla import GrowingLatentLayer, Int4LatentLayer, Int8LatentLayer
+from egmla.latent_attention_egmla import latent_attention
+from egmla.quantization_egmla import quantize_elements, rotation
+
+
+pytestmark = pytest.mark.skipif(
+    not shutil.which("c++") and not shutil.which("g++"), reason="the kernel needs a C++ compiler"
+)
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+LAYERS = {"full": GrowingLatentLayer, "int8": Int8LatentLayer, "int4": Int4LatentLayer}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where the kernel is compiled to, once for this module."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("extensions")
+        patch.setenv("TORCH_EXTENSIONS_DIR", str(folder))
+        patch.setattr(cpu_kernel_egmla, "OPERATORS", None)
+        load_cpu_kernel()
+        yield folder / "egmla"
+
+
+@pytest.fixture
+def calls(folder, monkeypatch):
+    """Switches the kernel on for one test; counts calls by operator."""
+    counts = Counter()
+
+    class Counting:
+        def __getattr__(self, name):
+            counts[name] += 1
+            return getattr(torch.ops.egmla, name)
+
+    monkeypatch.setattr(cpu_kernel_egmla, "OPERATORS", Counting())
+    return counts
+
+
+def exact_attention(query, entries, seen, scaling, rank):
+    """By definition, in fp64: queries `[B, H, 1, W]`, entries `[B, 1, S, W]`, `seen` `[B or 1, 1, 1, S]`."""
+    query, entries = query.double(), entries.double()
+    scores = query @ entries.mT * scaling
+    if seen is not None:
+        scores = scores.masked_fill(~seen, -torch.inf)
+    return torch.softmax(scores, dim=-1) @ entries[..., :rank]
+
+
+# --- operators ---
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize("masked", [None, "one for all", "each its own"])
+@pytest.mark.parametrize(
+    "batch, heads, rank, rope, tokens",
+    [
+        (1, 12, 64, 64, 1),
+        (1, 12, 64, 64, 1037),
+        (2, 9, 64, 32, 700),
+        (3, 17, 20, 4, 531),
+        (5, 4, 7, 3, 33),
+        (2, 40, 96, 0, 300),
+        (1, 3, 512, 64, 600),
+    ],
+)
+def test_attention_is_that_of_its_definition(
+    calls, batch, heads, rank, rope, tokens, masked, dtype, threads, monkeypatch
+):
+    """Any width and number of heads; a buffer with room behind its tokens; other threads, other parts."""
+    buffer = torch.randn(batch, 1, tokens + 9, rank + rope).to(dtype)
+    buffer[:, :, tokens:] = torch.nan
+    query = torch.randn(batch, heads, 1, rank + rope).to(dtype)
+    seen = None if masked is None else torch.rand(1 if masked == "one for all" else batch, 1, 1, tokens) > 0.4
+    if seen is not None:
+        seen[..., -1] = True
+        seen[-1, ..., : tokens // 2] = tokens < 2  # whole blocks, and whole parts, are hidden
+    torch.set_num_threads(threads)
+    try:
+        given = latent_attention(query, buffer[:, :, :tokens], seen, 0.1, rank)
+    finally:
+        torch.set_num_threads(1)
+    assert given.shape == (batch, heads, 1, rank) and given.dtype == dtype
+    expected = exact_attention(query, buffer[:, :, :tokens], seen, 0.1, rank)
+    assert difference(given, expected) <= TOLERANCE[dtype]
+    assert calls["latent_attention"] == 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("rank, rope", [(64, 64), (64, 32), (20, 4), (7, 4), (48, 0)])
+@pytest.mark.parametrize("tokens", [1, 3, 67, 68, 300, 1111])
+def test_quantised_entries_are_read_as_they_are(calls, tokens, rank, rope, masked, kind, dtype):
+    """int4: kept tokens before and behind the groups, no group at all; an odd width has half a byte to spare."""
+    if kind == "int8" and rank == 7:
+        pytest.skip("groups of one element")
+    layer = LAYERS[kind](rank, rope)
+    layer.append(torch.randn(2, 1, tokens, rank).to(dtype), torch.randn(2, 1, tokens, rope).to(dtype))
+    entries, query = layer.entries, torch.randn(2, 9, 1, rank + rope).to(dtype)
+    seen = torch.rand(2, 1, 1, tokens) > 0.3 if masked else None
+    if masked:
+        seen[..., -1] = True
+    expected = exact_attention(query, _exact(entries), seen, 0.1, rank)
+    assert difference(latent_attention(query, entries, seen, 0.1, rank), expected) <= TOLERANCE[dtype]
+    assert calls["latent_attention_" + kind] == 1
+
+
+def _exact(entries):
+    """Entries without the rounding of the model's format."""
+    pieces = [piece.clone() for piece in entries.pieces()]
+    whole = torch.cat(pieces, dim=1).double()
+    if entries.rotation is not None:
+        whole = whole @ entries.rotation.double()
+    return whole.unsqueeze(1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize("rank, rope, group", [(64, 64, 64), (64, 32, 32), (20, 4, 4), (5, 5, 5)])
+def test_new_tokens_are_quantised_as_without_it(calls, rank, rope, group, dtype, monkeypatch):
+    entries = (torch.randn(3, 1, 7, rank + rope) * torch.logspace(-3, 3, 7)[:, None]).to(dtype)
+    entries[:, :, 2] = 0
+    matrix = rotation(rank, rope, entries.device)
+    codes, scales = quantize_elements(entries, matrix, group)
+    assert calls["quantize_int8"] == 1
+    monkeypatch.setattr(cpu_kernel_egmla, "OPERATORS", None)
+    expected, expected_scales = quantize_elements(entries, matrix, group)
+    assert codes.dtype == expected.dtype and scales.dtype == expected_scales.dtype
+    # Sums in another order may round the other way, scales and codes.
+    assert (
+        difference(scales.double() / expected_scales.double().where(expected_scales != 0, 1), expected_scales != 0)
+        < 0.01
+    )
+    assert (codes.int() - expected.int()).abs().max() <= 1
+    assert (codes != expected).float().mean() < 0.01
+
+
+@torch.no_grad()
+def test_a_sequence_that_sees_nothing_is_no_nan(calls):
+    seen = torch.ones(2, 1, 1, 50, dtype=torch.bool)
+    seen[1] = False
+    given = latent_attention(torch.randn(2, 4, 1, 24), torch.randn(2, 1, 50, 24), seen, 0.3, 16)
+    assert (given[1] == 0).all() and given[0].abs().min() > 0
+
+
+@torch.no_grad()
+def test_large_scores_do_not_overflow(calls):
+    query, entries = torch.randn(1, 4, 1, 24) * 100, torch.randn(1, 1, 600, 24) * 100
+    expected = exact_attention(query, entries, None, 1.0, 16)
+    assert difference(latent_attention(query, entries, None, 1.0, 16), expected) <= 1e-3
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"entries": torch.zeros(2, 50, 23)}, "queries must be"),
+        ({"entries": torch.zeros(3, 50, 24)}, "entries must be"),
+        ({"entries": torch.zeros(2, 24, 50).mT}, "entries must be"),
+        ({"entries": torch.zeros(2, 50, 24, dtype=torch.float64)}, "must be of float32"),
+        ({"mask": torch.ones(2, 49, dtype=torch.bool)}, "mask must be"),
+        ({"mask": torch.ones(2, 50)}, "mask must be"),
+        ({"rank": 25}, "the latent no wider"),
+        ({"rank": 0}, "the latent no wider"),
+    ],
+)
+def test_operator_refuses_other_shapes(folder, change, message):
+    given = {"entries": torch.zeros(2, 50, 24), "mask": None, "rank": 16} | change
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.egmla.latent_attention(torch.zeros(2, 4, 24), given["entries"], given["mask"], 0.3, given["rank"])
+
+
+# --- what is left to PyTorch ---
+
+
+def test_gradients_several_tokens_and_additive_masks_are_pytorchs(calls):
+    query, entries = torch.randn(2, 4, 1, 24, requires_grad=True), torch.randn(2, 1, 50, 24)
+    latent_attention(query, entries, None, 0.3, 16).sum().backward()
+    assert query.grad.abs().max() > 0
+    with torch.no_grad():
+        latent_attention(query, entries, torch.zeros(2, 1, 1, 50), 0.3, 16)
+        latent_attention(query.expand(-1, -1, 2, -1), entries, torch.ones(1, 1, 2, 50, dtype=torch.bool), 0.3, 16)
+    assert not calls
+
+
+# --- models ---
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["growing", "fixed", "int8", "int4"])
+def test_generation_is_that_without_it(calls, case, kind, monkeypatch):
+    """Left padding and all; the same tokens, logits to rounding."""
+    if case in EXPANDED_CASES:
+        pytest.skip("nothing is absorbed")
+    model, ids = tiny_model(case), token_ids(2, 80)
+    mask = torch.ones_like(ids)
+    mask[1, :5] = 0
+    options = {"fixed": {"max_cache_len": 96}, "growing": {}}.get(kind, {"quantization": kind})
+
+    def generate():
+        return model.generate(
+            ids,
+            attention_mask=mask,
+            past_key_values=EGMLACache(model.config, **options),
+            max_new_tokens=8,
+            do_sample=False,
+            disable_compile=True,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+
+    given = generate()
+    used = sum(count for name, count in calls.items() if name.startswith("latent_attention"))
+    assert used == 7 * model.config.num_hidden_layers
+    monkeypatch.setattr(cpu_kernel_egmla, "OPERATORS", None)
+    expected = generate()
+    assert torch.equal(given.sequences, expected.sequences)
+    # A code that is rounded the other way shows.
+    tolerance = 1e-4 if kind in ("growing", "fixed") else 2e-2
+    assert difference(torch.stack(given.logits), torch.stack(expected.logits)) <= tolerance
+
+
+@torch.no_grad()
+def test_compiled_steps_use_it(folder, monkeypatch):
+    """One graph for all steps of a bucket, logits of eager ones."""
+    model, ids = tiny_model(), token_ids(1, 40)
+    monkeypatch.setattr(cpu_kernel_egmla, "OPERATORS", torch.ops.egmla)
+    expected = model(ids, use_cache=False).logits
+    cache = EGMLACache(model.config, max_cache_len=48)
+    model(ids[:, :8], past_key_values=cache)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for position in range(8, 40):
+        step = compiled(ids[:, position : position + 1], past_key_values=cache).logits
+        assert difference(step, expected[:, position : position + 1]) <= 1e-4
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - graphs <= 2
+    torch._dynamo.reset()
+
+
+# --- loading ---
+
+
+def test_it_is_compiled_once(folder, monkeypatch):
+    (library,) = folder.iterdir()  # nothing half-made beside it
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("compiled again")
+
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(folder.parent))
+    monkeypatch.setattr(subprocess, "run", refuse)
+    assert cpu_kernel._compiled_library() == library
+    monkeypatch.setattr(cpu_kernel, "_processor", lambda: "another")
+    with pytest.raises(AssertionError, match="compiled again"):
+        cpu_kernel._compiled_library()
+
+
+@pytest.mark.parametrize(
+    "compiler, message",
+    [
+        ("no-such-compiler", "needs a C\\+\\+ compiler, and 'no-such-compiler' cannot be run"),
+        ("false", "not be compiled"),
+    ],
+)
+def test_no_compiler(folder, tmp_path, monkeypatch, compiler, message):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setenv("CXX", compiler)
+    with pytest.raises(
+        ImportError, match="(?s)" + message + ".*in the environment variable CXX.*without the kernel everything"
+    ):
+        cpu_kernel._compiled_library()
+    assert not list((tmp_path / "egmla").iterdir())
+
+
+def test_wrong_results_keep_it_off(folder, monkeypatch):
+    monkeypatch.setattr(cpu_kernel_egmla, "OPERATORS", None)
+    monkeypatch.setattr(cpu_kernel, "TOLERANCE", 0.0)
+    with pytest.raises(ImportError, match=r"wrong on this machine.*differ by .*is not used"):
+        load_cpu_kernel()
+    assert cpu_kernel_egmla.OPERATORS is None
+
+
+def test_code_of_a_checkpoint_finds_it(folder):
+    """A copy of the module, as `trust_remote_code` makes one."""
+    specification = importlib.util.spec_from_file_location("copy_of_it", cpu_kernel_egmla.__file__)
+    copy = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(copy)
+    assert copy.cpu_operators() is torch.ops.egmla
+
+
+def test_command_line_switches_it_on(folder, tmp_path):
+    """A process of its own; without a compiler the command says so before anything else."""
+    environment = {"TORCH_EXTENSIONS_DIR": str(folder.parent), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"}
+    command = [sys.executable, "-m", "egmla", "--cpu-kernel", "presets"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    environment |= {"CXX": "no-such-compiler"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode and "no-such-compiler" in done.stderr and "Traceback" not in done.stderr
