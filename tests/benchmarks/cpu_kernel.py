@@ -1,0 +1,118 @@
+"""Decode steps with the compiled CPU kernel and without, in turns, and a layer's attention by itself.
+
+    python tests/benchmarks/cpu_kernel.py --context 2048,8192,32768 --dtype float32,bfloat16 --threads 2
+
+`egmla-kv64-120m` with random weights, batch 1. The last line of the output is one JSON object.
+"""
+
+import argparse
+import json
+import statistics
+import time
+
+import torch
+
+from egmla import EGMLAForCausalLM, cpu_kernel_egmla, load_cpu_kernel
+from egmla.configuration import load_preset
+from egmla.evaluation.contestants import CONTESTANTS, compiling
+from egmla.evaluation.decode_speed import pair_ratios, time_decode
+from egmla.evaluation.machine import Limits
+from egmla.latent_attention_egmla import latent_attention
+from egmla.provenance import software_versions
+
+
+PRESET = "egmla-kv64-120m"
+
+
+class Switched:
+    """A model that runs with the kernel, or without; else it is the model."""
+
+    def __init__(self, model, runner, operators):
+        self.model, self.runner, self.operators = model, runner, operators
+
+    def __call__(self, *args, **kwargs):
+        cpu_kernel_egmla.OPERATORS = self.operators
+        return self.runner(*args, **kwargs)
+
+    @property
+    def _orig_mod(self):  # what fills caches
+        return self.model
+
+    def __getattr__(self, name):
+        return getattr(self.model, name)
+
+
+def time_steps(model, context: int, names: list[str], rounds: int) -> list[dict]:
+    """A row per contestant: medians with and without the kernel, and how they and the full cache compare in pairs."""
+    with compiling() as compiled:
+        runners = {name: compiled(model) if CONTESTANTS[name].compiled else model for name in names}
+        models, caches = {}, {}
+        for name in names:
+            for suffix, operators in (("", torch.ops.egmla), (" without", None)):
+                models[name + suffix] = Switched(model, runners[name], operators)
+                caches[name + suffix] = CONTESTANTS[name].cache
+        timings = time_decode(models, context, caches=caches, rounds=rounds, steps=4, warmup=1, first_warmup=4)
+    rows = []
+    for name in names:
+        ours, without = timings[name], timings[name + " without"]
+        rows.append(
+            {
+                "contestant": name,
+                "context": context,
+                "dtype": str(model.dtype).removeprefix("torch."),
+                "ms": 1e3 * ours.median,
+                "ms_without": 1e3 * without.median,
+                "times_without": statistics.median(pair_ratios(ours, without)),
+                "times_of_full": statistics.median(pair_ratios(timings["egmla"], ours)),
+                "times_of_full_without": statistics.median(pair_ratios(timings["egmla without"], without)),
+            }
+        )
+    return rows
+
+
+@torch.no_grad()
+def time_layer(config, context: int, dtype: torch.dtype, rounds: int) -> dict:
+    """Milliseconds of one layer's attention, in turns over all layers' entries, and of reading them."""
+    width, rank = config.kv_lora_rank + config.qk_rope_head_dim, config.kv_lora_rank
+    layers = [torch.randn(1, 1, context, width).to(dtype) for _ in range(config.num_hidden_layers)]
+    query = torch.randn(1, config.num_attention_heads, 1, width).to(dtype)
+    seconds: dict[str, list[float]] = {"kernel": [], "without": []}
+    for _ in range(rounds + 1):
+        for name, operators in (("kernel", torch.ops.egmla), ("without", None)):
+            cpu_kernel_egmla.OPERATORS = operators
+            start = time.perf_counter()
+            for entries in layers:
+                latent_attention(query, entries, None, 0.1, rank)
+            seconds[name].append((time.perf_counter() - start) / len(layers))
+    reading = layers[0].nbytes / Limits(dtype).read()
+    medians = {name: 1e3 * statistics.median(values[1:]) for name, values in seconds.items()}
+    return {"context": context, "dtype": str(dtype).removeprefix("torch."), "reading": 1e3 * reading, **medians}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--context", default="2048,8192,32768")
+    parser.add_argument("--dtype", default="float32,bfloat16")
+    parser.add_argument("--contestants", default="egmla,egmla-compiled,egmla-int8,egmla-int4")
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    load_cpu_kernel()
+    config = load_preset(PRESET)
+    names = list(dict.fromkeys(["egmla", *options.contestants.split(",")]))
+    layers, steps = [], []
+    for dtype in (getattr(torch, name) for name in options.dtype.split(",")):
+        model = EGMLAForCausalLM(config).to(dtype).eval()
+        for context in map(int, options.context.split(",")):
+            layers.append(time_layer(config, context, dtype, options.rounds))
+            print(layers[-1], flush=True)
+            for row in time_steps(model, context, names, options.rounds):
+                steps.append(row)
+                print(row, flush=True)
+    print(json.dumps({"layers": layers, "steps": steps, "threads": options.threads, "versions": software_versions()}))
+
+
+if __name__ == "__main__":
+    main()
