@@ -36,7 +36,7 @@ constexpr int64_t LANES = 4;
 #endif
 // Tokens, or elements of the value, whose sums are held in registers at a time.
 constexpr int64_t TILE = 8;
-// Elements of a block of tokens, at most: 16 KB.
+// Elements of a block of tokens, at most: 16 KB, so that blocks and queries share the first two caches.
 constexpr int64_t BLOCK_ELEMENTS = 4096;
 constexpr int64_t CACHE_LINE = 64;  // bytes
 // Fewer tokens than this are not worth a part of their own.
@@ -66,6 +66,21 @@ inline Vector exponential(Vector x) {
   result = result * rest + 1.0f;
   return (Vector)(((Integers)rounded << 23) + (Integers)result);
 }
+
+// Numbers that start at a cache line: a vector that lies in two lines takes two reads.
+class Floats {
+ public:
+  explicit Floats(int64_t count, float value = 0) : memory_(count + CACHE_LINE / sizeof(float), value) {
+    const auto address = reinterpret_cast<uintptr_t>(memory_.data());
+    start_ = memory_.data() + (CACHE_LINE - address % CACHE_LINE) % CACHE_LINE / sizeof(float);
+  }
+  Floats(const Floats&) = delete;
+  float* data() { return start_; }
+
+ private:
+  std::vector<float> memory_;
+  float* start_;
+};
 
 // Where entries come from. `read` gives `count` tokens from `start` on as fp32 rows, in `space` or where they lie;
 // `ahead` is where the bytes of a token are, for prefetching, if tokens lie one behind the other.
@@ -172,11 +187,11 @@ template <typename Source>
 void attend(
     const Source& source, const Mask& mask, const float* queries, int64_t sequence, int64_t begin, int64_t end,
     int64_t vectors, int64_t width, int64_t rank, int64_t block, const Sums& sums) {
-  std::vector<float> space(block * width + block * LANES + 2 * width);
-  float *rows = space.data(), *scores = rows + block * width, *scratch = scores + block * LANES;
-  // Each tile calls for the bytes of the one a block later, spread over its elements: the processor's own prefetching
-  // stops at each page, and many calls at once would wait for one another.
-  const int64_t lines_per_step = std::max<int64_t>(1, TILE * 16 * Source::bits / 8 / CACHE_LINE);
+  Floats space(block * LANES + block * width + 2 * width);
+  float *scores = space.data(), *rows = scores + block * LANES, *scratch = rows + block * width;
+  // Each tile calls for the bytes of the one a block later, a line every few elements: the processor's own prefetching
+  // stops at each page, and many calls at once wait for one another.
+  constexpr int64_t elements_per_line = CACHE_LINE * 8 / Source::bits / TILE;
 
   for (int64_t start = begin; start < end; start += block) {
     const int64_t count = std::min(block, end - start);
@@ -196,14 +211,12 @@ void attend(
         Vector sum[TILE] = {};
         int64_t element = 0;
         for (; element + 16 <= width; element += 16) {
-          if (vector == 0) {
-            for (int64_t line = 0; line < lines_per_step; line++) {
+#pragma GCC unroll 16
+          for (int64_t i = 0; i < 16; i++) {
+            if (vector == 0 && i % elements_per_line == 0) {
               __builtin_prefetch(ahead);
               ahead += CACHE_LINE;
             }
-          }
-#pragma GCC unroll 16
-          for (int64_t i = 0; i < 16; i++) {
             const Vector heads = load(query + (element + i) * LANES);
 #pragma GCC unroll 8
             for (int64_t j = 0; j < TILE; j++) sum[j] += heads * tile[j * width + element + i];
@@ -274,10 +287,12 @@ void run(
   const int64_t block = std::max(TILE, BLOCK_ELEMENTS / width / TILE * TILE);
   const int64_t part_tokens = ((tokens + parts - 1) / parts + block - 1) / block * block;
   const int64_t vectors = (rows + LANES - 1) / LANES, lanes = vectors * LANES;
-  std::vector<float> tops(batch * parts * lanes, HIDDEN), totals(tops.size()), values(tops.size() * rank);
+  Floats sums(batch * parts * lanes * rank), totals(batch * parts * lanes), tops(batch * parts * lanes, HIDDEN);
+  float *values = sums.data(), *total = totals.data(), *top = tops.data();
 
   at::parallel_for(0, batch * parts, 1, [&](int64_t first, int64_t last) {
-    std::vector<float> turned(lanes * width);  // [vectors, W, LANES]
+    Floats memory(lanes * width);
+    float* turned = memory.data();  // [vectors, W, LANES]
     for (int64_t task = first; task < last; task++) {
       const int64_t sequence = task / parts, part = task % parts;
       for (int64_t row = 0; row < rows; row++) {
@@ -286,9 +301,9 @@ void run(
               query[(sequence * rows + row) * width + i] * scaling;
         }
       }
-      const Sums sums{&tops[task * lanes], &totals[task * lanes], &values[task * lanes * rank]};
+      const Sums sums{top + task * lanes, total + task * lanes, values + task * lanes * rank};
       attend(
-          source, mask, turned.data(), sequence, part * part_tokens, std::min(tokens, (part + 1) * part_tokens),
+          source, mask, turned, sequence, part * part_tokens, std::min(tokens, (part + 1) * part_tokens),
           vectors, width, rank, block, sums);
     }
   });
@@ -297,17 +312,17 @@ void run(
     for (int64_t row = 0; row < rows; row++) {
       float* to = output + (sequence * rows + row) * rank;
       std::fill(to, to + rank, 0.0f);
-      float top = HIDDEN, total = 0;
+      float highest = HIDDEN, whole = 0;
       const int64_t place = sequence * parts * lanes + row;
-      for (int64_t part = 0; part < parts; part++) top = std::max(top, tops[place + part * lanes]);
+      for (int64_t part = 0; part < parts; part++) highest = std::max(highest, top[place + part * lanes]);
       for (int64_t part = 0; part < parts; part++) {
-        const float share = std::exp(tops[place + part * lanes] - top);
-        total += share * totals[place + part * lanes];
-        const float* from = &values[((sequence * parts + part) * lanes + row / LANES * LANES) * rank + row % LANES];
+        const float share = std::exp(top[place + part * lanes] - highest);
+        whole += share * total[place + part * lanes];
+        const float* from = values + ((sequence * parts + part) * lanes + row / LANES * LANES) * rank + row % LANES;
         for (int64_t i = 0; i < rank; i++) to[i] += share * from[i * LANES];
       }
       // Nothing is seen: 0, as a mean of nothing.
-      for (int64_t i = 0; i < rank && total > 0; i++) to[i] /= total;
+      for (int64_t i = 0; i < rank && whole > 0; i++) to[i] /= whole;
     }
   }
 }
