@@ -271,7 +271,7 @@ class QuantizedLatentLayer(GrowingLatentLayer):
 class Int8LatentLayer(QuantizedLatentLayer):
     """int8 codes `[B, 1, capacity, R + P]` and scales `[B, 1, capacity, (R + P) / group_size]`.
 
-    Tokens are quantised each by itself, so logits do not depend on how they were divided into calls.
+    Tokens are quantised each by itself, so logits depend on how they were divided into calls by rounding only.
     """
 
     def __init__(self, kv_lora_rank, qk_rope_head_dim, layer_idx: int = 0, *, group_size: int | None = None):

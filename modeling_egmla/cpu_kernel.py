@@ -1,7 +1,7 @@
 # Copyright 2026 The egmla authors. Licensed under the Apache License, Version 2.0.
 """Compiles and loads `latent_attention.cpp`, a kernel for decode attention on a CPU.
 
-PyTorch's fused kernel takes 1.7 times as long, and none of its kernels reads quantised entries (figures in
+PyTorch's fused kernel takes longer, and none of its kernels reads quantised entries (figures in
 tests/benchmarks/README.md). It is opt-in, since it takes a C++ compiler and, once, half a minute; all works without.
 """
 
@@ -10,17 +10,24 @@ import platform
 import shlex
 import subprocess
 import tempfile
+import threading
 from hashlib import sha256
 from pathlib import Path
 
 import torch
+from transformers.utils import logging
 
 from . import cpu_kernel_egmla
 
 
+logger = logging.get_logger(__name__)
+
 SOURCE = Path(__file__).with_name("latent_attention.cpp")
 # Sums are in another order than PyTorch's.
 TOLERANCE = 1e-4
+WITHOUT = "Without the kernel everything works, slower."
+
+_lock = threading.Lock()
 
 
 def load_cpu_kernel() -> None:
@@ -31,21 +38,31 @@ def load_cpu_kernel() -> None:
     Further calls do nothing. Models whose code came with a checkpoint (`trust_remote_code`) use it too, if they are
     loaded afterwards.
 
-    It serves one new token per sequence, without gradients, with no mask or a boolean one, from every kind of cache.
-    All else stays with PyTorch's kernels.
+    It serves steps of one new token per sequence, without gradients, in fp32, bf16 and fp16, with no mask or a boolean
+    one, from each cache of this package, and turns new tokens into int8. All else stays with PyTorch's kernels, as do
+    `attn_implementation="eager"`, exported and traced programs. Written for g++ on Linux; elsewhere, untried, it
+    runs on one thread.
 
     Raises:
-        ImportError: when there is no C++ compiler that works, or the kernel's results are wrong on this machine.
+        ImportError: when it cannot be compiled or loaded, or its results are wrong on this machine.
     """
-    if cpu_kernel_egmla.OPERATORS is not None:
-        return
-    if not hasattr(torch.ops.egmla, "latent_attention"):
-        torch.ops.load_library(_compiled_library())
-        for name in ("latent_attention", "latent_attention_int8", "latent_attention_int4"):
-            torch.library.register_fake(f"egmla::{name}", _shape_of_attention)
-        torch.library.register_fake("egmla::quantize_int8", _shapes_of_codes)
-    _check()
-    cpu_kernel_egmla.OPERATORS = torch.ops.egmla
+    with _lock:
+        if cpu_kernel_egmla.OPERATORS is not None:
+            return
+        if not hasattr(torch.ops.egmla, "latent_attention"):
+            library = _compiled_library()
+            try:
+                torch.ops.load_library(library)
+            except OSError as error:
+                raise ImportError(
+                    f"{library} cannot be loaded ({error}). Delete it and try again. {WITHOUT}"
+                ) from error
+            for name in ("latent_attention", "latent_attention_int8", "latent_attention_int4"):
+                torch.library.register_fake(f"egmla::{name}", _shape_of_attention)
+            torch.library.register_fake("egmla::quantize_int8", _shapes_of_codes)
+        _check()
+        torch.ops.egmla.checked = True
+        cpu_kernel_egmla.OPERATORS = torch.ops.egmla
 
 
 def _shape_of_attention(query: torch.Tensor, *arguments) -> torch.Tensor:
@@ -54,53 +71,63 @@ def _shape_of_attention(query: torch.Tensor, *arguments) -> torch.Tensor:
 
 
 def _shapes_of_codes(entries: torch.Tensor, matrix: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
-    scales = entries.new_empty(entries.shape[0], groups, dtype=torch.bfloat16)
-    return torch.empty_like(entries, dtype=torch.int8), scales
+    codes = entries.new_empty(entries.shape, dtype=torch.int8)
+    return codes, entries.new_empty(entries.shape[0], groups, dtype=torch.bfloat16)
 
 
 def _compiled_library() -> Path:
     """The shared library for this source, PyTorch and processor; compiled if it is not there yet.
 
     It is written under a temporary name, so that a killed compiler leaves nothing that looks done.
-    """
-    from torch.utils import cpp_extension  # seconds to import
 
-    compiler = shlex.split(cpp_extension.get_cxx_compiler())
+    Raises:
+        ImportError: when it is not there and cannot be made.
+    """
+    compiler = shlex.split(os.environ.get("CXX", "")) or ["c++"]
     intel = platform.machine().lower() in ("x86_64", "amd64")
     native = ("-march=native", "-mprefer-vector-width=512") if intel else ("-mcpu=native",)
+    torch_folder = Path(torch.__file__).parent
     options = [
         *("-O3", *native, "-ffp-contract=fast", "-fno-math-errno", "-std=c++20", "-fPIC", "-shared"),
-        *(["-undefined", "dynamic_lookup"] if platform.system() == "Darwin" else ["-fopenmp"]),
         f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
-        *(f"-I{folder}" for folder in cpp_extension.include_paths()),
-        *(f"-L{folder}" for folder in cpp_extension.library_paths()),
-        *("-ltorch_cpu", "-lc10"),
+        f"-I{torch_folder / 'include'}",
     ]
+    if platform.system() == "Darwin":
+        options += ["-undefined", "dynamic_lookup"]
+    elif "clang" not in compiler[0]:  # whose OpenMP is another than PyTorch's
+        options.append("-fopenmp")
+    libraries = [f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10"]
     what = [SOURCE.read_text(), torch.__version__, *compiler, *options, _processor()]
-    digest = sha256("\0".join(what).encode()).hexdigest()[:16]
-    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions") / "egmla"
-    library = folder / f"latent_attention-{digest}.so"
-    if library.is_file():
-        return library
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as temporary:
-        made = Path(temporary) / library.name
-        command = [*compiler, *options[:-2], str(SOURCE), "-o", str(made), *options[-2:]]
+    name = f"latent_attention-{sha256('|'.join(what).encode()).hexdigest()[:16]}.so"
+    try:
+        folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions") / "egmla"
+        if (folder / name).is_file():
+            return folder / name
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = tempfile.TemporaryDirectory(dir=folder)
+    except (OSError, RuntimeError) as error:  # the latter where there is no home folder
+        raise ImportError(
+            f"There is no folder for the CPU kernel ({error}); name one that can be written to in the environment "
+            f"variable TORCH_EXTENSIONS_DIR. {WITHOUT}"
+        ) from error
+    logger.warning(f"Compiling the CPU kernel into {folder}, once for this machine; it takes about half a minute.")
+    with temporary:
+        made = Path(temporary.name) / name
+        command = [*compiler, *options, str(SOURCE), "-o", str(made), *libraries]
         try:
             result = subprocess.run(command, capture_output=True, text=True)
         except OSError as error:
             raise ImportError(
-                f"The CPU kernel needs a C++ compiler, and {compiler[0]!r} cannot be run ({error}). Install g++ or "
-                "clang++, or name one in the environment variable CXX; without the kernel everything works, slower."
+                f"The CPU kernel needs a C++ compiler, and {compiler[0]!r} cannot be run ({error}). Install g++, or "
+                f"name a compiler in the environment variable CXX. {WITHOUT}"
             ) from error
         if result.returncode:
             raise ImportError(
                 f"The CPU kernel could not be compiled; {shlex.join(command)} said:\n{result.stderr.strip()[-2000:]}\n"
-                "Another compiler can be named in the environment variable CXX; without the kernel everything works, "
-                "slower."
+                f"Another compiler can be named in the environment variable CXX. {WITHOUT}"
             )
-        made.replace(library)
-    return library
+        made.replace(folder / name)
+    return folder / name
 
 
 def _processor() -> str:
@@ -113,20 +140,21 @@ def _processor() -> str:
 
 
 def _check() -> None:
-    """Compares the kernel with PyTorch's attention.
+    """Compares the kernel with PyTorch's attention, three times: threads in each other's way may not show at once.
 
     Raises:
         ImportError: when they differ.
     """
     generator = torch.Generator().manual_seed(0)
-    query = torch.randn(2, 5, 24, generator=generator)
-    entries = torch.randn(2, 700, 24, generator=generator)
-    mask = torch.rand(2, 700, generator=generator) > 0.3
-    found = torch.ops.egmla.latent_attention(query, entries, mask, 0.2, 16)
-    expected = torch.softmax((query @ entries.mT * 0.2).masked_fill(~mask[:, None], -torch.inf), -1) @ entries
-    difference = (found - expected[..., :16]).abs().max().item()
-    if not difference < TOLERANCE:
-        raise ImportError(
-            f"The CPU kernel is wrong on this machine: its results differ by {difference:.1e} from PyTorch's, which "
-            f"is more than {TOLERANCE}. It is not used. Please report the processor and the compiler."
-        )
+    for _ in range(3):
+        query = torch.randn(2, 5, 24, generator=generator)
+        entries = torch.randn(2, 3000, 24, generator=generator)
+        mask = torch.rand(2, 3000, generator=generator) > 0.3
+        found = torch.ops.egmla.latent_attention(query, entries, mask, 0.2, 16)
+        expected = torch.softmax((query @ entries.mT * 0.2).masked_fill(~mask[:, None], -torch.inf), -1) @ entries
+        difference = (found - expected[..., :16]).abs().max().item()
+        if not difference < TOLERANCE:
+            raise ImportError(
+                f"The CPU kernel is wrong on this machine: its results differ by {difference:.1e} from PyTorch's, "
+                f"more than {TOLERANCE}, so it is not used. Please report the processor and the compiler. {WITHOUT}"
+            )

@@ -1,8 +1,8 @@
 # Copyright 2026 The egmla authors. Licensed under the Apache License, Version 2.0.
 """Where attention and caches find the operators of `latent_attention.cpp`, once the package has loaded them.
 
-The package's `egmla.load_cpu_kernel()` compiles and loads them; code that came with a checkpoint finds them if they
-were there before it.
+The package's `egmla.load_cpu_kernel()` compiles, loads and checks them; code that came with a checkpoint finds them if
+that was done before.
 """
 
 from typing import Any
@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 
-# `torch.ops.egmla`, `None` where nothing is loaded or the kernel is not wanted.
-OPERATORS: Any = torch.ops.egmla if hasattr(torch.ops.egmla, "latent_attention") else None
+# `torch.ops.egmla` once its results were found right, `None` before.
+OPERATORS: Any = torch.ops.egmla if getattr(torch.ops.egmla, "checked", False) else None
 
 
 def cpu_operators() -> Any:

@@ -11,6 +11,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/matmul.h>
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 #include <torch/library.h>
@@ -18,7 +19,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstring>
 #include <numeric>
 #include <optional>
 #include <tuple>
@@ -50,7 +50,7 @@ typedef int32_t Integers __attribute__((vector_size(LANES * 4), aligned(4), may_
 inline Vector load(const float* from) { return *reinterpret_cast<const Vector*>(from); }
 inline void store(float* to, Vector value) { *reinterpret_cast<Vector*>(to) = value; }
 
-// exp(x) for x <= 0, to 2e-7 of its value: 2^n times a polynomial for the rest.
+// exp(x) for x <= 0, to 2e-7 of its value near 0 and 4e-6 at -87: 2^n times a polynomial for the rest.
 inline Vector exponential(Vector x) {
   const Vector lowest = Vector{} - 87.0f;
   const Vector magic = Vector{} + 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
@@ -101,8 +101,8 @@ struct Dense {
       return space;
     }
   }
-  const char* ahead(int64_t sequence, int64_t token) const {
-    return reinterpret_cast<const char*>(entries + sequence * sequence_stride + token * width);
+  uintptr_t ahead(int64_t sequence, int64_t token) const {
+    return reinterpret_cast<uintptr_t>(entries) + (sequence * sequence_stride + token * width) * sizeof(T);
   }
 };
 
@@ -124,8 +124,8 @@ struct ElementGroups {
     }
     return space;
   }
-  const char* ahead(int64_t sequence, int64_t token) const {
-    return reinterpret_cast<const char*>(codes + sequence * codes_stride + token * width);
+  uintptr_t ahead(int64_t sequence, int64_t token) const {
+    return reinterpret_cast<uintptr_t>(codes) + sequence * codes_stride + token * width;
   }
 };
 
@@ -165,9 +165,9 @@ struct TokenGroups {
     }
     return space;
   }
-  const char* ahead(int64_t sequence, int64_t token) const {
+  uintptr_t ahead(int64_t sequence, int64_t token) const {
     const int64_t place = std::clamp<int64_t>(token - first, 0, grouped);
-    return reinterpret_cast<const char*>(codes + sequence * codes_stride + place * ((width + 1) / 2));
+    return reinterpret_cast<uintptr_t>(codes) + sequence * codes_stride + place * ((width + 1) / 2);
   }
 };
 
@@ -207,14 +207,14 @@ void attend(
       int64_t token = 0;
       for (; token + TILE <= count; token += TILE) {
         const float* tile = entries + token * width;
-        const char* ahead = source.ahead(sequence, start + token + block);
+        uintptr_t ahead = source.ahead(sequence, start + token + block);
         Vector sum[TILE] = {};
         int64_t element = 0;
         for (; element + 16 <= width; element += 16) {
 #pragma GCC unroll 16
           for (int64_t i = 0; i < 16; i++) {
             if (vector == 0 && i % elements_per_line == 0) {
-              __builtin_prefetch(ahead);
+              __builtin_prefetch(reinterpret_cast<const void*>(ahead));
               ahead += CACHE_LINE;
             }
             const Vector heads = load(query + (element + i) * LANES);
@@ -281,14 +281,19 @@ template <typename Source>
 void run(
     const Source& source, const Mask& mask, const float* query, float* output, int64_t batch, int64_t rows,
     int64_t tokens, int64_t width, int64_t rank, float scaling) {
+#ifdef _OPENMP
   const int64_t threads = at::get_num_threads();
-  const int64_t parts =
-      std::clamp<int64_t>(threads / std::gcd(batch, threads), 1, std::max<int64_t>(1, tokens / PART_TOKENS));
+#else
+  const int64_t threads = 1;  // what `parallel_for` comes to
+#endif
+  // So many that all threads get as many, unless that is too many to merge or too few tokens.
+  const int64_t even = threads / std::gcd(batch, threads), few = 4 * threads / std::max<int64_t>(1, batch) + 1;
+  const int64_t parts = std::clamp<int64_t>(tokens / PART_TOKENS, 1, std::min(even, few));
   const int64_t block = std::max(TILE, BLOCK_ELEMENTS / width / TILE * TILE);
   const int64_t part_tokens = ((tokens + parts - 1) / parts + block - 1) / block * block;
   const int64_t vectors = (rows + LANES - 1) / LANES, lanes = vectors * LANES;
-  Floats sums(batch * parts * lanes * rank), totals(batch * parts * lanes), tops(batch * parts * lanes, HIDDEN);
-  float *values = sums.data(), *total = totals.data(), *top = tops.data();
+  Floats all_values(batch * parts * lanes * rank), totals(batch * parts * lanes), tops(batch * parts * lanes, HIDDEN);
+  float *values = all_values.data(), *total = totals.data(), *top = tops.data();
 
   at::parallel_for(0, batch * parts, 1, [&](int64_t first, int64_t last) {
     Floats memory(lanes * width);
@@ -308,8 +313,9 @@ void run(
     }
   });
 
-  for (int64_t sequence = 0; sequence < batch; sequence++) {
-    for (int64_t row = 0; row < rows; row++) {
+  at::parallel_for(0, batch * rows, std::max<int64_t>(1, 16384 / (rank * parts)), [&](int64_t first, int64_t last) {
+    for (int64_t place_of_row = first; place_of_row < last; place_of_row++) {
+      const int64_t sequence = place_of_row / rows, row = place_of_row % rows;
       float* to = output + (sequence * rows + row) * rank;
       std::fill(to, to + rank, 0.0f);
       float highest = HIDDEN, whole = 0;
@@ -324,7 +330,7 @@ void run(
       // Nothing is seen: 0, as a mean of nothing.
       for (int64_t i = 0; i < rank && whole > 0; i++) to[i] /= whole;
     }
-  }
+  });
 }
 
 Mask read_mask(const std::optional<at::Tensor>& mask, int64_t batch, int64_t tokens) {
@@ -337,8 +343,8 @@ Mask read_mask(const std::optional<at::Tensor>& mask, int64_t batch, int64_t tok
 }
 
 // Checks that [B, S, ...] has tokens one behind the other.
-void check_rows(const at::Tensor& tensor, int64_t batch, const char* name) {
-  bool packed = tensor.dim() >= 3 && tensor.size(0) == batch;
+void check_rows(const at::Tensor& tensor, int64_t batch, const char* name, int64_t dimensions = 3) {
+  bool packed = tensor.dim() == dimensions && tensor.size(0) == batch;
   int64_t expected = 1;
   for (int64_t i = tensor.dim() - 1; packed && i > 0; i--) {
     packed = tensor.size(i) < 2 || tensor.stride(i) == expected;
@@ -394,31 +400,11 @@ at::Tensor attention(
   });
 }
 
-// Rows [n, width] times the leading part of a matrix [., ld]: few rows, so that threads would not pay.
-void multiply(const float* rows, const float* matrix, float* to, int64_t n, int64_t width, int64_t ld) {
-  std::fill(to, to + n * width, 0.0f);
-  for (int64_t row = 0; row < n; row++) {
-    float* __restrict sum = to + row * width;
-    const float* factor = rows + row * width;
-    int64_t i = 0;
-    for (; i + 4 <= width; i += 4) {
-      const float *first = matrix + i * ld, *second = first + ld, *third = second + ld, *fourth = third + ld;
-      for (int64_t j = 0; j < width; j++) {
-        sum[j] += factor[i] * first[j] + factor[i + 1] * second[j] + factor[i + 2] * third[j] + factor[i + 3] * fourth[j];
-      }
-    }
-    for (; i < width; i++) {
-      for (int64_t j = 0; j < width; j++) sum[j] += factor[i] * matrix[i * ld + j];
-    }
-  }
-}
-
-const float* check_rotation(const at::Tensor& rotation, int64_t width) {
+void check_rotation(const at::Tensor& rotation, int64_t width) {
   TORCH_CHECK(
-      rotation.dim() == 2 && rotation.size(0) == width && rotation.size(1) == width && rotation.is_contiguous() &&
+      rotation.dim() == 2 && rotation.size(0) == width && rotation.size(1) == width &&
           rotation.scalar_type() == at::kFloat,
-      "egmla: the rotation must be a contiguous fp32 matrix as wide as entries");
-  return rotation.const_data_ptr<float>();
+      "egmla: the rotation must be an fp32 matrix as wide as entries");
 }
 
 // Entries are rotated ones; the rotation is symmetric, orthogonal and mixes no latent with rotary elements.
@@ -429,20 +415,16 @@ at::Tensor attention_int8(
   check_rows(scales, query.size(0), "scales");
   check_query(query, codes.size(2), rank);
   TORCH_CHECK(
-      scales.size(1) == codes.size(1) && codes.size(2) % scales.size(2) == 0,
+      scales.size(1) == codes.size(1) && scales.size(2) > 0 && codes.size(2) % scales.size(2) == 0,
       "egmla: scales must be [B, S, groups] for codes [B, S, W]");
-  const int64_t width = codes.size(2), rows = query.size(0) * query.size(1);
-  const float* matrix = check_rotation(rotation, width);
+  const int64_t width = codes.size(2);
+  check_rotation(rotation, width);
   const ElementGroups source{
       codes.const_data_ptr<int8_t>(), scales.const_data_ptr<c10::BFloat16>(), codes.stride(0), scales.stride(0),
       width, scales.size(2)};
-  const at::Tensor given = query.to(at::kFloat).contiguous();
-  const at::Tensor turned = at::empty(given.sizes(), given.options());
-  multiply(given.const_data_ptr<float>(), matrix, turned.mutable_data_ptr<float>(), rows, width, width);
+  const at::Tensor turned = at::matmul(query.to(at::kFloat), rotation);
   const at::Tensor found = compute(source, turned, mask, codes.size(1), scaling, rank);
-  at::Tensor output = at::empty(found.sizes(), found.options());
-  multiply(found.const_data_ptr<float>(), matrix, output.mutable_data_ptr<float>(), rows, rank, width);
-  return output.to(query.scalar_type());
+  return at::matmul(found, rotation.narrow(0, 0, rank).narrow(1, 0, rank)).to(query.scalar_type());
 }
 
 // What quantization_egmla.quantize_elements gives for entries [n, W] that are rotated first: codes [n, W] and scales
@@ -453,28 +435,24 @@ std::tuple<at::Tensor, at::Tensor> quantize_int8(
       entries.dim() == 2 && groups > 0 && entries.size(1) % groups == 0,
       "egmla: entries must be [n, W], and groups divide W");
   const int64_t n = entries.size(0), width = entries.size(1), size = width / groups;
-  const float* matrix = check_rotation(rotation, width);
-  const at::Tensor given = entries.to(at::kFloat).contiguous();
-  at::Tensor codes = at::empty({n, width}, given.options().dtype(at::kChar));
-  at::Tensor scales = at::empty({n, groups}, given.options().dtype(at::kBFloat16));
-  const float* from = given.const_data_ptr<float>();
+  check_rotation(rotation, width);
+  const at::Tensor rotated = at::matmul(entries.to(at::kFloat), rotation).contiguous();
+  at::Tensor codes = at::empty({n, width}, rotated.options().dtype(at::kChar));
+  at::Tensor scales = at::empty({n, groups}, rotated.options().dtype(at::kBFloat16));
+  const float* from = rotated.const_data_ptr<float>();
   int8_t* code = codes.mutable_data_ptr<int8_t>();
   c10::BFloat16* scale = scales.mutable_data_ptr<c10::BFloat16>();
-  at::parallel_for(0, n, PART_TOKENS, [&](int64_t first, int64_t last) {
-    std::vector<float> row(width);
-    for (int64_t token = first; token < last; token++) {
-      multiply(from + token * width, matrix, row.data(), 1, width, width);
-      for (int64_t group = 0; group < groups; group++) {
-        const float* element = row.data() + group * size;
-        float extreme = element[0];
-        for (int64_t i = 1; i < size; i++) extreme = std::abs(element[i]) > std::abs(extreme) ? element[i] : extreme;
-        const c10::BFloat16 rounded = extreme / -128;
-        const float divisor = static_cast<float>(rounded) == 0 ? 1.0f : static_cast<float>(rounded);
-        scale[token * groups + group] = rounded;
-        int8_t* to = code + token * width + group * size;
-        for (int64_t i = 0; i < size; i++) {
-          to[i] = static_cast<int8_t>(std::clamp(std::nearbyint(element[i] / divisor), -128.0f, 127.0f));
-        }
+  at::parallel_for(0, n * groups, PART_TOKENS, [&](int64_t first, int64_t last) {
+    for (int64_t group = first; group < last; group++) {
+      const float* element = from + group * size;
+      float extreme = element[0];
+      for (int64_t i = 1; i < size; i++) extreme = std::abs(element[i]) > std::abs(extreme) ? element[i] : extreme;
+      scale[group] = extreme / -128;
+      const float rounded = static_cast<float>(scale[group]), divisor = rounded == 0 ? 1.0f : rounded;
+      for (int64_t i = 0; i < size; i++) {
+        // From numbers only: of infinite entries scales are not finite, so that the result is none either.
+        const float quotient = element[i] / divisor, number = quotient == quotient ? quotient : 0.0f;
+        code[group * size + i] = static_cast<int8_t>(std::clamp(std::nearbyint(number), -128.0f, 127.0f));
       }
     }
   });
@@ -485,13 +463,14 @@ at::Tensor attention_int4(
     const at::Tensor& query, const at::Tensor& kept, int64_t first, const at::Tensor& codes, const at::Tensor& scales,
     const std::optional<at::Tensor>& mask, double scaling, int64_t rank) {
   check_rows(kept, query.size(0), "kept entries");
-  check_rows(codes, query.size(0), "codes");
-  check_rows(scales, query.size(0), "scales");
+  check_rows(codes, query.size(0), "codes", 4);
+  check_rows(scales, query.size(0), "scales", 4);
   const int64_t width = kept.size(2);
   check_query(query, width, rank);
   TORCH_CHECK(
-      codes.dim() == 4 && scales.dim() == 4 && codes.size(3) == (width + 1) / 2 && scales.size(1) == codes.size(1) &&
-          scales.size(2) == 2 && scales.size(3) == width && 0 <= first && (first <= kept.size(1) || codes.size(1) == 0),
+      codes.size(3) == (width + 1) / 2 && scales.size(1) == codes.size(1) &&
+          scales.size(2) == 2 && scales.size(3) == width && 0 <= first &&
+          (first <= kept.size(1) || codes.size(1) == 0),
       "egmla: codes must be [B, groups, g, W / 2] and scales [B, groups, 2, W]");
   const int64_t grouped = codes.size(1) * codes.size(2);
   return by_format(kept.scalar_type(), [&](auto zero) {

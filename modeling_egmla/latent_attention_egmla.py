@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from transformers.utils import is_torchdynamo_compiling
 
 from .cpu_kernel_egmla import cpu_operators
@@ -18,6 +19,8 @@ from .quantization_egmla import QuantizedEntries, TokenGroups
 SPLIT_MIN_TOKENS = 512
 # Up to this many query rows (heads x new tokens) are packed into one problem; more would copy the mask too often.
 PACK_MAX_ROWS = 512
+# Formats of entries, before quantisation where they are, that the compiled kernel reads.
+CPU_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def absorption_pays(new_tokens: int, kv_lora_rank: int, qk_nope_head_dim: int, v_head_dim: int) -> bool:
@@ -110,10 +113,18 @@ def needs_no_mask(attention_mask: torch.Tensor | None, rows: int, tokens: int, d
 def _is_for_cpu_kernel(
     query: torch.Tensor, entries: torch.Tensor | QuantizedEntries, attention_mask: torch.Tensor | None
 ) -> bool:
-    """Whether the compiled kernel takes the case: one new token per sequence on a CPU, nothing to record."""
+    """Whether the compiled kernel takes the case: one new token per sequence on a CPU, nothing to record or trace."""
     if query.shape[2] != 1 or query.device.type != "cpu" or entries.device.type != "cpu":
         return False
+    if entries.dtype not in CPU_KERNEL_DTYPES:
+        return False
     if torch.is_grad_enabled() and (query.requires_grad or getattr(entries, "requires_grad", False)):
+        return False
+    if is_torchdynamo_compiling():
+        # An exported program would need the kernel wherever it is run.
+        if getattr(torch.compiler, "is_exporting", lambda: False)():
+            return False
+    elif forward_ad._current_level >= 0 or torch.jit.is_tracing():
         return False
     return attention_mask is None or (attention_mask.dtype == torch.bool and attention_mask.shape[1] == 1)
 

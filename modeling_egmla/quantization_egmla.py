@@ -29,8 +29,6 @@ SCALE_DTYPE = torch.bfloat16
 # Tokens turned into floating point at a time, of all sequences together: fewer cost more small operations, and more
 # were no faster. At 128 elements a token that is 4 MB, which a thread keeps.
 PIECE_TOKENS = 8192
-# Up to this many new tokens the compiled kernel quantises: more are worth a product on all cores.
-KERNEL_TOKENS = 64
 
 
 def element_group_size(group_size: int | None, rank: int, rope_dim: int) -> int:
@@ -94,9 +92,10 @@ def quantize_elements(
     full magnitude.
     """
     operators, tokens = cpu_operators(), entries.shape[:-1]
-    if operators is not None and entries.device.type == "cpu" and tokens.numel() <= KERNEL_TOKENS:
-        codes, scales = operators.quantize_int8(entries.detach().flatten(0, -2), matrix, matrix.shape[0] // group_size)
-        return codes.unflatten(0, tokens), scales.unflatten(0, tokens)
+    if operators is not None and entries.device.type == "cpu":
+        rows = entries.detach().reshape(-1, entries.shape[-1])
+        codes, scales = operators.quantize_int8(rows, matrix, rows.shape[1] // group_size)
+        return codes.view(*tokens, -1), scales.view(*tokens, -1)
     groups = (entries.float() @ matrix).unflatten(-1, (-1, group_size))
     extremes = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
     scales = (extremes / -128).to(SCALE_DTYPE)

@@ -9,6 +9,7 @@ from collections import Counter
 import pytest
 import torch
 from cases import EXPANDED_CASES, difference, tiny_model, token_ids
+from torch._inductor.compile_fx import compile_fx
 
 from egmla import EGMLACache, cpu_kernel, cpu_kernel_egmla, load_cpu_kernel
 from egmla.cache_egmla import GrowingLatentLayer, Int4LatentLayer, Int8LatentLayer
@@ -30,8 +31,10 @@ def folder(tmp_path_factory):
         folder = tmp_path_factory.mktemp("extensions")
         patch.setenv("TORCH_EXTENSIONS_DIR", str(folder))
         patch.setattr(cpu_kernel_egmla, "OPERATORS", None)
+        cpu_kernel._compiled_library()
         load_cpu_kernel()
         yield folder / "egmla"
+    torch.ops.egmla.checked = False  # code that other tests load from checkpoints is to run without it
 
 
 @pytest.fixture
@@ -76,9 +79,7 @@ def exact_attention(query, entries, seen, scaling, rank):
         (1, 3, 512, 64, 600),
     ],
 )
-def test_attention_is_that_of_its_definition(
-    calls, batch, heads, rank, rope, tokens, masked, dtype, threads, monkeypatch
-):
+def test_attention_is_that_of_its_definition(calls, batch, heads, rank, rope, tokens, masked, dtype, threads):
     """Any width and number of heads; a buffer with room behind its tokens; other threads, other parts."""
     buffer = torch.randn(batch, 1, tokens + 9, rank + rope).to(dtype)
     buffer[:, :, tokens:] = torch.nan
@@ -183,6 +184,31 @@ def test_operator_refuses_other_shapes(folder, change, message):
         torch.ops.egmla.latent_attention(torch.zeros(2, 4, 24), given["entries"], given["mask"], 0.3, given["rank"])
 
 
+@pytest.mark.parametrize(
+    "codes, scales",
+    [((1, 5, 8), (1, 5, 0)), ((1, 5, 8), (1, 4, 2)), ((1, 5, 8), (1, 5, 3)), ((1, 5, 8, 1), (1, 5, 2))],
+)
+def test_int8_operator_refuses_other_shapes(folder, codes, scales):
+    given = torch.zeros(codes, dtype=torch.int8), torch.zeros(scales, dtype=torch.bfloat16)
+    with pytest.raises(RuntimeError, match="egmla: "):
+        torch.ops.egmla.latent_attention_int8(torch.zeros(1, 4, 8), *given, torch.eye(8), None, 0.3, 4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("batch, tokens", [(0, 5), (2, 0)])
+def test_nothing_to_attend_to(calls, batch, tokens):
+    given = latent_attention(torch.randn(batch, 4, 1, 24), torch.randn(batch, 1, tokens, 24), None, 0.3, 16)
+    assert given.shape == (batch, 4, 1, 16) and (given == 0).all()
+
+
+@torch.no_grad()
+def test_what_is_no_number_stays_in_its_sequence(calls):
+    entries = torch.randn(2, 1, 700, 24)
+    entries[0, :, 300, 3] = torch.nan
+    given = latent_attention(torch.randn(2, 4, 1, 24), entries, None, 0.3, 16)
+    assert given[0].isnan().any() and given[1].isfinite().all()
+
+
 # --- what is left to PyTorch ---
 
 
@@ -193,7 +219,39 @@ def test_gradients_several_tokens_and_additive_masks_are_pytorchs(calls):
     with torch.no_grad():
         latent_attention(query, entries, torch.zeros(2, 1, 1, 50), 0.3, 16)
         latent_attention(query.expand(-1, -1, 2, -1), entries, torch.ones(1, 1, 2, 50, dtype=torch.bool), 0.3, 16)
+        latent_attention(query.double(), entries.double(), None, 0.3, 16)
+        torch.jit.trace(lambda *inputs: latent_attention(*inputs, None, 0.3, 16), (query.detach(), entries))
     assert not calls
+
+
+@torch.no_grad()
+def test_forward_derivatives_are_not_lost(calls):
+    query, entries = torch.randn(2, 4, 1, 24), torch.randn(2, 1, 50, 24)
+    with pytest.raises(NotImplementedError):  # as PyTorch's fused kernel has it
+        torch.func.jvp(lambda query: latent_attention(query, entries, None, 0.3, 16), (query,), (query,))
+    assert not calls
+
+
+@torch.no_grad()
+def test_exported_programs_do_without(folder, monkeypatch):
+    monkeypatch.setattr(cpu_kernel_egmla, "OPERATORS", torch.ops.egmla)
+
+    class Attention(torch.nn.Module):
+        def forward(self, query, entries):
+            return latent_attention(query, entries, None, 0.3, 16)
+
+    program = torch.export.export(Attention(), (torch.randn(2, 4, 1, 24), torch.randn(2, 1, 50, 24)))
+    assert "attention" in str(program.graph) and "egmla" not in str(program.graph)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("quantization", [None, "int8", "int4"])
+def test_models_in_fp64_work(calls, quantization):
+    model, ids = tiny_model().double(), token_ids(2, 9)
+    cache = EGMLACache(model.config, quantization=quantization)
+    model(ids[:, :8], past_key_values=cache)
+    step = model(ids[:, 8:], past_key_values=cache).logits
+    assert difference(step, model(ids, use_cache=False).logits[:, 8:]) <= (5e-2 if quantization else 1e-10)
 
 
 # --- models ---
@@ -242,12 +300,17 @@ def test_compiled_steps_use_it(folder, monkeypatch):
     cache = EGMLACache(model.config, max_cache_len=48)
     model(ids[:, :8], past_key_values=cache)
     torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True)
-    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    found = []
+
+    def backend(graph, inputs):
+        found.append(sum("latent_attention" in str(node.target) for node in graph.graph.nodes))
+        return compile_fx(graph, inputs)
+
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
     for position in range(8, 40):
         step = compiled(ids[:, position : position + 1], past_key_values=cache).logits
         assert difference(step, expected[:, position : position + 1]) <= 1e-4
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - graphs <= 2
+    assert 1 <= len(found) <= 2 and set(found) == {model.config.num_hidden_layers}
     torch._dynamo.reset()
 
 
@@ -279,26 +342,57 @@ def test_no_compiler(folder, tmp_path, monkeypatch, compiler, message):
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     monkeypatch.setenv("CXX", compiler)
     with pytest.raises(
-        ImportError, match="(?s)" + message + ".*in the environment variable CXX.*without the kernel everything"
+        ImportError, match="(?s)" + message + ".*in the environment variable CXX.*Without the kernel everything"
     ):
         cpu_kernel._compiled_library()
     assert not list((tmp_path / "egmla").iterdir())
 
 
+@pytest.mark.parametrize("place", ["no home", "a file"])
+def test_no_folder_to_compile_into(folder, tmp_path, monkeypatch, place):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "" if place == "no home" else str(tmp_path / "file"))
+
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(cpu_kernel.Path, "home", no_home)
+    with pytest.raises(ImportError, match=r"no folder .*TORCH_EXTENSIONS_DIR\. Without the kernel everything"):
+        cpu_kernel._compiled_library()
+
+
+def test_damaged_library(folder, tmp_path, monkeypatch):
+    """Named, to be deleted; in a process that has loaded none."""
+    (library,) = folder.iterdir()
+    (tmp_path / "egmla").mkdir()
+    (tmp_path / "egmla" / library.name).write_bytes(b"not a library")
+    code = "from egmla import load_cpu_kernel; load_cpu_kernel()"
+    environment = {"TORCH_EXTENSIONS_DIR": str(tmp_path), "PATH": "/usr/bin:/bin"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert "ImportError" in done.stderr and f"{library.name} cannot be loaded" in done.stderr
+    assert "Delete it and try again" in done.stderr
+
+
 def test_wrong_results_keep_it_off(folder, monkeypatch):
+    monkeypatch.setattr(torch.ops.egmla, "checked", False)
     monkeypatch.setattr(cpu_kernel_egmla, "OPERATORS", None)
     monkeypatch.setattr(cpu_kernel, "TOLERANCE", 0.0)
-    with pytest.raises(ImportError, match=r"wrong on this machine.*differ by .*is not used"):
+    with pytest.raises(ImportError, match=r"wrong on this machine.*differ by .*it is not used"):
         load_cpu_kernel()
     assert cpu_kernel_egmla.OPERATORS is None
+    assert copy_of_the_code().cpu_operators() is None
 
 
 def test_code_of_a_checkpoint_finds_it(folder):
+    assert copy_of_the_code().cpu_operators() is torch.ops.egmla
+
+
+def copy_of_the_code():
     """A copy of the module, as `trust_remote_code` makes one."""
     specification = importlib.util.spec_from_file_location("copy_of_it", cpu_kernel_egmla.__file__)
     copy = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(copy)
-    assert copy.cpu_operators() is torch.ops.egmla
+    return copy
 
 
 def test_command_line_switches_it_on(folder, tmp_path):
