@@ -13,6 +13,7 @@ import tempfile
 import threading
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers.utils import logging
@@ -61,8 +62,9 @@ def load_cpu_kernel() -> None:
                 torch.library.register_fake(f"egmla::{name}", _shape_of_attention)
             torch.library.register_fake("egmla::quantize_int8", _shapes_of_codes)
         _check()
-        torch.ops.egmla.checked = True
-        cpu_kernel_egmla.OPERATORS = torch.ops.egmla
+        operators: Any = torch.ops.egmla
+        operators.checked = True
+        cpu_kernel_egmla.OPERATORS = operators
 
 
 def _shape_of_attention(query: torch.Tensor, *arguments) -> torch.Tensor:

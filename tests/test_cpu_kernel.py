@@ -220,7 +220,9 @@ def test_gradients_several_tokens_and_additive_masks_are_pytorchs(calls):
         latent_attention(query, entries, torch.zeros(2, 1, 1, 50), 0.3, 16)
         latent_attention(query.expand(-1, -1, 2, -1), entries, torch.ones(1, 1, 2, 50, dtype=torch.bool), 0.3, 16)
         latent_attention(query.double(), entries.double(), None, 0.3, 16)
-        torch.jit.trace(lambda *inputs: latent_attention(*inputs, None, 0.3, 16), (query.detach(), entries))
+        torch.jit.trace(
+            lambda *inputs: latent_attention(*inputs, None, 0.3, 16), (query.detach(), entries), check_trace=False
+        )
     assert not calls
 
 
