@@ -83,6 +83,8 @@ CLAIMS = (
     ("EG-MLA r, table", "MLA r"),
     ("EG-MLA r/4, expanded", "MLA r"),
     ("EG-MLA r/4, expanded", "EG-MLA r/4, input"),
+    ("EG-MLA r/4, expanded table", "EG-MLA r/4, table"),
+    ("EG-MLA r/16, table", "MLA r"),
     ("MLA r", "MHA"),
 )
 # What runs must have in common to be compared.
@@ -205,15 +207,17 @@ def make_table(rows: list[dict[str, Any]]) -> str:
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Held-out loss against cache elements per token, and against the width of gate tables."""
+    """Held-out loss against cache elements per token, and what gate tables of several widths change, by seed."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
+    right.axhline(0, color="#999999", linewidth=0.8)
+    without = {row["seed"]: row["loss"] for row in rows if row["variant"] == "MLA r/4"}
     beside: dict[int, int] = {}
-    for variant, fields in VARIANTS.items():
+    for index, (variant, fields) in enumerate(VARIANTS.items()):
         found = [row for row in rows if row["variant"] == variant]
         if not found:
             continue
@@ -221,20 +225,26 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         size = found[0]["cache_elements"]
         beside[size] = beside.get(size, -1) + 1
         point = size * 1.03 ** beside[size]  # side by side where caches are of one size
-        left.errorbar(point, mean, yerr=half, marker="o", capsize=3, linestyle="none", label=variant)
-        if fields.get("kv_lora_rank") == RANK // 4 and fields.get("kv_gate", "latent") != "expanded":
-            width = 0 if "kv_gate" in fields else fields.get("kv_gate_embedding_dim")
-            if width is not None:
-                right.errorbar(width, mean, yerr=half, marker="o", capsize=3, color="#1f77b4")
+        mark = {"marker": "os"[index // 10], "color": f"C{index % 10}", "capsize": 3, "linestyle": "none"}
+        left.errorbar(point, mean, yerr=half, label=variant, **mark)
+        width = fields.get("kv_gate_embedding_dim")
+        if fields.get("kv_lora_rank") == RANK // 4 and width and "kv_gate" not in fields:
+            paired = [row["loss"] - without[row["seed"]] for row in found if row["seed"] in without]
+            if paired:
+                change, half = interval(paired)
+                right.errorbar(width, change, yerr=half, label=f"{variant}, {len(paired)} seed(s)", **mark)
     left.set_xscale("log")
     points = sorted({row["cache_elements"] for row in rows})
     left.set_xticks(points, [str(point) for point in points])
     left.set_xticks([], minor=True)
     left.legend(frameon=False, fontsize=7)
     left.set_xlabel("cache elements per token")
-    right.set_xlabel("width of the gate table (0: no gate), rank r/4")
+    left.set_ylabel("held-out loss, nats per token, 95 % intervals")
+    right.set_xlabel("width of the gate table, rank r/4")
+    right.set_ylabel("change of loss by the gate, paired by seed, 95 %")
+    if right.get_legend_handles_labels()[0]:
+        right.legend(frameon=False, fontsize=7)
     for axis in (left, right):
-        axis.set_ylabel("held-out loss, nats per token, 95 % intervals")
         axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=130)
 
