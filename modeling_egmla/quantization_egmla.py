@@ -95,7 +95,7 @@ def quantize_elements(
     if operators is not None and entries.device.type == "cpu":
         rows = entries.detach().reshape(-1, entries.shape[-1])
         codes, scales = operators.quantize_int8(rows, matrix, rows.shape[1] // group_size)
-        return codes.view(*tokens, -1), scales.view(*tokens, -1)
+        return codes.view(*tokens, codes.shape[1]), scales.view(*tokens, scales.shape[1])
     groups = (entries.float() @ matrix).unflatten(-1, (-1, group_size))
     extremes = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
     scales = (extremes / -128).to(SCALE_DTYPE)

@@ -151,6 +151,13 @@ def test_new_tokens_are_quantised_as_without_it(calls, rank, rope, group, dtype,
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("shape", [(0, 1, 3, 24), (2, 1, 0, 24)])
+def test_no_new_tokens(calls, shape):
+    codes, scales = quantize_elements(torch.zeros(shape), torch.eye(24), 8)
+    assert codes.shape == shape and scales.shape == (*shape[:-1], 3) and calls["quantize_int8"] == 1
+
+
+@torch.no_grad()
 def test_a_sequence_that_sees_nothing_is_no_nan(calls):
     seen = torch.ones(2, 1, 1, 50, dtype=torch.bool)
     seen[1] = False

@@ -251,6 +251,20 @@ def test_resume_wants_the_same_run(models, tmp_path, monkeypatch):
     assert not work.exists()
 
 
+def test_what_can_no_longer_be_changed_is_not_advised_on_resuming(models, tmp_path, monkeypatch):
+    monkeypatch.setattr("egmla.training.run.multiplies_bf16", lambda: False)
+    monkeypatch.setattr("egmla.training.run._write_target", fail_with(KeyboardInterrupt()))
+    said: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        heal(models, tmp_path / "healed", places={"say": said.append}, bf16=True)
+    assert any(line.startswith("--bf16: this processor") for line in said) != torch.cuda.is_available()
+    said.clear()
+    monkeypatch.undo()
+    monkeypatch.setattr("egmla.training.run.multiplies_bf16", lambda: False)
+    heal(models, tmp_path / "healed", places={"say": said.append, "resume": True}, bf16=True)
+    assert not any(line.startswith("--bf16") for line in said)
+
+
 def test_resume_without_anything_to_go_on_from_starts(models, tmp_path):
     assert heal(models, tmp_path / "healed", places={"resume": True})["resumed_at_step"] == 0
 
