@@ -8,10 +8,10 @@ from collections.abc import Iterator
 
 import torch
 from torch import nn
-from torch.autograd import forward_ad
 from transformers.utils import is_torchdynamo_compiling
 
 from .cpu_kernel_egmla import cpu_operators
+from .linear_egmla import is_traced
 from .quantization_egmla import QuantizedEntries, TokenGroups
 
 
@@ -120,11 +120,7 @@ def _is_for_cpu_kernel(
         return False
     if torch.is_grad_enabled() and (query.requires_grad or getattr(entries, "requires_grad", False)):
         return False
-    if is_torchdynamo_compiling():
-        # An exported program would need the kernel wherever it is run.
-        if getattr(torch.compiler, "is_exporting", lambda: False)():
-            return False
-    elif forward_ad._current_level >= 0 or torch.jit.is_tracing():
+    if is_traced():  # an exported program would need the kernel wherever it is run
         return False
     return attention_mask is None or (attention_mask.dtype == torch.bool and attention_mask.shape[1] == 1)
 

@@ -20,6 +20,16 @@ FEW_ROWS = 32
 SUMMED_IN_FP32 = (torch.float32, torch.bfloat16, torch.float16)
 
 
+def is_traced() -> bool:
+    """Whether a program is being exported or traced, or forward-mode derivatives are taken, which `no_grad` leaves on.
+
+    Kernels that PyTorch knows little of stay out of these.
+    """
+    if torch.compiler.is_compiling():
+        return getattr(torch.compiler, "is_exporting", lambda: False)()
+    return forward_ad._current_level >= 0 or torch.jit.is_tracing()
+
+
 def inference_product(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """`nn.functional.linear` of plain dense tensors, without derivatives; oneDNN's kernel for fp32 on a CPU."""
     if input.dtype != torch.float32 or input.device.type != "cpu" or ONEDNN_LINEAR is None:
@@ -40,18 +50,14 @@ class EGMLALinear(nn.Linear):
         if not self._is_plain_inference(input):
             return super().forward(input)
         if torch.compiler.is_compiling():
-            exporting = getattr(torch.compiler, "is_exporting", lambda: False)
-            if input.numel() != self.in_features or input.dtype not in SUMMED_IN_FP32 or exporting():
+            if input.numel() != self.in_features or input.dtype not in SUMMED_IN_FP32:
                 return super().forward(input)
             # Each output is a sum over one row of the weight.
             output = (self.weight.float() * input.reshape(1, -1).float()).sum(dim=-1)
             if self.bias is not None:
                 output = output + self.bias.float()
             return output.to(input.dtype).reshape(*input.shape[:-1], self.out_features)
-        if input.numel() > FEW_ROWS * self.in_features:
-            return super().forward(input)
-        # `no_grad` leaves forward-mode derivatives on; tracing does not know the kernel's arguments.
-        if type(input) is not torch.Tensor or forward_ad._current_level >= 0 or torch.jit.is_tracing():
+        if input.numel() > FEW_ROWS * self.in_features or type(input) is not torch.Tensor:
             return super().forward(input)
         return inference_product(input, self.weight, self.bias)
 
@@ -67,4 +73,5 @@ class EGMLALinear(nn.Linear):
             and input.numel() > 0
             and not torch.is_grad_enabled()
             and not torch.is_autocast_enabled("cpu")
+            and not is_traced()
         )

@@ -1,10 +1,18 @@
 """The named configurations that every test file walks, and the models made of them."""
 
+import shutil
+
+import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
 from egmla import EGMLAConfig, EGMLAForCausalLM
 
+
+needs_compiler = pytest.mark.skipif(
+    not shutil.which("c++") and not shutil.which("g++"),
+    reason="torch.compile and the CPU kernel need a C++ compiler",
+)
 
 # 2 R - N - V = 28 and R (N + V) = 480: absorption pays up to 17 new tokens, so both paths are in reach of short tests.
 BASE = {
@@ -195,6 +203,21 @@ def difference(left: torch.Tensor, right: torch.Tensor) -> float:
     if not (torch.isfinite(left).all() and torch.isfinite(right).all()):
         raise AssertionError("not finite")
     return (left.double() - right.double()).abs().max().item()
+
+
+def plain_attention(query, entries, mask, scaling):
+    """By definition, in fp64: queries `[B, H, T, W]` on entries `[B, 1, S, W]`, which are key and value."""
+    scores = query.double() @ entries.double().transpose(2, 3) * scaling
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    return scores.softmax(-1) @ entries.double()
+
+
+def exact_entries(layer) -> torch.Tensor:
+    """What a quantised layer holds, `[B, 1, S, R + P]` in fp32, without the rounding of the model's format."""
+    entries = layer.entries
+    entries.dtype = torch.float32
+    return entries.dequantize()
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:

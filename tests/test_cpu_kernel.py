@@ -1,14 +1,21 @@
 """The compiled CPU kernel: compiled here, compared with attention in fp64 and with models that run without it."""
 
 import importlib.util
-import shutil
 import subprocess
 import sys
 from collections import Counter
 
 import pytest
 import torch
-from cases import EXPANDED_CASES, difference, tiny_model, token_ids
+from cases import (
+    EXPANDED_CASES,
+    difference,
+    exact_entries,
+    needs_compiler,
+    plain_attention,
+    tiny_model,
+    token_ids,
+)
 from torch._inductor.compile_fx import compile_fx
 
 from egmla import EGMLACache, cpu_kernel, cpu_kernel_egmla, load_cpu_kernel
@@ -17,9 +24,7 @@ from egmla.latent_attention_egmla import latent_attention
 from egmla.quantization_egmla import quantize_elements, rotation
 
 
-pytestmark = pytest.mark.skipif(
-    not shutil.which("c++") and not shutil.which("g++"), reason="the kernel needs a C++ compiler"
-)
+pytestmark = needs_compiler
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 LAYERS = {"full": GrowingLatentLayer, "int8": Int8LatentLayer, "int4": Int4LatentLayer}
 
@@ -49,15 +54,6 @@ def calls(folder, monkeypatch):
 
     monkeypatch.setattr(cpu_kernel_egmla, "OPERATORS", Counting())
     return counts
-
-
-def exact_attention(query, entries, seen, scaling, rank):
-    """By definition, in fp64: queries `[B, H, 1, W]`, entries `[B, 1, S, W]`, `seen` `[B or 1, 1, 1, S]`."""
-    query, entries = query.double(), entries.double()
-    scores = query @ entries.mT * scaling
-    if seen is not None:
-        scores = scores.masked_fill(~seen, -torch.inf)
-    return torch.softmax(scores, dim=-1) @ entries[..., :rank]
 
 
 # --- operators ---
@@ -94,7 +90,7 @@ def test_attention_is_that_of_its_definition(calls, batch, heads, rank, rope, to
     finally:
         torch.set_num_threads(1)
     assert given.shape == (batch, heads, 1, rank) and given.dtype == dtype
-    expected = exact_attention(query, buffer[:, :, :tokens], seen, 0.1, rank)
+    expected = plain_attention(query, buffer[:, :, :tokens], seen, 0.1)[..., :rank]
     assert difference(given, expected) <= TOLERANCE[dtype]
     assert calls["latent_attention"] == 1
 
@@ -115,18 +111,9 @@ def test_quantised_entries_are_read_as_they_are(calls, tokens, rank, rope, maske
     seen = torch.rand(2, 1, 1, tokens) > 0.3 if masked else None
     if masked:
         seen[..., -1] = True
-    expected = exact_attention(query, _exact(entries), seen, 0.1, rank)
+    expected = plain_attention(query, exact_entries(layer), seen, 0.1)[..., :rank]
     assert difference(latent_attention(query, entries, seen, 0.1, rank), expected) <= TOLERANCE[dtype]
     assert calls["latent_attention_" + kind] == 1
-
-
-def _exact(entries):
-    """Entries without the rounding of the model's format."""
-    pieces = [piece.clone() for piece in entries.pieces()]
-    whole = torch.cat(pieces, dim=1).double()
-    if entries.rotation is not None:
-        whole = whole @ entries.rotation.double()
-    return whole.unsqueeze(1)
 
 
 @torch.no_grad()
@@ -168,7 +155,7 @@ def test_a_sequence_that_sees_nothing_is_no_nan(calls):
 @torch.no_grad()
 def test_large_scores_do_not_overflow(calls):
     query, entries = torch.randn(1, 4, 1, 24) * 100, torch.randn(1, 1, 600, 24) * 100
-    expected = exact_attention(query, entries, None, 1.0, 16)
+    expected = plain_attention(query, entries, None, 1.0)[..., :16]
     assert difference(latent_attention(query, entries, None, 1.0, 16), expected) <= 1e-3
 
 

@@ -1,14 +1,13 @@
 """`generate()` in all its modes: the tokens of a loop without a cache, whichever cache and method is used."""
 
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from cases import CORE_CASES, EXPANDED_CASES, difference, token_ids
+from cases import CORE_CASES, EXPANDED_CASES, difference, needs_compiler, token_ids
 from cases import tiny_model as make_model
 from transformers import CompileConfig, DynamicCache, StaticCache
 
@@ -121,7 +120,7 @@ def test_cache_implementation(case, implementation):
     assert torch.equal(out.sequences, generate(model, ids, **GREEDY).sequences)
 
 
-@pytest.mark.skipif(not shutil.which("c++") and not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+@needs_compiler
 def test_compiled_generation_as_the_readme_has_it():
     from torch._dynamo.utils import counters
 

@@ -1,7 +1,5 @@
 """The model against the oracle, and its execution paths against each other: same numbers on every way."""
 
-import shutil
-
 import pytest
 import torch
 from cases import (
@@ -10,6 +8,7 @@ from cases import (
     MODEL_CASES,
     ROPE_CASES,
     difference,
+    needs_compiler,
     perturb,
     tiny_config,
     tiny_model,
@@ -645,7 +644,7 @@ def test_token_classification(name):
 
 
 @torch.no_grad()
-@pytest.mark.skipif(not shutil.which("c++") and not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+@needs_compiler
 @pytest.mark.parametrize("batch", [1, 2])
 def test_compiled_decode_step_does_not_recompile(batch):
     """One graph, no breaks, over ten steps of a fixed cache, with the logits of the uncompiled model.
@@ -691,7 +690,7 @@ def test_prefill_uses_the_fused_kernel_where_widths_differ(monkeypatch):
     assert widths and all(query == value for query, value in widths)
 
 
-@pytest.mark.skipif(not shutil.which("c++") and not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+@needs_compiler
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["input-gate", "expanded gate"])
 def test_flex_attention_with_either_cache(name):

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from cases import BASE, CORE_CASES, difference, token_ids
+from cases import BASE, CORE_CASES, difference, exact_entries, plain_attention, token_ids
 from cases import tiny_model as make_model
 from test_cache import Spy, call_every_operation, check_selections, storage_bytes
 
@@ -358,21 +358,12 @@ def test_inference_mode_and_outside(quantization):
 # --- attention ---
 
 
-def plain_attention(query, entries, mask, scaling):
-    scores = query.double() @ entries.double().transpose(2, 3) * scaling
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-    return scores.softmax(-1) @ entries.double()
-
-
 def random_entries(batch, length, dtype, quantization):
     """A layer's entries, 16 + 8 wide, and the same dequantised, in fp32."""
     config = EGMLAConfig(**{**BASE, "kv_lora_rank": 16, "num_hidden_layers": 1})
     layer = EGMLACache(config, **OPTIONS[quantization]).layers[0]
     layer.append(torch.randn(batch, 1, length, 16).to(dtype), torch.randn(batch, 1, length, 8).to(dtype))
-    given, exact = layer.entries, layer.entries
-    exact.dtype = torch.float32
-    return given, exact.dequantize()
+    return layer.entries, exact_entries(layer)
 
 
 @torch.no_grad()
