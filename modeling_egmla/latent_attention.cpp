@@ -19,11 +19,16 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <limits>
 #include <numeric>
 #include <optional>
 #include <tuple>
 #include <type_traits>
 #include <vector>
+
+#if defined(__AVX512VNNI__)
+#include <immintrin.h>
+#endif
 
 namespace {
 
@@ -36,8 +41,8 @@ constexpr int64_t LANES = 4;
 #endif
 // Tokens, or elements of the value, whose sums are held in registers at a time.
 constexpr int64_t TILE = 8;
-// Elements of a block of tokens, at most: 16 KB, so that blocks and queries share the first two caches.
-constexpr int64_t BLOCK_ELEMENTS = 4096;
+// Elements of a block of tokens, at most: 8 KB, so that it, the next one and the queries share the first cache.
+constexpr int64_t BLOCK_ELEMENTS = 2048;
 constexpr int64_t CACHE_LINE = 64;  // bytes
 // Fewer tokens than this are not worth a part of their own.
 constexpr int64_t PART_TOKENS = 256;
@@ -49,6 +54,32 @@ typedef int32_t Integers __attribute__((vector_size(LANES * 4), aligned(4), may_
 
 inline Vector load(const float* from) { return *reinterpret_cast<const Vector*>(from); }
 inline void store(float* to, Vector value) { *reinterpret_cast<Vector*>(to) = value; }
+inline Integers load(const int32_t* from) { return *reinterpret_cast<const Integers*>(from); }
+inline void store(int32_t* to, Integers value) { *reinterpret_cast<Integers*>(to) = value; }
+
+// Whether the processor multiplies bytes: sum + the products of four unsigned and four signed ones in each lane.
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+constexpr bool MULTIPLIES_BYTES = true;
+inline Integers multiply_bytes(Integers sum, Integers of_unsigned, Integers of_signed) {
+  return (Integers)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)of_unsigned, (__m512i)of_signed);
+}
+// Sixteen words with a byte of each of four rows.
+inline void interleave(int32_t* to, const uint8_t* rows, int64_t stride) {
+  const auto row = [&](int64_t i) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows + i * stride)); };
+  __m512i words = _mm512_castsi128_si512(row(0));
+  words = _mm512_inserti32x4(words, row(1), 1);
+  words = _mm512_inserti32x4(words, row(2), 2);
+  words = _mm512_inserti32x4(words, row(3), 3);
+  const __m512i across = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  const __m128i within = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  words = _mm512_shuffle_epi8(_mm512_permutexvar_epi32(across, words), _mm512_broadcast_i32x4(within));
+  _mm512_store_si512(to, words);
+}
+#else
+constexpr bool MULTIPLIES_BYTES = false;  // and these are never called
+inline Integers multiply_bytes(Integers sum, Integers, Integers) { return sum; }
+inline void interleave(int32_t*, const uint8_t*, int64_t) {}
+#endif
 
 // exp(x) for x <= 0, to 2e-7 of its value near 0 and 4e-6 at -87: 2^n times a polynomial for the rest.
 inline Vector exponential(Vector x) {
@@ -67,19 +98,22 @@ inline Vector exponential(Vector x) {
   return (Vector)(((Integers)rounded << 23) + (Integers)result);
 }
 
-// Numbers that start at a cache line: a vector that lies in two lines takes two reads.
-class Floats {
+typedef int32_t Word __attribute__((aligned(1), may_alias));
+
+// Memory that starts at a cache line: a vector that lies in two lines takes two reads.
+template <typename T>
+class Buffer {
  public:
-  explicit Floats(int64_t count, float value = 0) : memory_(count + CACHE_LINE / sizeof(float), value) {
+  explicit Buffer(int64_t count, T value = 0) : memory_(count + CACHE_LINE / sizeof(T), value) {
     const auto address = reinterpret_cast<uintptr_t>(memory_.data());
-    start_ = memory_.data() + (CACHE_LINE - address % CACHE_LINE) % CACHE_LINE / sizeof(float);
+    start_ = memory_.data() + (CACHE_LINE - address % CACHE_LINE) % CACHE_LINE / sizeof(T);
   }
-  Floats(const Floats&) = delete;
-  float* data() { return start_; }
+  Buffer(const Buffer&) = delete;
+  T* data() { return start_; }
 
  private:
-  std::vector<float> memory_;
-  float* start_;
+  std::vector<T> memory_;
+  T* start_;
 };
 
 // Where entries come from. `read` gives `count` tokens from `start` on as fp32 rows, in `space` or where they lie;
@@ -101,6 +135,7 @@ struct Dense {
       return space;
     }
   }
+  static constexpr bool quantised = false;
   uintptr_t ahead(int64_t sequence, int64_t token) const {
     return reinterpret_cast<uintptr_t>(entries) + (sequence * sequence_stride + token * width) * sizeof(T);
   }
@@ -123,6 +158,23 @@ struct ElementGroups {
       for (int64_t i = 0; i < size; i++) to[i] = factor * code[group * size + i];
     }
     return space;
+  }
+
+  static constexpr bool quantised = true, scales_by_token = true;
+  int64_t element_groups() const { return groups; }
+  static constexpr float offset = 128;  // of codes that were made unsigned
+  bool has_codes(int64_t, int64_t rank) const { return width / groups % 4 == 0 && rank % (width / groups) == 0; }
+  int64_t stop(int64_t) const { return std::numeric_limits<int64_t>::max(); }
+  int64_t together(int64_t, int64_t count) const { return count; }
+  void read_codes(
+      int64_t sequence, int64_t start, int64_t count, uint8_t* to, int64_t stride, float* factors) const {
+    const int8_t* code = codes + sequence * codes_stride + start * width;
+    for (int64_t token = 0; token < count; token++, code += width) {
+      uint8_t* __restrict row = to + token * stride;
+      for (int64_t i = 0; i < width; i++) row[i] = static_cast<uint8_t>(code[i]) ^ 128;
+    }
+    const c10::BFloat16* scale = scales + sequence * scales_stride + start * groups;
+    for (int64_t i = 0; i < count * groups; i++) factors[i] = static_cast<float>(scale[i]);
   }
   uintptr_t ahead(int64_t sequence, int64_t token) const {
     return reinterpret_cast<uintptr_t>(codes) + sequence * codes_stride + token * width;
@@ -165,6 +217,29 @@ struct TokenGroups {
     }
     return space;
   }
+
+  static constexpr bool quantised = true, scales_by_token = false;
+  int64_t element_groups() const { return 1; }
+  static constexpr float offset = 0;
+  bool has_codes(int64_t token, int64_t) const { return token >= first && token - first < grouped; }
+  // Where it ends that tokens are codes, or are none.
+  int64_t stop(int64_t token) const {
+    if (token < first) return first;
+    return token - first < grouped ? first + grouped : std::numeric_limits<int64_t>::max();
+  }
+  int64_t together(int64_t token, int64_t count) const { return std::min(count, size - (token - first) % size); }
+  void read_codes(
+      int64_t sequence, int64_t start, int64_t count, uint8_t* to, int64_t stride, float* of_elements) const {
+    const int64_t half = (width + 1) / 2, place = start - first;
+    const uint8_t* code = codes + sequence * codes_stride + place * half;
+    for (int64_t token = 0; token < count; token++, code += half) {
+      uint8_t* __restrict row = to + token * stride;
+      for (int64_t i = 0; i < half; i++) row[i] = code[i] & 15;
+      for (int64_t i = half; i < width; i++) row[i] = code[i - half] >> 4;
+    }
+    const c10::BFloat16* scale = scales + sequence * scales_stride + place / size * 2 * width;
+    for (int64_t i = 0; i < 2 * width; i++) of_elements[i] = static_cast<float>(scale[i]);
+  }
   uintptr_t ahead(int64_t sequence, int64_t token) const {
     const int64_t place = std::clamp<int64_t>(token - first, 0, grouped);
     return reinterpret_cast<uintptr_t>(codes) + sequence * codes_stride + place * ((width + 1) / 2);
@@ -177,18 +252,105 @@ struct Mask {
   int64_t sequence_stride = 0, token_stride = 0;
 };
 
-// What a part of a sequence comes to: per head the highest score, the sum of exponentials relative to it and the sum
-// of values weighted with them, a head per lane.
+// What a part of a sequence comes to: per head the highest score, the sum of exponentials relative to it (both with a
+// head per lane) and the sum of values weighted with them, [heads, R].
 struct Sums {
   float *top, *total, *values;
 };
 
+// Turns scores [tokens, LANES] into weights relative to the highest score so far, and gives what earlier sums of
+// weights are to be multiplied with.
+Vector soften(float* scores, int64_t count, const bool* seen, int64_t token_stride, float* top_so_far, float* total) {
+  Vector top = load(top_so_far);
+  const Vector before = top;
+  for (int64_t token = 0; token < count; token++) {
+    if (seen && !seen[token * token_stride]) store(scores + token * LANES, Vector{} + HIDDEN);
+    const Vector score = load(scores + token * LANES);
+    top = score > top ? score : top;
+  }
+  const Vector shrink = exponential(before - top);
+  Vector sum = load(total) * shrink;
+  for (int64_t token = 0; token < count; token++) {
+    const Vector weight = exponential(load(scores + token * LANES) - top);
+    store(scores + token * LANES, weight);
+    sum += weight;
+  }
+  store(top_so_far, top);
+  store(total, sum);
+  return shrink;
+}
+
+// Sums of `COLUMNS` vectors of elements for each of `ROWS` heads, held in registers over all tokens of a block.
+template <int64_t ROWS, int64_t COLUMNS>
+inline void add_tile(
+    float* values, int64_t rank, const float* weights, const float* shrink, const float* entries, int64_t width,
+    int64_t count) {
+  Vector sum[ROWS][COLUMNS];
+#pragma GCC unroll 4
+  for (int64_t i = 0; i < ROWS; i++) {
+#pragma GCC unroll 4
+    for (int64_t j = 0; j < COLUMNS; j++) sum[i][j] = load(values + i * rank + j * LANES) * shrink[i];
+  }
+  for (int64_t token = 0; token < count; token++) {
+    Vector elements[COLUMNS];
+#pragma GCC unroll 4
+    for (int64_t j = 0; j < COLUMNS; j++) elements[j] = load(entries + token * width + j * LANES);
+#pragma GCC unroll 4
+    for (int64_t i = 0; i < ROWS; i++) {
+#pragma GCC unroll 4
+      for (int64_t j = 0; j < COLUMNS; j++) sum[i][j] += elements[j] * weights[token * LANES + i];
+    }
+  }
+#pragma GCC unroll 4
+  for (int64_t i = 0; i < ROWS; i++) {
+#pragma GCC unroll 4
+    for (int64_t j = 0; j < COLUMNS; j++) store(values + i * rank + j * LANES, sum[i][j]);
+  }
+}
+
+// values [rows, R] = shrink x values + weights x entries; `rows` of a vector's heads, the others stay.
+void add_values(
+    float* values, int64_t rows, int64_t rank, const float* weights, const Vector& shrink, const float* entries,
+    int64_t width, int64_t count) {
+  constexpr int64_t ROWS = 4, COLUMNS = LANES == 16 ? 4 : 2;  // as many as there are registers for
+  float factors[LANES];
+  store(factors, shrink);
+  int64_t element = 0;
+  for (; element + COLUMNS * LANES <= rank; element += COLUMNS * LANES) {
+    for (int64_t row = 0; row < rows; row += ROWS) {
+      add_tile<ROWS, COLUMNS>(
+          values + row * rank + element, rank, weights + row, factors + row, entries + element, width, count);
+    }
+  }
+  for (; element + LANES <= rank; element += LANES) {
+    for (int64_t row = 0; row < rows; row += ROWS) {
+      add_tile<ROWS, 1>(
+          values + row * rank + element, rank, weights + row, factors + row, entries + element, width, count);
+    }
+  }
+  for (; element < rank; element++) {
+    Vector sum = {};
+    for (int64_t token = 0; token < count; token++) sum += load(weights + token * LANES) * entries[token * width + element];
+    for (int64_t row = 0; row < rows; row++) {
+      values[row * rank + element] = values[row * rank + element] * factors[row] + sum[row];
+    }
+  }
+}
+
+bool none_seen(const bool* seen, int64_t token_stride, int64_t count) {
+  for (int64_t token = 0; token < count; token++) {
+    if (seen[token * token_stride]) return false;
+  }
+  return true;
+}
+
 template <typename Source>
 void attend(
     const Source& source, const Mask& mask, const float* queries, int64_t sequence, int64_t begin, int64_t end,
-    int64_t vectors, int64_t width, int64_t rank, int64_t block, const Sums& sums) {
-  Floats space(block * LANES + block * width + 2 * width);
-  float *scores = space.data(), *rows = scores + block * LANES, *scratch = rows + block * width;
+    int64_t rows, int64_t width, int64_t rank, const Sums& sums) {
+  const int64_t block = std::max(TILE, BLOCK_ELEMENTS / width / TILE * TILE);
+  Buffer<float> space(block * LANES + block * width + 2 * width);
+  float *scores = space.data(), *copies = scores + block * LANES, *scratch = copies + block * width;
   // Each tile calls for the bytes of the one a block later, a line every few elements: the processor's own prefetching
   // stops at each page, and many calls at once wait for one another.
   constexpr int64_t elements_per_line = CACHE_LINE * 8 / Source::bits / TILE;
@@ -196,14 +358,10 @@ void attend(
   for (int64_t start = begin; start < end; start += block) {
     const int64_t count = std::min(block, end - start);
     const bool* seen = mask.seen ? mask.seen + sequence * mask.sequence_stride + start * mask.token_stride : nullptr;
-    if (seen) {
-      bool any = false;
-      for (int64_t token = 0; token < count; token++) any |= seen[token * mask.token_stride];
-      if (!any) continue;
-    }
-    const float* entries = source.read(sequence, start, count, rows, scratch);
-    for (int64_t vector = 0; vector < vectors; vector++) {
-      const float* query = queries + vector * width * LANES;
+    if (seen && none_seen(seen, mask.token_stride, count)) continue;
+    const float* entries = source.read(sequence, start, count, copies, scratch);
+    for (int64_t row = 0; row < rows; row += LANES) {
+      const float* query = queries + row * width;
       int64_t token = 0;
       for (; token + TILE <= count; token += TILE) {
         const float* tile = entries + token * width;
@@ -213,7 +371,7 @@ void attend(
         for (; element + 16 <= width; element += 16) {
 #pragma GCC unroll 16
           for (int64_t i = 0; i < 16; i++) {
-            if (vector == 0 && i % elements_per_line == 0) {
+            if (row == 0 && i % elements_per_line == 0) {
               __builtin_prefetch(reinterpret_cast<const void*>(ahead));
               ahead += CACHE_LINE;
             }
@@ -233,44 +391,221 @@ void attend(
         for (int64_t i = 0; i < width; i++) sum += load(query + i * LANES) * entries[token * width + i];
         store(scores + token * LANES, sum);
       }
+      const Vector shrink = soften(scores, count, seen, mask.token_stride, sums.top + row, sums.total + row);
+      add_values(
+          sums.values + row * rank, std::min(LANES, rows - row), rank, scores, shrink, entries, width, count);
+    }
+  }
+}
 
-      Vector top = load(sums.top + vector * LANES);
-      const Vector before = top;
-      for (token = 0; token < count; token++) {
-        if (seen && !seen[token * mask.token_stride]) store(scores + token * LANES, Vector{} + HIDDEN);
-        const Vector score = load(scores + token * LANES);
-        top = score > top ? score : top;
-      }
-      const Vector shrink = exponential(before - top);
-      Vector total = load(sums.total + vector * LANES) * shrink;
-      for (token = 0; token < count; token++) {
-        const Vector weight = exponential(load(scores + token * LANES) - top);
-        store(scores + token * LANES, weight);
-        total += weight;
-      }
-      store(sums.top + vector * LANES, top);
-      store(sums.total + vector * LANES, total);
+// Numbers of sixteen heads as two signed bytes each, number = step x (256 x high + low), four of a head in a lane.
+// Sixteen bits: next to the error of int8 codes they are exact.
+struct Bytes {
+  int32_t *high, *low;
+  Vector step, sum;  // sum: of the numbers
+};
 
-      float* values = sums.values + vector * rank * LANES;
-      int64_t element = 0;
-      for (; element + TILE <= rank; element += TILE) {
-        Vector sum[TILE];
+template <typename Row>
+inline void split(int64_t count, const Row& row, Bytes& to) {
+  constexpr float LARGEST = 127 * 256;
+  const Vector magic = Vector{} + 12582912.0f;  // 1.5 * 2^23, as in `exponential`
+  const Integers magic_bits = (Integers)magic;
+  Integers largest_bits = {};  // of positive numbers they are in the numbers' order, and what is no number is larger
+  for (int64_t i = 0; i < count; i++) {
+    const Integers bits = (Integers)row(i) & 0x7fffffff;
+    largest_bits = bits > largest_bits ? bits : largest_bits;
+  }
+  const Vector largest = (Vector)largest_bits;
+  to.step = (largest > 1e-30f ? largest : Vector{} + 1e-30f) * (1 / LARGEST) + (largest - largest);
+  const Vector inverse = 1 / to.step;
+  Integers sum = {};
+  int64_t i = 0;
+  const auto put = [&](int64_t filled) {
+    Integers high = {}, low = {};
+#pragma GCC unroll 4
+    for (int64_t j = 0; j < filled; j++) {
+      const Integers number = (Integers)(row(i + j) * inverse + magic);  // above bits that are shifted or masked away
+      high |= ((number + 128) >> 8 & 255) << (8 * j);
+      low |= (number & 255) << (8 * j);
+      sum += number - magic_bits;
+    }
+    store(to.high + i / 4 * LANES, high);
+    store(to.low + i / 4 * LANES, low);
+  };
+  for (; i + 4 <= count; i += 4) put(4);
+  if (i < count) put(count - i);
+  to.sum = __builtin_convertvector(sum, Vector) * to.step;
+}
+
+// How codes are multiplied. Groups of elements have a scale per token (int8); where elements have scales that all
+// tokens of a block share (int4), all elements are one group.
+template <typename Source>
+struct CodeLayout {
+  static constexpr bool by_token = Source::scales_by_token;
+  static constexpr int64_t BLOCK = 64, WORD = 4;  // tokens, at most; bytes
+
+  CodeLayout(const Source& source, int64_t width_, int64_t rank_) : width(width_), rank(rank_) {
+    groups = source.element_groups();
+    size = width / groups;
+    words = (size + WORD - 1) / WORD;
+    value_groups = by_token ? rank / size : 1;
+    value_size = by_token ? size : rank;
+    columns = (value_size + LANES - 1) / LANES;
+    stride = (width + LANES) / CACHE_LINE * CACHE_LINE + CACHE_LINE;
+  }
+
+  int64_t width, rank;
+  int64_t groups, size, words;  // of an entry: groups, elements of each, words of each
+  int64_t value_groups, value_size, columns;  // of a value: groups, elements of each, vectors of each
+  int64_t stride;  // bytes between unsigned codes of two tokens
+};
+
+// scores [tokens, LANES] of `count` unsigned codes, `ahead` being where later ones are that will be needed.
+template <typename Source>
+void score_codes(
+    const CodeLayout<Source>& layout, const Bytes* query, Vector bias, const uint8_t* codes, const float* scales,
+    int64_t count, uintptr_t ahead, float* scores) {
+  for (int64_t token = 0; token < count; token += TILE) {
+    Vector sum[TILE];
+    for (int64_t j = 0; j < TILE; j++) sum[j] = bias;
+    for (int64_t group = 0; group < layout.groups; group++) {
+      const uint8_t* tile = codes + token * layout.stride + group * layout.size;
+      Integers high[TILE] = {}, low[TILE] = {};
+      for (int64_t word = 0; word < layout.words; word++) {
+        __builtin_prefetch(reinterpret_cast<const void*>(ahead));
+        ahead += TILE * layout.WORD * Source::bits / 8;
+        const Integers of_high = load(query[group].high + word * LANES), of_low = load(query[group].low + word * LANES);
 #pragma GCC unroll 8
-        for (int64_t j = 0; j < TILE; j++) sum[j] = load(values + (element + j) * LANES) * shrink;
-        for (token = 0; token < count; token++) {
-          const Vector weight = load(scores + token * LANES);
-#pragma GCC unroll 8
-          for (int64_t j = 0; j < TILE; j++) sum[j] += weight * entries[token * width + element + j];
+        for (int64_t j = 0; j < TILE; j++) {
+          const Integers four = Integers{} + reinterpret_cast<const Word*>(tile + j * layout.stride)[word];
+          high[j] = multiply_bytes(high[j], four, of_high);
+          low[j] = multiply_bytes(low[j], four, of_low);
         }
-#pragma GCC unroll 8
-        for (int64_t j = 0; j < TILE; j++) store(values + (element + j) * LANES, sum[j]);
       }
-      for (; element < rank; element++) {
-        Vector sum = load(values + element * LANES) * shrink;
-        for (token = 0; token < count; token++) {
-          sum += load(scores + token * LANES) * entries[token * width + element];
+      const Vector step = query[group].step, large_step = step * 256, offset = query[group].sum * Source::offset;
+#pragma GCC unroll 8
+      for (int64_t j = 0; j < TILE; j++) {
+        const Vector product = __builtin_convertvector(high[j], Vector) * large_step +
+            (__builtin_convertvector(low[j], Vector) * step - offset);
+        sum[j] += layout.by_token ? product * scales[(token + j) * layout.groups + group] : product;
+      }
+    }
+#pragma GCC unroll 8
+    for (int64_t j = 0; j < TILE; j++) store(scores + (token + j) * LANES, sum[j]);
+  }
+}
+
+// values [2 heads, R], from `column` of a group on, = shrink x values + weights x codes. `codes` are words of four tokens,
+// `head` the first of the two among the lanes.
+template <int64_t COLUMNS, typename Source>
+inline void add_codes(
+    const CodeLayout<Source>& layout, const Bytes& weights, const Vector& shrink, const int32_t* codes,
+    const float* scales, int64_t count, int64_t group, int64_t column, int64_t head, float* values) {
+  const int64_t step_between = layout.value_groups * layout.columns * LANES;
+  codes += (group * layout.columns + column) * LANES;
+  Integers high[2][COLUMNS] = {}, low[2][COLUMNS] = {};
+  for (int64_t word = 0; word * layout.WORD < count; word++, codes += step_between) {
+#pragma GCC unroll 2
+    for (int64_t i = 0; i < 2; i++) {
+      const Integers of_high = Integers{} + weights.high[word * LANES + head + i];
+      const Integers of_low = Integers{} + weights.low[word * LANES + head + i];
+#pragma GCC unroll 4
+      for (int64_t j = 0; j < COLUMNS; j++) {
+        const Integers four = load(codes + j * LANES);
+        high[i][j] = multiply_bytes(high[i][j], four, of_high);
+        low[i][j] = multiply_bytes(low[i][j], four, of_low);
+      }
+    }
+  }
+#pragma GCC unroll 2
+  for (int64_t i = 0; i < 2; i++) {
+    const float step = weights.step[head + i], whole = weights.sum[head + i], factor = shrink[head + i];
+#pragma GCC unroll 4
+    for (int64_t j = 0; j < COLUMNS; j++) {
+      const int64_t first = (column + j) * LANES, valid = std::min(LANES, layout.value_size - first);
+      const float *scale = scales + first, *zero = scale + layout.width;
+      float* to = values + i * layout.rank + group * layout.value_size + first;
+      const Vector product = __builtin_convertvector(high[i][j], Vector) * (256 * step) +
+          (__builtin_convertvector(low[i][j], Vector) * step - Source::offset * whole);
+      if (valid < LANES) {
+        for (int64_t k = 0; k < valid; k++) {
+          to[k] = to[k] * factor + (layout.by_token ? product[k] : product[k] * scale[k] + zero[k] * whole);
         }
-        store(values + element * LANES, sum);
+      } else if constexpr (CodeLayout<Source>::by_token) {
+        store(to, load(to) * factor + product);
+      } else {
+        store(to, load(to) * factor + (product * load(scale) + load(zero) * whole));
+      }
+    }
+  }
+}
+
+// What `attend` does, of codes as they are: no entry is turned into floating point, but queries and weights into bytes.
+template <typename Source>
+void attend_codes(
+    const Source& source, const Mask& mask, const float* queries, int64_t sequence, int64_t begin, int64_t end,
+    int64_t rows, int64_t width, int64_t rank, const Sums& sums) {
+  const CodeLayout<Source> layout(source, width, rank);
+  constexpr int64_t BLOCK = layout.BLOCK, WORD = layout.WORD;
+  constexpr bool by_token = layout.by_token;
+  const int64_t groups = layout.groups, words = layout.words, columns = layout.columns;
+  const int64_t vectors = (rows + LANES - 1) / LANES;
+  Buffer<uint8_t> codes(BLOCK * layout.stride);
+  Buffer<int32_t> turned(BLOCK / WORD * layout.value_groups * columns * LANES);  // codes in words of four tokens
+  Buffer<float> scores(BLOCK * LANES), scales(by_token ? BLOCK * groups : 2 * width);
+  Buffer<int32_t> query_bytes(2 * vectors * groups * words * LANES), weight_bytes(2 * BLOCK / WORD * LANES);
+  Bytes weights{weight_bytes.data(), weight_bytes.data() + BLOCK / WORD * LANES};
+  std::vector<Bytes> query(vectors * groups);
+  Buffer<float> biases(vectors * LANES);
+  for (int64_t i = 0; i < vectors * groups; i++) {
+    query[i].high = query_bytes.data() + 2 * i * words * LANES;
+    query[i].low = query[i].high + words * LANES;
+    const float* from = queries + i * layout.size * LANES;
+    if constexpr (by_token) split(layout.size, [&](int64_t j) { return load(from + j * LANES); }, query[i]);
+  }
+
+  int64_t count;
+  for (int64_t start = begin; start < end; start += count) {
+    count = source.together(start, std::min(BLOCK, end - start));
+    const bool* seen = mask.seen ? mask.seen + sequence * mask.sequence_stride + start * mask.token_stride : nullptr;
+    if (seen && none_seen(seen, mask.token_stride, count)) continue;
+    source.read_codes(sequence, start, count, codes.data(), layout.stride, scales.data());
+    for (int64_t token = 0; token < count; token += WORD) {
+      for (int64_t group = 0; group < layout.value_groups; group++) {
+        int32_t* to = turned.data() + (token / WORD * layout.value_groups + group) * columns * LANES;
+        const uint8_t* from = codes.data() + token * layout.stride + group * layout.size;
+        for (int64_t i = 0; i < columns * LANES; i += LANES) interleave(to + i, from + i, layout.stride);
+      }
+    }
+    for (int64_t vector = 0; vector < vectors; vector++) {
+      const int64_t row = vector * LANES;
+      if constexpr (!by_token) {
+        const float *from = queries + row * width, *scale = scales.data(), *zero = scale + width;
+        split(width, [&](int64_t i) { return load(from + i * LANES) * scale[i]; }, query[vector]);
+        Vector sum[4] = {};
+        for (int64_t i = 0; i < width; i++) sum[i % 4] += load(from + i * LANES) * zero[i];
+        store(biases.data() + row, (sum[0] + sum[1]) + (sum[2] + sum[3]));
+      }
+      score_codes(
+          layout, query.data() + vector * groups, load(biases.data() + row), codes.data(), scales.data(), count,
+          source.ahead(sequence, start + BLOCK), scores.data());
+      const Vector shrink = soften(scores.data(), count, seen, mask.token_stride, sums.top + row, sums.total + row);
+      for (int64_t group = 0; group < layout.value_groups; group++) {
+        const auto weight = [&](int64_t token) {
+          const Vector weight = load(scores.data() + token * LANES);
+          return by_token ? weight * scales.data()[token * groups + group] : weight;
+        };
+        split(count, weight, weights);
+        for (int64_t head = 0; head < std::min(LANES, rows - row); head += 2) {
+          float* values = sums.values + (row + head) * rank;
+          const auto add = [&](auto number, int64_t column) {
+            add_codes<number>(
+                layout, weights, shrink, turned.data(), scales.data(), count, group, column, head, values);
+          };
+          int64_t column = 0;
+          for (; column + 4 <= columns; column += 4) add(std::integral_constant<int64_t, 4>{}, column);
+          for (; column < columns; column++) add(std::integral_constant<int64_t, 1>{}, column);
+        }
       }
     }
   }
@@ -289,27 +624,35 @@ void run(
   // So many that all threads get as many, unless that is too many to merge or too few tokens.
   const int64_t even = threads / std::gcd(batch, threads), few = 4 * threads / std::max<int64_t>(1, batch) + 1;
   const int64_t parts = std::clamp<int64_t>(tokens / PART_TOKENS, 1, std::min(even, few));
-  const int64_t block = std::max(TILE, BLOCK_ELEMENTS / width / TILE * TILE);
-  const int64_t part_tokens = ((tokens + parts - 1) / parts + block - 1) / block * block;
-  const int64_t vectors = (rows + LANES - 1) / LANES, lanes = vectors * LANES;
-  Floats all_values(batch * parts * lanes * rank), totals(batch * parts * lanes), tops(batch * parts * lanes, HIDDEN);
-  float *values = all_values.data(), *total = totals.data(), *top = tops.data();
+  const int64_t part_tokens = ((tokens + parts - 1) / parts + TILE - 1) / TILE * TILE;
+  const int64_t lanes = (rows + LANES - 1) / LANES * LANES;
+  Buffer<float> values(batch * parts * lanes * rank), total(batch * parts * lanes), top(batch * parts * lanes, HIDDEN);
 
   at::parallel_for(0, batch * parts, 1, [&](int64_t first, int64_t last) {
-    Floats memory(lanes * width);
-    float* turned = memory.data();  // [vectors, W, LANES]
+    Buffer<float> turned(lanes * width);  // [vectors, W, LANES]
     for (int64_t task = first; task < last; task++) {
       const int64_t sequence = task / parts, part = task % parts;
       for (int64_t row = 0; row < rows; row++) {
         for (int64_t i = 0; i < width; i++) {
-          turned[(row / LANES * width + i) * LANES + row % LANES] =
+          turned.data()[(row / LANES * width + i) * LANES + row % LANES] =
               query[(sequence * rows + row) * width + i] * scaling;
         }
       }
-      const Sums sums{top + task * lanes, total + task * lanes, values + task * lanes * rank};
-      attend(
-          source, mask, turned, sequence, part * part_tokens, std::min(tokens, (part + 1) * part_tokens),
-          vectors, width, rank, block, sums);
+      const Sums sums{top.data() + task * lanes, total.data() + task * lanes, values.data() + task * lanes * rank};
+      const int64_t end = std::min(tokens, (part + 1) * part_tokens);
+      for (int64_t start = part * part_tokens; start < end;) {
+        int64_t stop = end;
+        if constexpr (MULTIPLIES_BYTES && Source::quantised) {
+          stop = std::min(end, source.stop(start));
+          if (source.has_codes(start, rank)) {
+            attend_codes(source, mask, turned.data(), sequence, start, stop, rows, width, rank, sums);
+            start = stop;
+            continue;
+          }
+        }
+        attend(source, mask, turned.data(), sequence, start, stop, rows, width, rank, sums);
+        start = stop;
+      }
     }
   });
 
@@ -320,15 +663,15 @@ void run(
       std::fill(to, to + rank, 0.0f);
       float highest = HIDDEN, whole = 0;
       const int64_t place = sequence * parts * lanes + row;
-      for (int64_t part = 0; part < parts; part++) highest = std::max(highest, top[place + part * lanes]);
+      for (int64_t part = 0; part < parts; part++) highest = std::max(highest, top.data()[place + part * lanes]);
       for (int64_t part = 0; part < parts; part++) {
-        const float share = std::exp(top[place + part * lanes] - highest);
-        whole += share * total[place + part * lanes];
-        const float* from = values + ((sequence * parts + part) * lanes + row / LANES * LANES) * rank + row % LANES;
-        for (int64_t i = 0; i < rank; i++) to[i] += share * from[i * LANES];
+        const int64_t from = place + part * lanes;
+        const float share = std::exp(top.data()[from] - highest);
+        whole += share * total.data()[from];
+        for (int64_t i = 0; i < rank; i++) to[i] += share * values.data()[from * rank + i];
       }
       // Nothing is seen: 0, as a mean of nothing.
-      for (int64_t i = 0; i < rank && whole > 0; i++) to[i] /= whole;
+      for (int64_t i = 0; i < rank && whole != 0; i++) to[i] /= whole;
     }
   });
 }

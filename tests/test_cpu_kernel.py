@@ -26,6 +26,9 @@ from egmla.quantization_egmla import quantize_elements, rotation
 
 pytestmark = needs_compiler
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+# Queries and weights are rounded to sixteen bits where codes are multiplied as bytes; codes differ from what they stand
+# for by a hundred times as much.
+OF_CODES = TOLERANCE | {torch.float32: 1e-4}
 LAYERS = {"full": GrowingLatentLayer, "int8": Int8LatentLayer, "int4": Int4LatentLayer}
 
 
@@ -99,20 +102,23 @@ def test_attention_is_that_of_its_definition(calls, batch, heads, rank, rope, to
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("rank, rope", [(64, 64), (64, 32), (20, 4), (7, 4), (48, 0)])
-@pytest.mark.parametrize("tokens", [1, 3, 67, 68, 300, 1111])
-def test_quantised_entries_are_read_as_they_are(calls, tokens, rank, rope, masked, kind, dtype):
-    """int4: kept tokens before and behind the groups, no group at all; an odd width has half a byte to spare."""
+@pytest.mark.parametrize("rank, rope", [(64, 64), (64, 32), (80, 40), (20, 4), (6, 6), (7, 4), (48, 0)])
+@pytest.mark.parametrize("tokens, heads", [(1, 9), (3, 12), (67, 40), (68, 9), (300, 17), (1111, 12)])
+def test_quantised_entries_are_read_as_they_are(calls, tokens, heads, rank, rope, masked, kind, dtype):
+    """int4: kept tokens before and behind the groups, no group at all; an odd width has half a byte to spare.
+
+    Groups of 64, 40, 32 and 4 elements are multiplied as bytes where the processor can, those of 6 are not.
+    """
     if kind == "int8" and rank == 7:
         pytest.skip("groups of one element")
     layer = LAYERS[kind](rank, rope)
     layer.append(torch.randn(2, 1, tokens, rank).to(dtype), torch.randn(2, 1, tokens, rope).to(dtype))
-    entries, query = layer.entries, torch.randn(2, 9, 1, rank + rope).to(dtype)
+    entries, query = layer.entries, torch.randn(2, heads, 1, rank + rope).to(dtype)
     seen = torch.rand(2, 1, 1, tokens) > 0.3 if masked else None
     if masked:
         seen[..., -1] = True
     expected = plain_attention(query, exact_entries(layer), seen, 0.1)[..., :rank]
-    assert difference(latent_attention(query, entries, seen, 0.1, rank), expected) <= TOLERANCE[dtype]
+    assert difference(latent_attention(query, entries, seen, 0.1, rank), expected) <= OF_CODES[dtype]
     assert calls["latent_attention_" + kind] == 1
 
 
