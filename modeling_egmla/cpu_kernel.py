@@ -154,26 +154,25 @@ def _check() -> None:
         query = torch.randn(B, 5, W, generator=generator)
         mask = torch.rand(B, S, generator=generator) > 0.3
         entries = torch.randn(B, S, W, generator=generator)
+
         codes = torch.randint(-128, 128, (B, S, W), dtype=torch.int8, generator=generator)
         scales = torch.rand(B, S, W // group, generator=generator).bfloat16() / 64
+        of_int8 = (codes.unflatten(-1, (-1, group)) * scales.float().unsqueeze(-1)).flatten(-2)
+
         packed = torch.randint(0, 256, (B, S // group, group, W // 2), dtype=torch.uint8, generator=generator)
-        token_scales = torch.randn(B, S // group, 2, W, generator=generator).bfloat16() / 8
-        unpacked = torch.cat((packed & 15, packed >> 4), dim=-1) * token_scales[:, :, :1].float() + token_scales[:, :, 1:]
+        factors = torch.randn(B, S // group, 2, W, generator=generator).bfloat16() / 8
+        of_int4 = torch.cat((packed & 15, packed >> 4), dim=-1) * factors[:, :, :1].float() + factors[:, :, 1:]
+
+        rest = mask, 0.2, R
         for found, of in (
-            (operators.latent_attention(query, entries, mask, 0.2, R), entries),
-            (
-                operators.latent_attention_int8(query, codes, scales, torch.eye(W), mask, 0.2, R),
-                (codes.unflatten(-1, (-1, group)) * scales.float().unsqueeze(-1)).flatten(-2),
-            ),
-            (
-                operators.latent_attention_int4(query, entries[:, :0], 0, packed, token_scales, mask, 0.2, R),
-                unpacked.flatten(1, 2),
-            ),
+            (operators.latent_attention(query, entries, *rest), entries),
+            (operators.latent_attention_int8(query, codes, scales, torch.eye(W), *rest), of_int8),
+            (operators.latent_attention_int4(query, entries[:, :0], 0, packed, factors, *rest), of_int4.flatten(1, 2)),
         ):
             scores = (query @ of.mT * 0.2).masked_fill(~mask[:, None], -torch.inf)
             difference = (found - (torch.softmax(scores, -1) @ of)[..., :R]).abs().max().item()
             if not difference < TOLERANCE:
                 raise ImportError(
                     f"The CPU kernel is wrong on this machine: its results differ by {difference:.1e} from PyTorch's, "
-                    f"more than {TOLERANCE}, so it is not used. Please report the processor and the compiler. {WITHOUT}"
+                    f"by more than {TOLERANCE}, so it is not used. Please report processor and compiler. {WITHOUT}"
                 )

@@ -330,7 +330,9 @@ void add_values(
   }
   for (; element < rank; element++) {
     Vector sum = {};
-    for (int64_t token = 0; token < count; token++) sum += load(weights + token * LANES) * entries[token * width + element];
+    for (int64_t token = 0; token < count; token++) {
+      sum += load(weights + token * LANES) * entries[token * width + element];
+    }
     for (int64_t row = 0; row < rows; row++) {
       values[row * rank + element] = values[row * rank + element] * factors[row] + sum[row];
     }
@@ -495,8 +497,8 @@ void score_codes(
   }
 }
 
-// values [2 heads, R], from `column` of a group on, = shrink x values + weights x codes. `codes` are words of four tokens,
-// `head` the first of the two among the lanes.
+// values [2 heads, R], from `column` of a group on, = shrink x values + weights x codes. `codes` are words of four
+// tokens, `head` the first of the two among the lanes.
 template <int64_t COLUMNS, typename Source>
 inline void add_codes(
     const CodeLayout<Source>& layout, const Bytes& weights, const Vector& shrink, const int32_t* codes,

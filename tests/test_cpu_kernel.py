@@ -26,8 +26,8 @@ from egmla.quantization_egmla import quantize_elements, rotation
 
 pytestmark = needs_compiler
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
-# Queries and weights are rounded to sixteen bits where codes are multiplied as bytes; codes differ from what they stand
-# for by a hundred times as much.
+# Queries and weights are rounded to sixteen bits where codes are multiplied as bytes. Codes differ from what they
+# stand for by a hundred times as much.
 OF_CODES = TOLERANCE | {torch.float32: 1e-4}
 LAYERS = {"full": GrowingLatentLayer, "int8": Int8LatentLayer, "int4": Int4LatentLayer}
 
