@@ -149,9 +149,10 @@ def _check() -> None:
     """
     generator = torch.Generator().manual_seed(0)
     operators = torch.ops.egmla
-    B, S, W, R, group = 2, 3000, 24, 16, 8
+    # Each kind of vector and what is left beside whole ones; a group of more tokens than a block.
+    B, H, S, W, R, group, scaling = 2, 17, 41 * 72, 216, 144, 72, 0.05
     for _ in range(3):
-        query = torch.randn(B, 5, W, generator=generator)
+        query = torch.randn(B, H, W, generator=generator)
         mask = torch.rand(B, S, generator=generator) > 0.3
         entries = torch.randn(B, S, W, generator=generator)
 
@@ -163,13 +164,13 @@ def _check() -> None:
         factors = torch.randn(B, S // group, 2, W, generator=generator).bfloat16() / 8
         of_int4 = torch.cat((packed & 15, packed >> 4), dim=-1) * factors[:, :, :1].float() + factors[:, :, 1:]
 
-        rest = mask, 0.2, R
+        rest = mask, scaling, R
         for found, of in (
             (operators.latent_attention(query, entries, *rest), entries),
             (operators.latent_attention_int8(query, codes, scales, torch.eye(W), *rest), of_int8),
             (operators.latent_attention_int4(query, entries[:, :0], 0, packed, factors, *rest), of_int4.flatten(1, 2)),
         ):
-            scores = (query @ of.mT * 0.2).masked_fill(~mask[:, None], -torch.inf)
+            scores = (query @ of.mT * scaling).masked_fill(~mask[:, None], -torch.inf)
             difference = (found - (torch.softmax(scores, -1) @ of)[..., :R]).abs().max().item()
             if not difference < TOLERANCE:
                 raise ImportError(

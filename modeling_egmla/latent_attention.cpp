@@ -4,9 +4,9 @@
 // format it is cached in, and its first R elements serve as the value. And int8 quantisation of new entries, which
 // would be twenty small operations in each layer. Compiled and loaded by cpu_kernel.py.
 //
-// A vector has a head per lane, so that an element of the cache is one broadcast for all heads of a vector. Tokens are
-// taken in blocks that stay in the first cache: scores, running softmax, weighted sum. Threads share out sequences and
-// parts of them; parts are merged by their sums of exponentials.
+// Tokens are taken in blocks that stay in the first caches: scores, running softmax, weighted sum. A vector of scores
+// has a head per lane, so that an element of the cache is one broadcast for all heads of a vector; a vector of sums has
+// elements of the value. Threads share out sequences and parts of them; parts are merged by their sums of exponentials.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -39,7 +39,7 @@ constexpr int64_t LANES = 8;
 #else
 constexpr int64_t LANES = 4;
 #endif
-// Tokens, or elements of the value, whose sums are held in registers at a time.
+// Tokens whose scores are held in registers at a time.
 constexpr int64_t TILE = 8;
 // Elements of a block of tokens, at most: 8 KB, so that it, the next one and the queries share the first cache.
 constexpr int64_t BLOCK_ELEMENTS = 2048;
@@ -95,7 +95,8 @@ inline Vector exponential(Vector x) {
   result = result * rest + 2.402264791363012e-1f;
   result = result * rest + 6.931472028550421e-1f;
   result = result * rest + 1.0f;
-  return (Vector)(((Integers)rounded << 23) + (Integers)result);
+  result = (Vector)(((Integers)rounded << 23) + (Integers)result);
+  return x == x ? result : x;  // of what is no number the bits, added up, may be those of one
 }
 
 typedef int32_t Word __attribute__((aligned(1), may_alias));
@@ -163,7 +164,11 @@ struct ElementGroups {
   static constexpr bool quantised = true, scales_by_token = true;
   int64_t element_groups() const { return groups; }
   static constexpr float offset = 128;  // of codes that were made unsigned
-  bool has_codes(int64_t, int64_t rank) const { return width / groups % 4 == 0 && rank % (width / groups) == 0; }
+  // In groups of fewer it takes longer.
+  bool has_codes(int64_t, int64_t rank) const {
+    const int64_t elements = width / groups;
+    return elements >= 16 && elements % 4 == 0 && rank % elements == 0;
+  }
   int64_t stop(int64_t) const { return std::numeric_limits<int64_t>::max(); }
   int64_t together(int64_t, int64_t count) const { return count; }
   void read_codes(
@@ -174,7 +179,10 @@ struct ElementGroups {
       for (int64_t i = 0; i < width; i++) row[i] = static_cast<uint8_t>(code[i]) ^ 128;
     }
     const c10::BFloat16* scale = scales + sequence * scales_stride + start * groups;
-    for (int64_t i = 0; i < count * groups; i++) factors[i] = static_cast<float>(scale[i]);
+    for (int64_t i = 0; i < count * groups; i++) {
+      const float factor = static_cast<float>(scale[i]);
+      factors[i] = factor + (factor - factor);  // no number where it is infinite, as of a code of 0 times that
+    }
   }
   uintptr_t ahead(int64_t sequence, int64_t token) const {
     return reinterpret_cast<uintptr_t>(codes) + sequence * codes_stride + token * width;
@@ -221,7 +229,8 @@ struct TokenGroups {
   static constexpr bool quantised = true, scales_by_token = false;
   int64_t element_groups() const { return 1; }
   static constexpr float offset = 0;
-  bool has_codes(int64_t token, int64_t) const { return token >= first && token - first < grouped; }
+  // In groups of fewer it takes longer.
+  bool has_codes(int64_t token, int64_t) const { return size >= 24 && token >= first && token - first < grouped; }
   // Where it ends that tokens are codes, or are none.
   int64_t stop(int64_t token) const {
     if (token < first) return first;
@@ -258,9 +267,14 @@ struct Sums {
   float *top, *total, *values;
 };
 
-// Turns scores [tokens, LANES] into weights relative to the highest score so far, and gives what earlier sums of
-// weights are to be multiplied with.
-Vector soften(float* scores, int64_t count, const bool* seen, int64_t token_stride, float* top_so_far, float* total) {
+// What sums of earlier weights are to be multiplied with, and the sum of a block's.
+struct Softened {
+  Vector shrink, sum;
+};
+
+// Turns scores [tokens, LANES] into weights relative to the highest score so far.
+Softened soften(
+    float* scores, int64_t count, const bool* seen, int64_t token_stride, float* top_so_far, float* total) {
   Vector top = load(top_so_far);
   const Vector before = top;
   for (int64_t token = 0; token < count; token++) {
@@ -269,15 +283,15 @@ Vector soften(float* scores, int64_t count, const bool* seen, int64_t token_stri
     top = score > top ? score : top;
   }
   const Vector shrink = exponential(before - top);
-  Vector sum = load(total) * shrink;
+  Vector sum = {};
   for (int64_t token = 0; token < count; token++) {
     const Vector weight = exponential(load(scores + token * LANES) - top);
     store(scores + token * LANES, weight);
     sum += weight;
   }
   store(top_so_far, top);
-  store(total, sum);
-  return shrink;
+  store(total, load(total) * shrink + sum);
+  return {shrink, sum};
 }
 
 // Sums of `COLUMNS` vectors of elements for each of `ROWS` heads, held in registers over all tokens of a block.
@@ -393,9 +407,9 @@ void attend(
         for (int64_t i = 0; i < width; i++) sum += load(query + i * LANES) * entries[token * width + i];
         store(scores + token * LANES, sum);
       }
-      const Vector shrink = soften(scores, count, seen, mask.token_stride, sums.top + row, sums.total + row);
+      const Softened softened = soften(scores, count, seen, mask.token_stride, sums.top + row, sums.total + row);
       add_values(
-          sums.values + row * rank, std::min(LANES, rows - row), rank, scores, shrink, entries, width, count);
+          sums.values + row * rank, std::min(LANES, rows - row), rank, scores, softened.shrink, entries, width, count);
     }
   }
 }
@@ -501,7 +515,7 @@ void score_codes(
 // tokens, `head` the first of the two among the lanes.
 template <int64_t COLUMNS, typename Source>
 inline void add_codes(
-    const CodeLayout<Source>& layout, const Bytes& weights, const Vector& shrink, const int32_t* codes,
+    const CodeLayout<Source>& layout, const Bytes& weights, const Softened& softened, const int32_t* codes,
     const float* scales, int64_t count, int64_t group, int64_t column, int64_t head, float* values) {
   const int64_t step_between = layout.value_groups * layout.columns * LANES;
   codes += (group * layout.columns + column) * LANES;
@@ -521,22 +535,28 @@ inline void add_codes(
   }
 #pragma GCC unroll 2
   for (int64_t i = 0; i < 2; i++) {
-    const float step = weights.step[head + i], whole = weights.sum[head + i], factor = shrink[head + i];
+    const float step = weights.step[head + i], factor = softened.shrink[head + i];
+    const float offset = Source::offset * weights.sum[head + i];  // of rounded weights, which codes are multiplied with
+    const float whole = softened.sum[head + i];  // of exact ones: no rounding is to be multiplied with a zero point
 #pragma GCC unroll 4
     for (int64_t j = 0; j < COLUMNS; j++) {
       const int64_t first = (column + j) * LANES, valid = std::min(LANES, layout.value_size - first);
-      const float *scale = scales + first, *zero = scale + layout.width;
       float* to = values + i * layout.rank + group * layout.value_size + first;
       const Vector product = __builtin_convertvector(high[i][j], Vector) * (256 * step) +
-          (__builtin_convertvector(low[i][j], Vector) * step - Source::offset * whole);
-      if (valid < LANES) {
-        for (int64_t k = 0; k < valid; k++) {
-          to[k] = to[k] * factor + (layout.by_token ? product[k] : product[k] * scale[k] + zero[k] * whole);
+          (__builtin_convertvector(low[i][j], Vector) * step - offset);
+      if constexpr (CodeLayout<Source>::by_token) {
+        if (valid < LANES) {
+          for (int64_t k = 0; k < valid; k++) to[k] = to[k] * factor + product[k];
+        } else {
+          store(to, load(to) * factor + product);
         }
-      } else if constexpr (CodeLayout<Source>::by_token) {
-        store(to, load(to) * factor + product);
       } else {
-        store(to, load(to) * factor + (product * load(scale) + load(zero) * whole));
+        const float *scale = scales + first, *zero = scale + layout.width;
+        if (valid < LANES) {
+          for (int64_t k = 0; k < valid; k++) to[k] = to[k] * factor + (product[k] * scale[k] + zero[k] * whole);
+        } else {
+          store(to, load(to) * factor + (product * load(scale) + load(zero) * whole));
+        }
       }
     }
   }
@@ -553,10 +573,10 @@ void attend_codes(
   const int64_t groups = layout.groups, words = layout.words, columns = layout.columns;
   const int64_t vectors = (rows + LANES - 1) / LANES;
   Buffer<uint8_t> codes(BLOCK * layout.stride);
-  Buffer<int32_t> turned(BLOCK / WORD * layout.value_groups * columns * LANES);  // codes in words of four tokens
+  Buffer<int32_t> words_of_four(BLOCK / WORD * layout.value_groups * columns * LANES);  // codes of four tokens each
   Buffer<float> scores(BLOCK * LANES), scales(by_token ? BLOCK * groups : 2 * width);
   Buffer<int32_t> query_bytes(2 * vectors * groups * words * LANES), weight_bytes(2 * BLOCK / WORD * LANES);
-  Bytes weights{weight_bytes.data(), weight_bytes.data() + BLOCK / WORD * LANES};
+  Bytes weights{weight_bytes.data(), weight_bytes.data() + BLOCK / WORD * LANES, {}, {}};
   std::vector<Bytes> query(vectors * groups);
   Buffer<float> biases(vectors * LANES);
   for (int64_t i = 0; i < vectors * groups; i++) {
@@ -574,7 +594,7 @@ void attend_codes(
     source.read_codes(sequence, start, count, codes.data(), layout.stride, scales.data());
     for (int64_t token = 0; token < count; token += WORD) {
       for (int64_t group = 0; group < layout.value_groups; group++) {
-        int32_t* to = turned.data() + (token / WORD * layout.value_groups + group) * columns * LANES;
+        int32_t* to = words_of_four.data() + (token / WORD * layout.value_groups + group) * columns * LANES;
         const uint8_t* from = codes.data() + token * layout.stride + group * layout.size;
         for (int64_t i = 0; i < columns * LANES; i += LANES) interleave(to + i, from + i, layout.stride);
       }
@@ -591,7 +611,8 @@ void attend_codes(
       score_codes(
           layout, query.data() + vector * groups, load(biases.data() + row), codes.data(), scales.data(), count,
           source.ahead(sequence, start + BLOCK), scores.data());
-      const Vector shrink = soften(scores.data(), count, seen, mask.token_stride, sums.top + row, sums.total + row);
+      const Softened softened =
+          soften(scores.data(), count, seen, mask.token_stride, sums.top + row, sums.total + row);
       for (int64_t group = 0; group < layout.value_groups; group++) {
         const auto weight = [&](int64_t token) {
           const Vector weight = load(scores.data() + token * LANES);
@@ -602,7 +623,7 @@ void attend_codes(
           float* values = sums.values + (row + head) * rank;
           const auto add = [&](auto number, int64_t column) {
             add_codes<number>(
-                layout, weights, shrink, turned.data(), scales.data(), count, group, column, head, values);
+                layout, weights, softened, words_of_four.data(), scales.data(), count, group, column, head, values);
           };
           int64_t column = 0;
           for (; column + 4 <= columns; column += 4) add(std::integral_constant<int64_t, 4>{}, column);

@@ -6,6 +6,9 @@ speed of memory on some processors (figures in tests/benchmarks/README.md). Para
 are those of `nn.Linear`; everything but inference with plain weights on a CPU goes to it.
 """
 
+import platform
+from pathlib import Path
+
 import torch
 from torch import nn
 from torch.autograd import forward_ad
@@ -16,6 +19,17 @@ ONEDNN_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.ba
 # Up to this many rows it is 1.5 to 2 times as fast. At hundreds it is 1.1 to 1.4 times as fast and less exact: long
 # prompts keep PyTorch's kernel, and with it the very logits of a source that was converted exactly.
 FEW_ROWS = 32
+
+
+def _is_intel() -> bool:
+    try:
+        return "GenuineIntel" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return "Intel" in platform.processor()
+
+
+# Up to this many it is not: on Intel's processors MKL, which PyTorch chooses, reads weights at the speed of memory.
+ROWS_OF_MKL = 4 if torch.backends.mkl.is_available() and _is_intel() else 0
 # Their sums in fp32 are as exact as those of the usual kernels.
 SUMMED_IN_FP32 = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -41,7 +55,7 @@ def inference_product(input: torch.Tensor, weight: torch.Tensor, bias: torch.Ten
 class EGMLALinear(nn.Linear):
     """`nn.Linear`; without gradients, on a CPU, with plain weights:
 
-    - eager fp32, few rows: oneDNN's kernel instead of the one PyTorch chooses;
+    - eager fp32, few rows: oneDNN's kernel instead of the one PyTorch chooses, where it is the faster one;
     - compiled, one row: products and a sum in fp32, which the compiler turns into one pass over the weights.
     """
 
@@ -57,7 +71,8 @@ class EGMLALinear(nn.Linear):
             if self.bias is not None:
                 output = output + self.bias.float()
             return output.to(input.dtype).reshape(*input.shape[:-1], self.out_features)
-        if input.numel() > FEW_ROWS * self.in_features or type(input) is not torch.Tensor:
+        rows = input.numel() // self.in_features
+        if not ROWS_OF_MKL < rows <= FEW_ROWS or type(input) is not torch.Tensor:
             return super().forward(input)
         return inference_product(input, self.weight, self.bias)
 

@@ -8,10 +8,16 @@ from cases import tiny_model, token_ids
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from egmla import linear_egmla
 from egmla.linear_egmla import FEW_ROWS, ONEDNN_LINEAR, EGMLALinear
 
 
 needs_onednn = pytest.mark.skipif(ONEDNN_LINEAR is None, reason="this PyTorch has no oneDNN")
+
+
+@pytest.fixture(autouse=True)
+def on_any_processor(monkeypatch):
+    monkeypatch.setattr(linear_egmla, "ROWS_OF_MKL", 0)
 
 
 class Operators(TorchDispatchMode):
@@ -86,6 +92,14 @@ def test_only_plain_inference_in_fp32_takes_the_other_kernel():
     assert not uses_onednn(ours, inputs)
     with pytest.raises(RuntimeError, match="same dtype"), torch.no_grad():
         ours(inputs.double())
+
+
+@needs_onednn
+@torch.no_grad()
+def test_few_rows_are_pytorchs_on_intels_processors(monkeypatch):
+    ours, _ = pair()
+    monkeypatch.setattr(linear_egmla, "ROWS_OF_MKL", 4)
+    assert [uses_onednn(ours, torch.randn(rows, 24)) for rows in (1, 4, 5, FEW_ROWS)] == [False, False, True, True]
 
 
 @needs_onednn
