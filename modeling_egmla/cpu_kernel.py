@@ -11,6 +11,7 @@ import shlex
 import subprocess
 import tempfile
 import threading
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -150,24 +151,25 @@ def _check() -> None:
     generator = torch.Generator().manual_seed(0)
     operators = torch.ops.egmla
     # Each kind of vector and what is left beside whole ones; a group of more tokens than a block.
-    B, H, S, W, R, group, scaling = 2, 17, 41 * 72, 216, 144, 72, 0.05
+    B, H, S, W, R, group, scaling = 2, 17, 41 * 76, 228, 152, 76, 0.02
+    numbers = partial(torch.randn, generator=generator, dtype=torch.float32, device="cpu")
     for _ in range(3):
-        query = torch.randn(B, H, W, generator=generator)
+        query = numbers(B, H, W)
         mask = torch.rand(B, S, generator=generator) > 0.3
-        entries = torch.randn(B, S, W, generator=generator)
+        entries = numbers(B, S, W)
 
         codes = torch.randint(-128, 128, (B, S, W), dtype=torch.int8, generator=generator)
-        scales = torch.rand(B, S, W // group, generator=generator).bfloat16() / 64
+        scales = numbers(B, S, W // group).bfloat16() / 128
         of_int8 = (codes.unflatten(-1, (-1, group)) * scales.float().unsqueeze(-1)).flatten(-2)
 
         packed = torch.randint(0, 256, (B, S // group, group, W // 2), dtype=torch.uint8, generator=generator)
-        factors = torch.randn(B, S // group, 2, W, generator=generator).bfloat16() / 8
+        factors = numbers(B, S // group, 2, W).bfloat16() / 16
         of_int4 = torch.cat((packed & 15, packed >> 4), dim=-1) * factors[:, :, :1].float() + factors[:, :, 1:]
 
-        rest = mask, scaling, R
+        rest, rotation = (mask, scaling, R), torch.eye(W, dtype=torch.float32)
         for found, of in (
             (operators.latent_attention(query, entries, *rest), entries),
-            (operators.latent_attention_int8(query, codes, scales, torch.eye(W), *rest), of_int8),
+            (operators.latent_attention_int8(query, codes, scales, rotation, *rest), of_int8),
             (operators.latent_attention_int4(query, entries[:, :0], 0, packed, factors, *rest), of_int4.flatten(1, 2)),
         ):
             scores = (query @ of.mT * scaling).masked_fill(~mask[:, None], -torch.inf)

@@ -16,8 +16,8 @@ from torch.autograd import forward_ad
 
 # oneDNN's product on weights as they lie, without a copy in a layout of its own.
 ONEDNN_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
-# Up to this many rows it is 1.5 to 2 times as fast. At hundreds it is 1.1 to 1.4 times as fast and less exact: long
-# prompts keep PyTorch's kernel, and with it the very logits of a source that was converted exactly.
+# Up to this many rows it is 1.5 to 2 times as fast on AMD's processors. At hundreds it is 1.1 to 1.4 times as fast and
+# less exact: long prompts keep PyTorch's kernel, and with it the very logits of a source that was converted exactly.
 FEW_ROWS = 32
 
 

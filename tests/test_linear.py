@@ -102,6 +102,17 @@ def test_few_rows_are_pytorchs_on_intels_processors(monkeypatch):
     assert [uses_onednn(ours, torch.randn(rows, 24)) for rows in (1, 4, 5, FEW_ROWS)] == [False, False, True, True]
 
 
+@pytest.mark.parametrize("vendor, intel", [("GenuineIntel", True), ("AuthenticAMD", False), (None, True)])
+def test_intels_processors_are_known_by_their_name(vendor, intel, monkeypatch, tmp_path):
+    """`None`: no such file, as on Windows."""
+    file = tmp_path / "cpuinfo"
+    if vendor is not None:
+        file.write_text(f"processor\t: 0\nvendor_id\t: {vendor}\n")
+    monkeypatch.setattr(linear_egmla, "Path", lambda _: file)
+    monkeypatch.setattr(linear_egmla.platform, "processor", lambda: "Intel64 Family 6 Model 85, GenuineIntel")
+    assert linear_egmla._is_intel() == intel
+
+
 @needs_onednn
 @torch.no_grad()
 def test_forward_derivatives_tracing_and_sparse_weights_are_pytorchs():
