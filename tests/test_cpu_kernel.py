@@ -190,6 +190,16 @@ def test_what_is_no_number_shows_in_its_sequence_alone(calls, place, number, kin
 
 
 @torch.no_grad()
+def test_an_infinite_scale_of_codes_that_are_zero_shows(folder):
+    codes = torch.randint(-128, 128, (1, 100, 128), dtype=torch.int8)
+    scales = torch.full((1, 100, 2), 1 / 64, dtype=torch.bfloat16)
+    codes[0, 40, 64:], scales[0, 40, 1] = 0, -torch.inf
+    query = torch.randn(1, 16, 128)
+    given = torch.ops.egmla.latent_attention_int8(query, codes, scales, torch.eye(128), None, 0.1, 64)
+    assert not given.isfinite().any()
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_a_quantised_sequence_that_sees_nothing_is_no_nan(calls, kind):
     layer = LAYERS[kind](64, 64)
