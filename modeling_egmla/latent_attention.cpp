@@ -5,8 +5,9 @@
 // would be twenty small operations in each layer. Compiled and loaded by cpu_kernel.py.
 //
 // Tokens are taken in blocks that stay in the first caches: scores, running softmax, weighted sum. A vector of scores
-// has a head per lane, so that an element of the cache is one broadcast for all heads of a vector; a vector of sums has
-// elements of the value. Threads share out sequences and parts of them; parts are merged by their sums of exponentials.
+// has a head per lane, so that an element of the cache is one broadcast for all heads of a vector, or where that would
+// leave lanes empty four elements of each head; a vector of sums has elements of the value. Threads share out sequences
+// and parts of them; parts are merged by their sums of exponentials.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -26,7 +27,7 @@
 #include <type_traits>
 #include <vector>
 
-#if defined(__AVX512VNNI__)
+#if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
 
@@ -267,6 +268,20 @@ struct Sums {
   float *top, *total, *values;
 };
 
+// Bytes of the block after this one, called for a line at a time, spread over the work on this one: the processor's own
+// prefetching stops at each page, and many calls at once wait for one another.
+struct Lines {
+  uintptr_t next = 0, end = 0;
+
+  inline void call() {
+    __builtin_prefetch(reinterpret_cast<const void*>(next));
+    next += CACHE_LINE;
+  }
+  inline void call_if_left() {
+    if (next < end) call();
+  }
+};
+
 // What sums of earlier weights are to be multiplied with, and the sum of a block's.
 struct Softened {
   Vector shrink, sum;
@@ -274,7 +289,8 @@ struct Softened {
 
 // Turns scores [tokens, LANES] into weights relative to the highest score so far.
 Softened soften(
-    float* scores, int64_t count, const bool* seen, int64_t token_stride, float* top_so_far, float* total) {
+    float* scores, int64_t count, const bool* seen, int64_t token_stride, float* top_so_far, float* total,
+    Lines& lines) {
   Vector top = load(top_so_far);
   const Vector before = top;
   for (int64_t token = 0; token < count; token++) {
@@ -285,6 +301,7 @@ Softened soften(
   const Vector shrink = exponential(before - top);
   Vector sum = {};
   for (int64_t token = 0; token < count; token++) {
+    lines.call_if_left();
     const Vector weight = exponential(load(scores + token * LANES) - top);
     store(scores + token * LANES, weight);
     sum += weight;
@@ -298,7 +315,7 @@ Softened soften(
 template <int64_t ROWS, int64_t COLUMNS>
 inline void add_tile(
     float* values, int64_t rank, const float* weights, const float* shrink, const float* entries, int64_t width,
-    int64_t count) {
+    int64_t count, Lines& lines) {
   Vector sum[ROWS][COLUMNS];
 #pragma GCC unroll 4
   for (int64_t i = 0; i < ROWS; i++) {
@@ -306,6 +323,7 @@ inline void add_tile(
     for (int64_t j = 0; j < COLUMNS; j++) sum[i][j] = load(values + i * rank + j * LANES) * shrink[i];
   }
   for (int64_t token = 0; token < count; token++) {
+    lines.call_if_left();
     Vector elements[COLUMNS];
 #pragma GCC unroll 4
     for (int64_t j = 0; j < COLUMNS; j++) elements[j] = load(entries + token * width + j * LANES);
@@ -325,7 +343,7 @@ inline void add_tile(
 // values [rows, R] = shrink x values + weights x entries; `rows` of a vector's heads, the others stay.
 void add_values(
     float* values, int64_t rows, int64_t rank, const float* weights, const Vector& shrink, const float* entries,
-    int64_t width, int64_t count) {
+    int64_t width, int64_t count, Lines& lines) {
   constexpr int64_t ROWS = 4, COLUMNS = LANES == 16 ? 4 : 2;  // as many as there are registers for
   float factors[LANES];
   store(factors, shrink);
@@ -333,13 +351,13 @@ void add_values(
   for (; element + COLUMNS * LANES <= rank; element += COLUMNS * LANES) {
     for (int64_t row = 0; row < rows; row += ROWS) {
       add_tile<ROWS, COLUMNS>(
-          values + row * rank + element, rank, weights + row, factors + row, entries + element, width, count);
+          values + row * rank + element, rank, weights + row, factors + row, entries + element, width, count, lines);
     }
   }
   for (; element + LANES <= rank; element += LANES) {
     for (int64_t row = 0; row < rows; row += ROWS) {
       add_tile<ROWS, 1>(
-          values + row * rank + element, rank, weights + row, factors + row, entries + element, width, count);
+          values + row * rank + element, rank, weights + row, factors + row, entries + element, width, count, lines);
     }
   }
   for (; element < rank; element++) {
@@ -360,6 +378,103 @@ bool none_seen(const bool* seen, int64_t token_stride, int64_t count) {
   return true;
 }
 
+// Scores [TILE, LANES] of a tile of entries, with a line called for every `EVERY` elements, if any (0: none).
+using ScoreTile = void (*)(const float* query, const float* entries, int64_t width, Lines& lines, float* scores);
+
+// Of queries [W, LANES].
+template <int64_t EVERY>
+void score_tile(const float* query, const float* entries, int64_t width, Lines& lines, float* scores) {
+  Vector sum[TILE] = {};
+  int64_t element = 0;
+  for (; element + 16 <= width; element += 16) {
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < 16; i++) {
+      if constexpr (EVERY > 0) {
+        if (i % EVERY == 0) lines.call();
+      }
+      const Vector heads = load(query + (element + i) * LANES);
+#pragma GCC unroll 8
+      for (int64_t j = 0; j < TILE; j++) sum[j] += heads * entries[j * width + element + i];
+    }
+  }
+  for (; element < width; element++) {
+    const Vector heads = load(query + element * LANES);
+    for (int64_t j = 0; j < TILE; j++) sum[j] += heads * entries[j * width + element];
+  }
+  for (int64_t j = 0; j < TILE; j++) store(scores + j * LANES, sum[j]);
+}
+
+#if defined(__AVX512F__)
+constexpr int64_t QUAD = 4;
+// With a quad more, a head per lane takes no more products, and no sums over lanes.
+constexpr int64_t MOST_QUADS = 3;
+
+// Vectors of four elements of each of four heads, [W / 4, quads, LANES], of queries [W, LANES].
+void make_quads(const float* query, int64_t width, int64_t quads, float* to) {
+  for (int64_t vector = 0; vector < width / QUAD * quads; vector++) {
+    const int64_t element = vector / quads * QUAD, head = vector % quads * QUAD;
+    for (int64_t i = 0; i < LANES; i++) to[vector * LANES + i] = query[(element + i % QUAD) * LANES + head + i / QUAD];
+  }
+}
+
+// Of such vectors.
+template <int64_t EVERY, int64_t QUADS>
+void score_tile_of_quads(const float* query, const float* entries, int64_t width, Lines& lines, float* scores) {
+  __m512 sum[TILE][MOST_QUADS] = {};  // those of quads that are not there stay zero
+  for (int64_t element = 0; element < width; element += QUAD) {
+    if constexpr (EVERY > 0) {
+      if (EVERY <= QUAD || element % EVERY == 0) lines.call();
+    }
+    __m512 heads[QUADS];
+#pragma GCC unroll 3
+    for (int64_t k = 0; k < QUADS; k++) heads[k] = _mm512_load_ps(query + (element / QUAD * QUADS + k) * LANES);
+#pragma GCC unroll 8
+    for (int64_t j = 0; j < TILE; j++) {
+      const __m512 elements = _mm512_broadcast_f32x4(_mm_loadu_ps(entries + j * width + element));
+#pragma GCC unroll 3
+      for (int64_t k = 0; k < QUADS; k++) sum[j][k] = _mm512_fmadd_ps(heads[k], elements, sum[j][k]);
+    }
+  }
+  // Sums over the four elements, which leave the quads' first heads side by side, then their second ones, and so on.
+  const auto halve = [](__m512 a, __m512 b) {
+    return _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+  };
+  const __m512i in_order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+#pragma GCC unroll 8
+  for (int64_t j = 0; j < TILE; j++) {
+    const auto a = (__m512d)halve(sum[j][0], sum[j][1]), b = (__m512d)halve(sum[j][2], _mm512_setzero_ps());
+    const __m512 all = _mm512_add_ps((__m512)_mm512_unpacklo_pd(a, b), (__m512)_mm512_unpackhi_pd(a, b));
+    _mm512_store_ps(scores + j * LANES, _mm512_permutexvar_ps(in_order, all));
+  }
+}
+
+// How many quads the last `rows` of heads are best taken as; 0: a head per lane.
+int64_t quads_for(int64_t rows, int64_t width) {
+  const int64_t quads = (rows % LANES + QUAD - 1) / QUAD;
+  return quads <= MOST_QUADS && width % QUAD == 0 ? quads : 0;
+}
+#else
+constexpr int64_t QUAD = 1;
+void make_quads(const float*, int64_t, int64_t, float*) {}
+int64_t quads_for(int64_t, int64_t) { return 0; }
+#endif
+
+template <int64_t EVERY>
+ScoreTile score_tile_for(int64_t quads) {
+  switch (quads) {
+#if defined(__AVX512F__)
+    case 1:
+      return score_tile_of_quads<EVERY, 1>;
+    case 2:
+      return score_tile_of_quads<EVERY, 2>;
+    case 3:
+      return score_tile_of_quads<EVERY, 3>;
+#endif
+    default:
+      return score_tile<EVERY>;
+  }
+}
+
 template <typename Source>
 void attend(
     const Source& source, const Mask& mask, const float* queries, int64_t sequence, int64_t begin, int64_t end,
@@ -367,49 +482,39 @@ void attend(
   const int64_t block = std::max(TILE, BLOCK_ELEMENTS / width / TILE * TILE);
   Buffer<float> space(block * LANES + block * width + 2 * width);
   float *scores = space.data(), *copies = scores + block * LANES, *scratch = copies + block * width;
-  // Each tile calls for the bytes of the one a block later, a line every few elements: the processor's own prefetching
-  // stops at each page, and many calls at once wait for one another.
-  constexpr int64_t elements_per_line = CACHE_LINE * 8 / Source::bits / TILE;
+  const int64_t last_quads = quads_for(rows, width);
+  Buffer<float> quads(width / QUAD * last_quads * LANES);
+  make_quads(queries + rows / LANES * LANES * width, width, last_quads, quads.data());
+  // The first vector of heads calls for the block after this one. In fp32, where reading takes as long as products,
+  // half of its lines are left to what follows the scores.
+  constexpr bool halves = Source::bits == 32;
+  constexpr int64_t every = CACHE_LINE * 8 / Source::bits / TILE * (halves ? 2 : 1);
 
   for (int64_t start = begin; start < end; start += block) {
     const int64_t count = std::min(block, end - start);
     const bool* seen = mask.seen ? mask.seen + sequence * mask.sequence_stride + start * mask.token_stride : nullptr;
     if (seen && none_seen(seen, mask.token_stride, count)) continue;
     const float* entries = source.read(sequence, start, count, copies, scratch);
+    Lines lines{source.ahead(sequence, start + block)};
+    if (halves) lines.end = source.ahead(sequence, std::min(start + 2 * block, end));
     for (int64_t row = 0; row < rows; row += LANES) {
       const float* query = queries + row * width;
+      const int64_t of_quads = row + LANES > rows ? last_quads : 0;
+      const ScoreTile score = row ? score_tile_for<0>(of_quads) : score_tile_for<every>(of_quads);
       int64_t token = 0;
       for (; token + TILE <= count; token += TILE) {
-        const float* tile = entries + token * width;
-        uintptr_t ahead = source.ahead(sequence, start + token + block);
-        Vector sum[TILE] = {};
-        int64_t element = 0;
-        for (; element + 16 <= width; element += 16) {
-#pragma GCC unroll 16
-          for (int64_t i = 0; i < 16; i++) {
-            if (row == 0 && i % elements_per_line == 0) {
-              __builtin_prefetch(reinterpret_cast<const void*>(ahead));
-              ahead += CACHE_LINE;
-            }
-            const Vector heads = load(query + (element + i) * LANES);
-#pragma GCC unroll 8
-            for (int64_t j = 0; j < TILE; j++) sum[j] += heads * tile[j * width + element + i];
-          }
-        }
-        for (; element < width; element++) {
-          const Vector heads = load(query + element * LANES);
-          for (int64_t j = 0; j < TILE; j++) sum[j] += heads * tile[j * width + element];
-        }
-        for (int64_t j = 0; j < TILE; j++) store(scores + (token + j) * LANES, sum[j]);
+        score(of_quads ? quads.data() : query, entries + token * width, width, lines, scores + token * LANES);
       }
       for (; token < count; token++) {
         Vector sum = {};
         for (int64_t i = 0; i < width; i++) sum += load(query + i * LANES) * entries[token * width + i];
         store(scores + token * LANES, sum);
       }
-      const Softened softened = soften(scores, count, seen, mask.token_stride, sums.top + row, sums.total + row);
+      const Softened softened =
+          soften(scores, count, seen, mask.token_stride, sums.top + row, sums.total + row, lines);
       add_values(
-          sums.values + row * rank, std::min(LANES, rows - row), rank, scores, softened.shrink, entries, width, count);
+          sums.values + row * rank, std::min(LANES, rows - row), rank, scores, softened.shrink, entries, width, count,
+          lines);
     }
   }
 }
@@ -579,6 +684,7 @@ void attend_codes(
   Bytes weights{weight_bytes.data(), weight_bytes.data() + BLOCK / WORD * LANES, {}, {}};
   std::vector<Bytes> query(vectors * groups);
   Buffer<float> biases(vectors * LANES);
+  Lines none;
   for (int64_t i = 0; i < vectors * groups; i++) {
     query[i].high = query_bytes.data() + 2 * i * words * LANES;
     query[i].low = query[i].high + words * LANES;
@@ -612,7 +718,7 @@ void attend_codes(
           layout, query.data() + vector * groups, load(biases.data() + row), codes.data(), scales.data(), count,
           source.ahead(sequence, start + BLOCK), scores.data());
       const Softened softened =
-          soften(scores.data(), count, seen, mask.token_stride, sums.top + row, sums.total + row);
+          soften(scores.data(), count, seen, mask.token_stride, sums.top + row, sums.total + row, none);
       for (int64_t group = 0; group < layout.value_groups; group++) {
         const auto weight = [&](int64_t token) {
           const Vector weight = load(scores.data() + token * LANES);
