@@ -151,7 +151,7 @@ def _check() -> None:
     generator = torch.Generator().manual_seed(0)
     operators = torch.ops.egmla
     # Each kind of vector and what is left beside whole ones; a group of more tokens than a block.
-    B, H, S, W, R, group, scaling = 2, 17, 41 * 76, 228, 152, 76, 0.02
+    B, H, S, W, R, group, scaling = 2, 27, 41 * 76, 228, 152, 76, 0.02
     numbers = partial(torch.randn, generator=generator, dtype=torch.float32, device="cpu")
     for _ in range(3):
         query = numbers(B, H, W)

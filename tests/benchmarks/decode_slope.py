@@ -1,0 +1,84 @@
+"""How much longer a decode step takes at a long context, beside what reading the cache's further bytes takes.
+
+    python tests/benchmarks/decode_slope.py --context 2048,32768 --dtype float32 --threads 2
+
+Random weights, batch 1, the fixed-size cache compiled and the growing one, with the CPU kernel. Unlike in `egmla bench`
+the contexts take turns, and reading is measured in each round, so that a machine whose speed changes within minutes
+changes all of a round. The last line of the output is one JSON object.
+"""
+
+import argparse
+import json
+import statistics
+import time
+
+import torch
+
+from egmla import EGMLACache, EGMLAForCausalLM, load_cpu_kernel
+from egmla.configuration import load_preset
+from egmla.evaluation.contestants import compiling, fixed_cache
+from egmla.evaluation.decode_speed import rewind, synthetic_cache
+from egmla.evaluation.machine import Limits
+from egmla.provenance import software_versions
+
+
+@torch.no_grad()
+def turn(runner, cache, steps: int) -> float:
+    """Median seconds of a step, after two that are not counted; the cache is left as it was."""
+    token, seconds = torch.zeros(1, 1, dtype=torch.long), []
+    for _ in range(steps + 2):
+        start = time.perf_counter()
+        token = runner(token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+        seconds.append(time.perf_counter() - start)
+    rewind(cache, steps + 2)
+    return statistics.median(seconds[2:])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--preset", default="egmla-kv64-120m")
+    parser.add_argument("--context", default="2048,32768", help="a short one and a long one")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    short, long = map(int, options.context.split(","))
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    load_cpu_kernel()
+    config = load_preset(options.preset)
+    model = EGMLAForCausalLM(config).to(getattr(torch, options.dtype)).eval()
+    room = long + options.steps + 2
+    makers = {"compiled": lambda: fixed_cache(model, room), "eager": lambda: EGMLACache(config)}
+    caches = {
+        (name, context): synthetic_cache(model, context, 1, cache=make())
+        for name, make in makers.items()
+        for context in (short, long)
+    }
+    limits = Limits(model.dtype)
+    further = (long - short) * config.cache_elements_per_token * model.dtype.itemsize
+    ratios, steps = {name: [] for name in makers}, {key: [] for key in caches}
+    with compiling() as compiled:
+        runners = {"compiled": compiled(model), "eager": model}
+        for number in range(options.rounds + 1):
+            reading = further / limits.read()
+            for (name, context), cache in caches.items():
+                steps[name, context].append(turn(runners[name], cache, options.steps))
+            if number:  # the first round warms up
+                for name in makers:
+                    ratios[name].append((steps[name, long][-1] - steps[name, short][-1]) / reading)
+                print(f"{1e3 * reading:.1f} ms to read", {n: round(r[-1], 2) for n, r in ratios.items()}, flush=True)
+    result = {"preset": options.preset, "dtype": options.dtype, "threads": options.threads, "rounds": options.rounds}
+    for name in makers:
+        deciles = statistics.quantiles(ratios[name], n=10)
+        result[name] = {
+            "times_reading": statistics.median(ratios[name]),
+            "times_reading_p10_p90": [deciles[0], deciles[-1]],
+            "ms": {context: 1e3 * statistics.median(steps[name, context][1:]) for context in (short, long)},
+        }
+    print(json.dumps(result | {"versions": software_versions()}))
+
+
+if __name__ == "__main__":
+    main()
