@@ -2,9 +2,9 @@
 
     python tests/benchmarks/decode_slope.py --context 2048,32768 --dtype float32 --threads 2
 
-Random weights, batch 1, the fixed-size cache compiled and the growing one, with the CPU kernel. Unlike in `egmla bench`
-the contexts take turns, and reading is measured in each round, so that a machine whose speed changes within minutes
-changes all of a round. The last line of the output is one JSON object.
+Random weights, batch 1, the fixed-size cache compiled and the growing one, with the CPU kernel. Unlike in
+`egmla bench` the contexts take turns, and reading is measured in each round, so that a machine whose speed changes
+within minutes changes all of a round. The last line of the output is one JSON object.
 """
 
 import argparse
