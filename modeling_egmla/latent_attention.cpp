@@ -20,6 +20,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <limits>
 #include <numeric>
 #include <optional>
@@ -269,7 +270,9 @@ struct Sums {
 };
 
 // Bytes of the block after this one, called for a line at a time, spread over the work on this one: the processor's own
-// prefetching stops at each page, and many calls at once wait for one another.
+// prefetching stops at each page, and many calls at once wait for one another. Scores call for as many as they do
+// whatever `end` says, since a comparison each costs as much as was gained; what follows them calls for the others up
+// to `end` (0: there are none).
 struct Lines {
   uintptr_t next = 0, end = 0;
 
@@ -371,6 +374,23 @@ void add_values(
   }
 }
 
+// Tokens up to the last one that any sequence sees: a fixed cache has room behind them.
+int64_t tokens_to_last_seen(const Mask& mask, int64_t batch, int64_t tokens) {
+  if (!mask.seen) return tokens;
+  int64_t last = 0;
+  for (int64_t sequence = 0; sequence < (mask.sequence_stride ? batch : 1); sequence++) {
+    const bool* seen = mask.seen + sequence * mask.sequence_stride;
+    int64_t end = tokens;
+    for (uint64_t eight; mask.token_stride == 1 && end - 8 >= last; end -= 8) {
+      std::memcpy(&eight, seen + end - 8, 8);
+      if (eight) break;
+    }
+    while (end > last && !seen[(end - 1) * mask.token_stride]) end--;
+    last = std::max(last, end);
+  }
+  return last;
+}
+
 bool none_seen(const bool* seen, int64_t token_stride, int64_t count) {
   for (int64_t token = 0; token < count; token++) {
     if (seen[token * token_stride]) return false;
@@ -420,10 +440,11 @@ void make_quads(const float* query, int64_t width, int64_t quads, float* to) {
 // Of such vectors.
 template <int64_t EVERY, int64_t QUADS>
 void score_tile_of_quads(const float* query, const float* entries, int64_t width, Lines& lines, float* scores) {
+  static_assert(EVERY % QUAD == 0);
   __m512 sum[TILE][MOST_QUADS] = {};  // those of quads that are not there stay zero
   for (int64_t element = 0; element < width; element += QUAD) {
     if constexpr (EVERY > 0) {
-      if (EVERY <= QUAD || element % EVERY == 0) lines.call();
+      if (element % EVERY == 0) lines.call();
     }
     __m512 heads[QUADS];
 #pragma GCC unroll 3
@@ -482,11 +503,11 @@ void attend(
   const int64_t block = std::max(TILE, BLOCK_ELEMENTS / width / TILE * TILE);
   Buffer<float> space(block * LANES + block * width + 2 * width);
   float *scores = space.data(), *copies = scores + block * LANES, *scratch = copies + block * width;
-  const int64_t last_quads = quads_for(rows, width);
+  const int64_t last_quads = end - begin < TILE ? 0 : quads_for(rows, width);
   Buffer<float> quads(width / QUAD * last_quads * LANES);
   make_quads(queries + rows / LANES * LANES * width, width, last_quads, quads.data());
-  // The first vector of heads calls for the block after this one. In fp32, where reading takes as long as products,
-  // half of its lines are left to what follows the scores.
+  // The first vector's scores call for the block after this one. In fp32, where reading takes as long as products, half
+  // of its lines are left to what follows the scores.
   constexpr bool halves = Source::bits == 32;
   constexpr int64_t every = CACHE_LINE * 8 / Source::bits / TILE * (halves ? 2 : 1);
 
@@ -516,6 +537,7 @@ void attend(
           sums.values + row * rank, std::min(LANES, rows - row), rank, scores, softened.shrink, entries, width, count,
           lines);
     }
+    while (lines.next < lines.end) lines.call();  // few heads have too few sums to call for all
   }
 }
 
@@ -744,7 +766,8 @@ void attend_codes(
 template <typename Source>
 void run(
     const Source& source, const Mask& mask, const float* query, float* output, int64_t batch, int64_t rows,
-    int64_t tokens, int64_t width, int64_t rank, float scaling) {
+    int64_t all_tokens, int64_t width, int64_t rank, float scaling) {
+  const int64_t tokens = tokens_to_last_seen(mask, batch, all_tokens);
 #ifdef _OPENMP
   const int64_t threads = at::get_num_threads();
 #else

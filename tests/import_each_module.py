@@ -1,4 +1,4 @@
-"""Imports every module of the package in a process of its own, to show that none leans on another's imports.
+"""Imports every module of the package in a process of its own, to show that none leans on another one's imports.
 
 The processes are forks of one that has torch and Transformers loaded, and nothing of the package: loading those takes
 seconds, a module of ours a fraction of one.
@@ -8,13 +8,15 @@ import importlib
 import multiprocessing
 import pkgutil
 import sys
-import traceback
 
 import torch  # noqa: F401
-from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel, Trainer  # noqa: F401
+from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel  # noqa: F401
 
 
-def module_names(_=None) -> list[str]:
+FORKS = multiprocessing.get_context("fork")
+
+
+def send_names(to) -> None:
     """Every module of the package, sub-packages that live in other top-level folders included."""
     packages = [importlib.import_module("egmla")]
     # Walking `egmla`'s own folder does not find these.
@@ -22,25 +24,28 @@ def module_names(_=None) -> list[str]:
     names = {package.__name__ for package in packages}
     for package in packages:
         names |= {module.name for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")}
-    return sorted(name for name in names if not name.endswith("__main__"))
+    to.send(sorted(name for name in names if not name.endswith("__main__")))
 
 
-def failure_to_import(name: str) -> str | None:
-    """Its traceback if the module cannot be imported alone."""
-    try:
-        importlib.import_module(name)
-    except BaseException:  # one that exits on import is a failure as well
-        return f"{name}:\n{traceback.format_exc()}"
-    return None
+def fork(target, *arguments):
+    process = FORKS.Process(target=target, args=arguments)
+    process.start()
+    return process
 
 
 def main() -> int:
-    loaded = sorted(name for name in sys.modules if name.partition(".")[0] == "egmla")
-    if loaded:
-        raise AssertionError(f"{loaded} must not be loaded before the processes are made")
-    with multiprocessing.get_context("fork").Pool(2, maxtasksperchild=1) as pool:
-        [names] = pool.map(module_names, [None], chunksize=1)
-        failures = [failure for failure in pool.imap(failure_to_import, names, chunksize=1) if failure]
+    receiver, sender = FORKS.Pipe(duplex=False)
+    listing = fork(send_names, sender)
+    sender.close()  # so that receiving ends if the process does
+    names = receiver.recv()
+    listing.join()
+    failures = []
+    for start in range(0, len(names), 2):
+        pair = [(name, fork(importlib.import_module, name)) for name in names[start : start + 2]]
+        for name, process in pair:
+            process.join()  # which prints what went wrong
+            if process.exitcode:
+                failures.append(f"{name} cannot be imported alone: exit code {process.exitcode}")
     print("\n".join(failures) or f"{len(names)} modules import alone")
     return 1 if failures else 0
 

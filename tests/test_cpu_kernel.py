@@ -75,7 +75,8 @@ def calls(folder, monkeypatch):
         (3, 17, 20, 4, 531),
         (5, 4, 7, 3, 33),
         (2, 40, 96, 0, 300),
-        (1, 14, 64, 32, 100),
+        (1, 7, 64, 32, 300),
+        (1, 31, 36, 16, 100),
         (1, 3, 512, 64, 600),
     ],
 )
@@ -188,6 +189,38 @@ def test_what_is_no_number_shows_in_its_sequence_alone(calls, place, number, kin
     heads = [0] if place == "query" else list(range(12))
     assert not given[0, heads].isfinite().any()
     assert given[1].isfinite().all() and (place != "query" or given[0, 1:].isfinite().all())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("heads", [12, 14, 20])
+@pytest.mark.parametrize("number", ["inf", "-inf"])
+def test_a_query_without_end_shows_in_its_head_alone(calls, number, heads):
+    query = torch.randn(1, heads, 1, 128)
+    query[0, heads - 2, 0, 7] = NUMBERS[number]
+    given = latent_attention(query, torch.randn(1, 1, 300, 128), None, 0.1, 64)
+    others = [head for head in range(heads) if head != heads - 2]
+    assert not given[0, heads - 2].isfinite().any() and given[0, others].isfinite().all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_room_behind_the_last_token_seen_changes_nothing(calls, threads, stride):
+    """Sequences of other lengths in one fixed buffer, one without any token; a mask that is a part of another."""
+    entries, query = torch.randn(4, 1, 1500, 96), torch.randn(4, 9, 1, 96)
+    seen = torch.zeros(4, 1, 1, 1500 * stride, dtype=torch.bool)[..., ::stride]
+    for sequence, length in enumerate((0, 1, 517, 1013)):
+        seen[sequence, ..., :length] = True
+        seen[sequence, ..., : length // 3] = False
+    torch.set_num_threads(threads)
+    try:
+        given = latent_attention(query, entries, seen, 0.1, 64)
+        one_for_all = latent_attention(query, entries, seen[2:3], 0.1, 64)
+    finally:
+        torch.set_num_threads(1)
+    assert (given[0] == 0).all()
+    assert difference(given[1:], plain_attention(query, entries, seen, 0.1)[1:, ..., :64]) <= 1e-5
+    assert difference(one_for_all, plain_attention(query, entries, seen[2:3], 0.1)[..., :64]) <= 1e-5
 
 
 @torch.no_grad()

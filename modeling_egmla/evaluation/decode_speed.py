@@ -193,7 +193,7 @@ def time_decode(
             before_round()
         for name, model in models.items():
             unmeasured = warmup if round_ else first_warmup
-            timings[name].turns.append(_turn(model, filled[name], steps, unmeasured, batch_size, turn_seconds))
+            timings[name].turns.append(time_turn(model, filled[name], steps, unmeasured, batch_size, turn_seconds))
             rewind(filled[name], int(filled[name].get_seq_length()) - context)
             done += 1
             if progress is not None:
@@ -201,8 +201,9 @@ def time_decode(
     return timings
 
 
-def _turn(
-    model: PreTrainedModel, cache: Cache, steps: int, warmup: int, batch_size: int, turn_seconds: float
+@torch.no_grad()
+def time_turn(
+    model: PreTrainedModel, cache: Cache, steps: int, warmup: int, batch_size: int = 1, turn_seconds: float = math.inf
 ) -> list[float]:
     """Seconds of each timed step: one forward pass and the choice of the next token, as greedy decoding does it."""
     timer = Timer(model.device)

@@ -4,34 +4,22 @@
 
 Random weights, batch 1, the fixed-size cache compiled and the growing one, with the CPU kernel. Unlike in
 `egmla bench` the contexts take turns, and reading is measured in each round, so that a machine whose speed changes
-within minutes changes all of a round. The last line of the output is one JSON object.
+within minutes changes all of a round; and fixed caches of both have the room of the long one. Each round's line has
+the speed of large products too, which tells quiet rounds from others. The last line of the output is one JSON object.
 """
 
 import argparse
 import json
 import statistics
-import time
 
 import torch
 
 from egmla import EGMLACache, EGMLAForCausalLM, load_cpu_kernel
 from egmla.configuration import load_preset
 from egmla.evaluation.contestants import compiling, fixed_cache
-from egmla.evaluation.decode_speed import rewind, synthetic_cache
+from egmla.evaluation.decode_speed import rewind, synthetic_cache, time_turn
 from egmla.evaluation.machine import Limits
 from egmla.provenance import software_versions
-
-
-@torch.no_grad()
-def turn(runner, cache, steps: int) -> float:
-    """Median seconds of a step, after two that are not counted; the cache is left as it was."""
-    token, seconds = torch.zeros(1, 1, dtype=torch.long), []
-    for _ in range(steps + 2):
-        start = time.perf_counter()
-        token = runner(token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
-        seconds.append(time.perf_counter() - start)
-    rewind(cache, steps + 2)
-    return statistics.median(seconds[2:])
 
 
 def main() -> None:
@@ -43,6 +31,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
+    if options.rounds < 2:
+        parser.error(f"--rounds {options.rounds}: at least 2 are required, for a median and deciles.")
     short, long = map(int, options.context.split(","))
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
@@ -58,18 +48,25 @@ def main() -> None:
     }
     limits = Limits(model.dtype)
     further = (long - short) * config.cache_elements_per_token * model.dtype.itemsize
-    ratios, steps = {name: [] for name in makers}, {key: [] for key in caches}
+    ratios, steps, rounds = {name: [] for name in makers}, {key: [] for key in caches}, []
     with compiling() as compiled:
         runners = {"compiled": compiled(model), "eager": model}
         for number in range(options.rounds + 1):
-            reading = further / limits.read()
+            reading = further / statistics.median(limits.read() for _ in range(3))
             for (name, context), cache in caches.items():
-                steps[name, context].append(turn(runners[name], cache, options.steps))
+                seconds = time_turn(runners[name], cache, options.steps, warmup=2)
+                rewind(cache, options.steps + 2)
+                steps[name, context].append(statistics.median(seconds))
             if number:  # the first round warms up
                 for name in makers:
                     ratios[name].append((steps[name, long][-1] - steps[name, short][-1]) / reading)
-                print(f"{1e3 * reading:.1f} ms to read", {n: round(r[-1], 2) for n, r in ratios.items()}, flush=True)
-    result = {"preset": options.preset, "dtype": options.dtype, "threads": options.threads, "rounds": options.rounds}
+                rounds.append(
+                    {"gflops": round(limits.multiply() / 1e9), "reading_ms": round(1e3 * reading, 1)}
+                    | {name: round(values[-1], 2) for name, values in ratios.items()}
+                )
+                print(rounds[-1], flush=True)
+    result = {"preset": options.preset, "dtype": options.dtype, "threads": options.threads, "steps": options.steps}
+    result["rounds"] = rounds
     for name in makers:
         deciles = statistics.quantiles(ratios[name], n=10)
         result[name] = {
