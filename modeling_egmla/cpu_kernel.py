@@ -42,8 +42,8 @@ def load_cpu_kernel() -> None:
 
     It serves steps of one new token per sequence, without gradients, in fp32, bf16 and fp16, with no mask or a boolean
     one, from each cache of this package, and turns new tokens into int8. All else stays with PyTorch's kernels, as do
-    `attn_implementation="eager"`, exported and traced programs. Written for g++ on Linux; elsewhere, untried, it
-    runs on one thread.
+    `attn_implementation="eager"`, exported and traced programs. Written for g++ on Linux; with clang it runs
+    on one thread, and on other systems it is untried.
 
     Raises:
         ImportError: when it cannot be compiled or loaded, or its results are wrong on this machine.
