@@ -22,6 +22,9 @@ from egmla.evaluation.machine import Limits
 from egmla.provenance import software_versions
 
 
+WARMUP = 2  # steps of a turn that are not timed
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--preset", default="egmla-kv64-120m")
@@ -39,7 +42,8 @@ def main() -> None:
     load_cpu_kernel()
     config = load_preset(options.preset)
     model = EGMLAForCausalLM(config).to(getattr(torch, options.dtype)).eval()
-    room = long + options.steps + 2
+    turn = WARMUP + options.steps
+    room = long + turn
     makers = {"compiled": lambda: fixed_cache(model, room), "eager": lambda: EGMLACache(config)}
     caches = {
         (name, context): synthetic_cache(model, context, 1, cache=make())
@@ -54,8 +58,8 @@ def main() -> None:
         for number in range(options.rounds + 1):
             reading = further / statistics.median(limits.read() for _ in range(3))
             for (name, context), cache in caches.items():
-                seconds = time_turn(runners[name], cache, options.steps, warmup=2)
-                rewind(cache, options.steps + 2)
+                seconds = time_turn(runners[name], cache, options.steps, WARMUP)
+                rewind(cache, turn)
                 steps[name, context].append(statistics.median(seconds))
             if number:  # the first round warms up
                 for name in makers:
