@@ -42,6 +42,12 @@ def case(request) -> str:
     return request.param
 
 
+@pytest.fixture(params=["int8", "int4"])
+def quantization(request) -> str:
+    """Each format of quantised caches in turn."""
+    return request.param
+
+
 @pytest.fixture
 def poisoned_memory(monkeypatch):
     """Fills new uninitialised tensors with NaN, so that reading a slot never written shows."""

@@ -1,35 +1,20 @@
-"""Quantised cache: what rounding may cost, bytes counted from storages, attention in pieces, generation, bad input."""
+"""Quantised cache: what rounding may cost, bytes counted from storages, operations, generation, bad input."""
 
 import copy
 
 import pytest
 import torch
-from cases import BASE, CORE_CASES, difference, exact_entries, plain_attention, token_ids
-from cases import tiny_model as make_model
-from test_cache import Spy, call_every_operation, check_selections, storage_bytes
+from cases import BASE, CORE_CASES, difference, token_ids
+from quantized import INT8_TOLERANCE, OPTIONS, rounded, rounded_cache, tiny_model
+from test_cache import call_every_operation, check_selections, storage_bytes
 
-from egmla import EGMLACache, EGMLAConfig, latent_attention_egmla, quantization_egmla
-from egmla.cache_egmla import KEPT_FIRST_TOKENS, GrowingLatentLayer, Int4LatentLayer, Int8LatentLayer
-from egmla.quantization_egmla import (
-    ElementGroups,
-    TokenGroups,
-    element_group_size,
-    quantize_elements,
-    quantize_tokens,
-    rotation,
-)
+from egmla import EGMLACache, EGMLAConfig
+from egmla.cache_egmla import Int4LatentLayer, Int8LatentLayer
+from egmla.quantization_egmla import element_group_size, quantize_elements, quantize_tokens, rotation
 
 
 # fp32 sums in another order.
 TOLERANCE = 1e-5
-# bf16 results of attention over values around 1: a few roundings of 2^-8 each.
-BF16_TOLERANCE = 0.03
-# Sums in another order may push an element over a rounding boundary, one code up or down. It moves logits by so much.
-FLIP_TOLERANCE = {"int8": 0.03, "int4": 0.3}
-# Logits, around 3 in magnitude, of random tiny models with int8 entries against those with fp32 entries.
-INT8_TOLERANCE = 0.15
-# Groups of few tokens, so that short texts fill several.
-OPTIONS = {"int8": {"quantization": "int8"}, "int4": {"quantization": "int4", "quantization_group_size": 8}}
 CACHE_CONFIGS = {"int8": {"nbits": 8}, "int4": {"nbits": 4, "q_group_size": 8}}
 LAYERS = {"int8": Int8LatentLayer, "int4": Int4LatentLayer}
 NEW_TOKENS = 8
@@ -37,55 +22,9 @@ GREEDY = {"max_new_tokens": NEW_TOKENS, "do_sample": False}
 SAMPLED = {"max_new_tokens": NEW_TOKENS, "do_sample": True, "temperature": 1.5, "top_k": 20}
 BEAMS = {"max_new_tokens": NEW_TOKENS, "num_beams": 4, "do_sample": False, "num_return_sequences": 2}
 
+
 CONFIG = EGMLAConfig(**{**BASE, "kv_lora_rank": [12, 20], "qk_rope_head_dim": 4})
 WIDTHS = [16, 24]
-
-
-@pytest.fixture(params=list(OPTIONS))
-def quantization(request) -> str:
-    return request.param
-
-
-def tiny_model(case="input-gate", **overrides):
-    """Untied: a tied head of random weights likes to repeat the last token, which many a defect does as well."""
-    return make_model(case, tie_word_embeddings=False, **overrides)
-
-
-def rounded(entries: torch.Tensor, layer) -> torch.Tensor:
-    """What a layer makes of all entries `[B, 1, S, R + P]` it was given, by the definition of its rounding."""
-    entries = entries.double()
-    if isinstance(layer, Int8LatentLayer):
-        matrix = rotation(layer.kv_lora_rank, layer.qk_rope_head_dim, entries.device)
-        codes, scales = quantize_elements(entries.float(), matrix, layer.group_size)
-        scales = scales.double().repeat_interleave(layer.group_size, dim=-1)
-        return ((codes.double() * scales) @ matrix.double()).to(layer.dtype)
-    entries = entries.clone()
-    first, size = KEPT_FIRST_TOKENS, layer.group_size
-    for start in range(first, entries.shape[2] - size + 1, size):
-        group = entries[:, :, start : start + size]
-        zeros = group.amin(2, keepdim=True).bfloat16().double()
-        scales = ((group.amax(2, keepdim=True).float() - zeros.float()) / 15).bfloat16().double()
-        codes = ((group - zeros).float() / scales.float().clamp(min=1e-37)).round().clamp(0, 15)
-        entries[:, :, start : start + size] = codes * scales + zeros
-    return entries.to(layer.dtype)
-
-
-class RoundedLayer(GrowingLatentLayer):
-    """The reference: a dense layer that gives back what a quantised one would."""
-
-    def __init__(self, layer):
-        super().__init__(layer.kv_lora_rank, layer.qk_rope_head_dim, layer.layer_idx)
-        self.layer = layer
-
-    def append(self, latent, rope_key):
-        self.layer.dtype = latent.dtype
-        return rounded(super().append(latent, rope_key), self.layer)
-
-
-def rounded_cache(config, quantization) -> EGMLACache:
-    cache = EGMLACache(config, **OPTIONS[quantization])
-    cache.layers = [RoundedLayer(layer) for layer in cache.layers]
-    return cache
 
 
 # --- rounding ---
@@ -353,221 +292,6 @@ def test_inference_mode_and_outside(quantization):
     cache.crop(-2)
     with torch.no_grad():
         assert difference(model(ids[:, 7:], past_key_values=cache).logits, expected[2]) <= TOLERANCE
-
-
-# --- attention ---
-
-
-def random_entries(batch, length, dtype, quantization):
-    """A layer's entries, 16 + 8 wide, and the same dequantised, in fp32."""
-    config = EGMLAConfig(**{**BASE, "kv_lora_rank": 16, "num_hidden_layers": 1})
-    layer = EGMLACache(config, **OPTIONS[quantization]).layers[0]
-    layer.append(torch.randn(batch, 1, length, 16).to(dtype), torch.randn(batch, 1, length, 8).to(dtype))
-    return layer.entries, exact_entries(layer)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("length", [1, 4, 5, 15, 16, 17, 50, 64, 100])
-@pytest.mark.parametrize("batch, threads", [(1, 1), (1, 2), (1, 3), (2, 5), (3, 1)])
-def test_attention_in_pieces_equals_attention_on_all(batch, threads, length, dtype, quantization, monkeypatch):
-    monkeypatch.setattr(quantization_egmla, "PIECE_TOKENS", 16 * batch)
-    monkeypatch.setattr(latent_attention_egmla, "_cpu_threads", lambda: threads)
-    entries, exact = random_entries(batch, length, dtype, quantization)
-    assert type(entries) is {"int8": ElementGroups, "int4": TokenGroups}[quantization]
-    assert entries.shape == (batch, 1, length, 24)
-    query = (3 * torch.randn(batch, 1, 5, 24)).to(dtype)
-    expected = plain_attention(query, exact, None, 0.3)[..., :16]
-    given = latent_attention_egmla._quantized_attention(query, entries, None, 0.3)
-    assert given.dtype == dtype
-    assert difference(given, expected) <= (TOLERANCE if dtype == torch.float32 else BF16_TOLERANCE)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("additive", [None, float("-inf"), "lowest", -1e9])
-@pytest.mark.parametrize("hidden", [slice(0, 3), slice(0, 40), slice(17, 47), slice(46, 47)])
-@pytest.mark.parametrize("threads", [1, 4])
-def test_attention_in_pieces_heeds_masks(threads, hidden, additive, dtype, quantization, monkeypatch):
-    """Left padding over whole pieces, rows that see different tokens."""
-    monkeypatch.setattr(quantization_egmla, "PIECE_TOKENS", 32)
-    monkeypatch.setattr(latent_attention_egmla, "_cpu_threads", lambda: threads)
-    entries, exact = random_entries(2, 47, dtype, quantization)
-    query = torch.randn(2, 3, 2, 24).to(dtype)  # three heads, two tokens
-    seen = torch.ones(2, 1, 2, 47, dtype=torch.bool)
-    seen[1, :, :, hidden] = False
-    seen[:, :, 0, 45:] = False
-    value = torch.finfo(dtype).min if additive == "lowest" else additive
-    mask = seen if additive is None else torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, value)
-    expected = plain_attention(query, exact, seen, 0.3)[..., :16]
-    given = latent_attention_egmla.latent_attention(query, entries, mask, 0.3, 16)
-    assert difference(given, expected) <= (TOLERANCE if dtype == torch.float32 else BF16_TOLERANCE)
-
-
-@torch.no_grad()
-def test_many_rows_attend_to_a_dequantised_copy(quantization, monkeypatch):
-    """A long chunk behind a past: heads times tokens beyond the packing limit."""
-    monkeypatch.setattr(latent_attention_egmla, "PACK_MAX_ROWS", 3)
-    entries, exact = random_entries(2, 30, torch.float32, quantization)
-    query = torch.randn(2, 2, 4, 24)
-    seen = torch.ones(1, 1, 4, 30, dtype=torch.bool).tril(26)
-    expected = plain_attention(query, exact, seen, 0.3)[..., :16]
-    assert difference(latent_attention_egmla.latent_attention(query, entries, None, 0.3, 16), expected) <= TOLERANCE
-    monkeypatch.undo()  # few rows: without a mask it is the same
-    assert difference(latent_attention_egmla.latent_attention(query, entries, None, 0.3, 16), expected) <= TOLERANCE
-    monkeypatch.setattr(latent_attention_egmla, "PACK_MAX_ROWS", 3)
-    assert difference(latent_attention_egmla.latent_attention(query, entries, seen, 0.3, 16), expected) <= TOLERANCE
-
-
-@torch.no_grad()
-def test_models_read_what_a_dense_cache_of_rounded_entries_holds(case, quantization, monkeypatch):
-    """Prefill, a chunk, single tokens: the logits of a dense cache that was given the rounded entries."""
-    monkeypatch.setattr(quantization_egmla, "PIECE_TOKENS", 16)
-    model, ids = tiny_model(case), token_ids(2, 34)
-    mine, reference = EGMLACache(model.config, **OPTIONS[quantization]), rounded_cache(model.config, quantization)
-    for chunk in ids.split([7, 3, 15, 1, 1, 3, 1, 1, 1, 1], dim=1):
-        expected = model(chunk, past_key_values=reference).logits
-        assert difference(model(chunk, past_key_values=mine).logits, expected) <= FLIP_TOLERANCE[quantization]
-
-
-@torch.no_grad()
-def test_int8_logits_do_not_depend_on_chunks(case):
-    """Every token reads every token rounded, itself too: whole, in chunks, token by token."""
-    model, ids = tiny_model(case), token_ids(2, 12)
-    expected = model(ids, past_key_values=EGMLACache(model.config, quantization="int8")).logits
-    for sizes in ([5, 7], [1] * 12, [3, 1, 8]):
-        cache = EGMLACache(model.config, quantization="int8")
-        logits = [model(chunk, past_key_values=cache).logits for chunk in ids.split(sizes, dim=1)]
-        assert difference(torch.cat(logits, dim=1), expected) <= FLIP_TOLERANCE["int8"]
-
-
-@torch.no_grad()
-def test_int8_logits_are_close_to_a_full_cache(case):
-    model, ids = tiny_model(case), token_ids(2, 30)
-    expected = model(ids, use_cache=False).logits
-    cache = EGMLACache(model.config, quantization="int8")
-    logits = [model(chunk, past_key_values=cache).logits for chunk in ids.split([20] + 10 * [1], dim=1)]
-    assert difference(torch.cat(logits, dim=1), expected) <= INT8_TOLERANCE
-
-
-@torch.no_grad()
-def test_eager_attention_and_left_padding(case, quantization):
-    """Weights come back; a padded row gives what it gives alone."""
-    ids = token_ids(2, 9)
-    mask = torch.ones_like(ids)
-    mask[1, :4] = 0
-    logits = {}
-    for implementation in ("sdpa", "eager"):
-        model = tiny_model(case, attn_implementation=implementation)
-        cache = EGMLACache(model.config, **OPTIONS[quantization])
-        model(ids[:, :7], attention_mask=mask[:, :7], past_key_values=cache)
-        for t in (8, 9):
-            out = model(ids[:, t - 1 : t], attention_mask=mask[:, :t], past_key_values=cache)
-        logits[implementation] = out.logits
-    assert difference(logits["sdpa"], logits["eager"]) <= FLIP_TOLERANCE[quantization]
-    out = model(ids[:, :1], past_key_values=cache, output_attentions=True)
-    assert out.attentions[0].shape == (2, 4, 1, 10)
-    alone = EGMLACache(model.config, **OPTIONS[quantization])
-    for chunk in ids[1:, 4:].split([3, 1, 1], dim=1):
-        expected = model(chunk, past_key_values=alone).logits
-    assert difference(logits["sdpa"][1:], expected) <= FLIP_TOLERANCE[quantization]
-
-
-@torch.no_grad()
-def test_bf16_model(quantization):
-    model, ids = tiny_model().to(torch.bfloat16), token_ids(2, 9)
-    cache = EGMLACache(model.config, **OPTIONS[quantization])
-    logits = [model(chunk, past_key_values=cache).logits for chunk in ids.split([6, 1, 1, 1], dim=1)]
-    assert {chunk.dtype for chunk in logits} == {torch.bfloat16}
-    assert cache.layers[0].keys.dtype == torch.bfloat16
-
-
-@pytest.mark.parametrize("masked", ["nothing", "boolean", "additive", "one mask for all"])
-@pytest.mark.parametrize("batch, threads", [(1, 2), (2, 1), (2, 4)])
-def test_pieces_with_gradients_are_apart(batch, threads, masked, quantization, monkeypatch):
-    """Without them a piece is overwritten by the next; a backward pass needs them all."""
-    monkeypatch.setattr(quantization_egmla, "PIECE_TOKENS", 16 * batch)
-    monkeypatch.setattr(latent_attention_egmla, "_cpu_threads", lambda: threads)
-    with torch.no_grad():
-        entries, exact = random_entries(batch, 50, torch.float32, quantization)
-    query = torch.randn(batch, 1, 5, 24, requires_grad=True)
-    seen = torch.rand(1 if masked == "one mask for all" else batch, 1, 5, 50) > 0.4
-    mask = {"nothing": None, "additive": torch.zeros(seen.shape).masked_fill(~seen, -torch.inf)}.get(masked, seen)
-    output = latent_attention_egmla._quantized_attention(query, entries, mask, 0.3)
-    output.square().sum().backward()
-    given, query.grad = query.grad, None
-    expected = plain_attention(query, exact, None if mask is None else seen, 0.3)[..., :16]
-    expected.square().sum().backward()
-    assert difference(output.detach(), expected.detach()) <= TOLERANCE
-    assert difference(given, query.grad) <= TOLERANCE
-
-
-@torch.no_grad()
-def test_memory_of_pieces_is_kept(quantization, monkeypatch):
-    """The same memory at every step, also where the first step was in inference mode."""
-    monkeypatch.setattr(quantization_egmla, "PIECE_TOKENS", 16)
-    entries, _ = random_entries(1, 50, torch.float32, quantization)
-    groups = [piece.data_ptr() for piece in entries.pieces()][1:-1]
-    assert len(set(groups)) == 1
-    monkeypatch.setattr(quantization_egmla, "_kept", quantization_egmla._Kept())
-    with torch.inference_mode():
-        list(entries.pieces())
-    before = quantization_egmla._kept.memory
-    list(entries.pieces())
-    assert quantization_egmla._kept.memory is before is not None
-
-
-@torch.no_grad()
-def test_kept_memory_is_where_the_entries_are(quantization, monkeypatch):
-    """Whatever PyTorch's default device is."""
-    monkeypatch.setattr(quantization_egmla, "_kept", quantization_egmla._Kept())
-    entries, exact = random_entries(1, 50, torch.float32, quantization)
-    monkeypatch.setattr(quantization_egmla, "_kept", quantization_egmla._Kept())
-    query = torch.randn(1, 1, 5, 24)
-    with torch.device("meta"):
-        latent_attention_egmla._quantized_attention(query, entries, None, 0.3)
-    given = latent_attention_egmla._quantized_attention(query, entries, None, 0.3)
-    assert difference(given, plain_attention(query, exact, None, 0.3)[..., :16]) <= TOLERANCE
-
-
-@torch.no_grad()
-def test_autocast_leaves_sums_in_fp32(quantization):
-    """Left padding, whose lowest number of fp32 bf16 does not have."""
-    entries, exact = random_entries(2, 50, torch.float32, quantization)
-    query, seen = torch.randn(2, 1, 5, 24), torch.ones(2, 1, 1, 50, dtype=torch.bool)
-    seen[1, ..., :7] = False
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        given = latent_attention_egmla.latent_attention(query.transpose(1, 2), entries, seen, 0.3, 16).transpose(1, 2)
-    assert difference(given, plain_attention(query, exact, seen, 0.3)[..., :16]) <= TOLERANCE
-
-
-# --- what a decode step makes ---
-
-
-def spied_step(quantization, length=3000):
-    model, ids = tiny_model(num_hidden_layers=1, kv_lora_rank=64, qk_rope_head_dim=32), token_ids(1, length + 1)
-    cache = EGMLACache(model.config, **OPTIONS[quantization])
-    model(ids[:, :length], past_key_values=cache, logits_to_keep=1)
-    with Spy(model, cache) as spy:
-        model(ids[:, length:], past_key_values=cache)
-    return spy
-
-
-@torch.no_grad()
-def test_decode_step_makes_no_dequantised_cache(quantization, monkeypatch):
-    """No tensor of as many elements as the cache stands for, in any dtype: a piece at most."""
-    monkeypatch.setattr(quantization_egmla, "PIECE_TOKENS", 2048)
-    monkeypatch.setattr(quantization_egmla, "_kept", quantization_egmla._Kept())  # as in a new process
-    spy = spied_step(quantization)
-    assert spy.largest[0] <= 2048 * 96 < 3001 * 96, spy.largest
-    assert spy.largest[0] >= 2048 * 64  # the spy saw the piece
-
-
-@torch.no_grad()
-def test_spy_sees_a_dequantised_cache(quantization, monkeypatch):
-    """The test above can fail: with pieces as long as the context it does."""
-    monkeypatch.setattr(quantization_egmla, "PIECE_TOKENS", 10_000)
-    assert spied_step(quantization).largest[0] >= 2944 * 96  # int4: all tokens that are in groups
 
 
 # --- generate ---
