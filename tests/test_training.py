@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -270,6 +271,7 @@ def test_gates_have_a_rate_of_their_own_and_no_decay(tmp_path):
     assert any("kv_gate_embedding" in names[id(parameter)] for parameter in groups["gate"]["params"])
     found = sorted(names[id(parameter)] for group in groups.values() for parameter in group["params"])
     assert found == sorted(names.values())
+    assert list(groups)[-1] == "gate"  # Trainer logs the rate of the first
     set_trainable(model, "gate")
     assert [group["name"] for group in parameter_groups(model, set(), 0.1, 1.0, 1.0)] == ["gate"]
 
@@ -434,6 +436,10 @@ def test_any_training_argument_can_be_set():
         ("adam_beta2", "written key=value"),
         ("adam_beta=1", "no argument of Transformers' TrainingArguments; there is adam_beta"),
         ("max_steps=3", "max_steps follows from other options here: --tokens"),
+        ("load_best_model_at_end=true", "load_best_model_at_end follows .*: the last weights are written"),
+        ("eval_delay=10", "eval_delay follows from other options here: --eval-every"),
+        ("label_smoothing_factor=0.1", "label_smoothing_factor follows"),
+        ("hub_token=secret", "hub_token follows from other options here: egmla push"),
     ],
 )
 def test_training_arguments_refuse(pair, message):
@@ -459,8 +465,14 @@ def test_batch_is_the_same_however_it_is_divided(monkeypatch, tmp_path):
     assert micro_batch(dataclasses.replace(settings, micro_batch_size=None), 2) == 6
     with pytest.raises(ValueError, match="choose a multiple of 15"):
         micro_batch(settings, 5)
-    arguments = training_arguments(settings, tmp_path, {"learning_rate": 1e-4, "weight_decay": 0.0})
+    defaults = {"learning_rate": 1e-4, "weight_decay": 0.0}
+    arguments = training_arguments(settings, tmp_path, defaults)
     assert arguments.gradient_accumulation_steps == 4
+    assert arguments.per_device_eval_batch_size == 3
+    monkeypatch.setenv("WORLD_SIZE", "2")  # sequences that fill up a last batch would count in its mean
+    made = lambda **values: SimpleNamespace(**values, n_gpu=0)  # noqa: E731
+    monkeypatch.setattr("egmla.training.arguments.TrainingArguments", made)
+    assert training_arguments(settings, tmp_path, defaults).per_device_eval_batch_size == 1
     assert arguments.save_steps % arguments.logging_steps == 0
 
 

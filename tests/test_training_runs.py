@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from egmla.training import DivergedError, TrainingSettings, heal_checkpoint, scr
 from egmla.training.data import TextSource, packed_sequences
 from egmla.training.scratch import train_tokenizer
 from egmla.training.trainer import DistillationTrainer
+from egmla.training.workspace import Place, check_space
 
 
 pytest.importorskip("matplotlib")
@@ -108,6 +110,8 @@ def test_heal_leaves_a_model_and_a_report(models, tmp_path):
         measured = perplexity(AutoModelForCausalLM.from_pretrained(folder).eval(), windows)
         assert report["perplexity"][name] == pytest.approx(measured, rel=1e-5), name
     assert any(line.startswith("0 tokens: perplexity") for line in said)
+    # Not the gates' five times higher one.
+    assert max(row["learning_rate"] for row in report["losses"]) == pytest.approx(SMALL["learning_rate"])
     trained, before = weights(target), weights(models / "half")
     changed = {name for name in trained if not torch.equal(trained[name], before[name])}
     assert any("kv_gate_norm" in name for name in changed)
@@ -346,6 +350,9 @@ def test_a_full_disk_leaves_the_last_checkpoint(models, tmp_path, monkeypatch):
         (("--eval-share", "0"), "eval_share=0"),
         (("--eval-data", "TEXT"), "evaluated on and trained on"),
         (("--eval-data", "COPY"), "occur word for word"),
+        (("--checkpoints", "WITHIN"), "cannot be one folder, nor one within the other"),
+        (("--checkpoints", "AROUND"), "cannot be one folder, nor one within the other"),
+        (("--set", "optim=lomo"), "lomo"),
         (("--warmup-share", "1.5"), "warmup_share=1.5"),
         (("--learning-rate", "0"), "learning_rate=0: must be above 0"),
         (("--temperature", "0"), "temperature=0: must be above 0"),
@@ -363,6 +370,8 @@ def test_heal_refuses(models, tmp_path, options, message):
         "TEXT": models / "text.txt",
         "COPY": copy,
         "OTHER": tmp_path / "other",
+        "WITHIN": tmp_path / "healed" / "checkpoints",
+        "AROUND": tmp_path,
         "NONE": "./nowhere",
     }
     given = ["--data", models / "text.txt", "--tokens", 1500, "--sequence-length", 32, "--batch-size", 4]
@@ -392,6 +401,62 @@ def test_heal_refuses_a_teacher_with_other_tokens(models, tmp_path):
     tokenizer.save_pretrained(tmp_path / "teacher")
     with pytest.raises(ValueError, match="has other tokens"):
         heal(models, tmp_path / "healed", teacher=str(tmp_path / "teacher"))
+
+
+def test_heal_refuses_to_hold_out_what_occurs_elsewhere(models, tmp_path):
+    copy, text = tmp_path / "copy.txt", (models / "text.txt").read_text()
+    copy.write_text(text[30_000:] + text[:30_000])
+    longer = {"tokens": 80_000, "sequence_length": 128, "eval_tokens": 2048}
+    with pytest.raises(ValueError, match="occur word for word"):
+        heal(models, tmp_path / "healed", data=[str(models / "text.txt"), str(copy)], **longer)
+    assert [path.name for path in tmp_path.iterdir()] == ["copy.txt"]
+
+
+def test_heal_refuses_a_tokenizer_larger_than_the_vocabulary(models, tmp_path):
+    model = EGMLAForCausalLM.from_pretrained(models / "half")
+    model.save_pretrained(tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(models / "half")
+    tokenizer.add_tokens(["something"])
+    tokenizer.save_pretrained(tmp_path / "model")
+    with pytest.raises(
+        ValueError, match=r"tokenizer has 321 tokens and the model a vocabulary of 320; save the model"
+    ):
+        heal(models, tmp_path / "healed", model=tmp_path / "model", teacher=None, kl_weight=0.0, ce_weight=1.0)
+
+
+def test_a_run_that_fails_before_its_first_checkpoint_stands_in_no_way(models, tmp_path, monkeypatch):
+    """Without room it waits to go on; after anything else the corrected one starts anew."""
+
+    def failing(error):
+        def create(*args, **kwargs):
+            raise error
+
+        return create
+
+    monkeypatch.setattr(DistillationTrainer, "create_optimizer", failing(ValueError("no such optimiser")))
+    with pytest.raises(ValueError, match="no such optimiser"):
+        heal(models, tmp_path / "healed")
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(DistillationTrainer, "create_optimizer", failing(OSError(errno.ENOSPC, "full")))
+    with pytest.raises(OSError, match="--resume"):
+        heal(models, tmp_path / "healed")
+    monkeypatch.undo()
+    assert heal(models, tmp_path / "healed", places={"resume": True})["resumed_at_step"] == 0
+
+
+@pytest.mark.parametrize("adapters, needed", [(False, 3 * 1200 + 1000 + 400), (True, 3 * 300 + 1000 + 400)])
+def test_room_for_a_run(tmp_path, monkeypatch, adapters, needed):
+    """Three checkpoints, the target and the tokens; what an interrupted run has written is room for it."""
+    planned = {"memory_bytes": {"weights": 1000, "gradients and optimizer": 300}, "tokens": 100}
+    place = Place.of(tmp_path / "target")
+    place.work.mkdir()
+    for written in (0, 600):
+        (place.work / "train.tokens").write_bytes(bytes(written))
+        monkeypatch.setattr("shutil.disk_usage", lambda path, free=needed - written: SimpleNamespace(free=free))
+        check_space(place, planned, adapters)
+        monkeypatch.setattr("shutil.disk_usage", lambda path, free=needed - written - 1: SimpleNamespace(free=free))
+        with pytest.raises(OSError, match="needs about"):
+            check_space(place, planned, adapters)
 
 
 def test_heal_refuses_a_disk_without_room(models, tmp_path, monkeypatch):
@@ -448,6 +513,22 @@ def scratch(models, target, places=None, **changes):
     return train_from_scratch(config, target, scratch_settings(**values), **options)
 
 
+def test_train_scores_at_the_end_on_request(models, tmp_path):
+    """By lm-eval; what is wrong with its tasks shows before training."""
+    pytest.importorskip("lm_eval")
+    data = Path(__file__).parent / "fixtures" / "lm_eval"
+    fields = [word for key, value in TINY.items() for word in ("--config", f"{key}={value}")]
+    numbers = ("--tokens", 1500, "--sequence-length", 32, "--batch-size", 4, "--new-tokenizer", 300)
+    common = (*fields, "--data", models / "text.txt", *numbers, "--data-dir", data)
+    wrong = run("train", "egmla-kv64-120m", tmp_path / "trained", *common, "--tasks", "pika")
+    assert wrong.exit_code == 1 and "piqa" in wrong.stderr and not list(tmp_path.iterdir())
+    right = run("train", "egmla-kv64-120m", tmp_path / "trained", *common, "--tasks", "piqa", "--limit", 4)
+    assert right.exit_code == 0, right.output
+    scores = json.loads((tmp_path / "trained.scores.json").read_text())
+    assert scores["n-samples"]["piqa"]["effective"] == 4
+    check_folder(tmp_path / "trained")
+
+
 def test_train_is_repeatable(models, tmp_path):
     one, two, other = (
         scratch(models, tmp_path / name, seed=seed) for name, seed in (("one", 0), ("two", 0), ("other", 1))
@@ -497,12 +578,14 @@ def test_two_processes_train_as_one(models, tmp_path, sharding):
         (tmp_path / "half" / file.name).write_bytes(file.read_bytes())
     config = json.loads((tmp_path / "half" / "config.json").read_text())
     (tmp_path / "half" / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.0}))
-    one = heal(models, tmp_path / "one", model=str(tmp_path / "half"), tokens=20 * 128)
+    # Five evaluation sequences, which two processes cannot share out evenly.
+    changes = {"tokens": 20 * 128, "eval_tokens": 5 * 32}
+    one = heal(models, tmp_path / "one", model=str(tmp_path / "half"), **changes)
     target = tmp_path / "two"
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     command = ["heal", tmp_path / "half", target, "--teacher", models / "source", "--data", models / "text.txt"]
-    for name, value in {**SMALL, "tokens": 20 * 128}.items():
+    for name, value in {**SMALL, **changes}.items():
         command += [f"--{name.replace('_', '-')}", value]
     done = subprocess.run(
         [*launch, *([Path(__file__).parent / "fsdp_on_cpu.py"] if sharding else ["-m", "egmla"]), *map(str, command)],
@@ -516,7 +599,8 @@ def test_two_processes_train_as_one(models, tmp_path, sharding):
     two = json.loads((target / "training_report.json").read_text())
     assert two["settings"]["processes"] == 2
     assert [row["loss"] for row in two["losses"]] == pytest.approx([row["loss"] for row in one["losses"]], rel=1e-4)
-    assert two["perplexity"]["trained"] == pytest.approx(one["perplexity"]["trained"], rel=1e-4)
+    for name in ("0 tokens", "trained"):
+        assert two["perplexity"][name] == pytest.approx(one["perplexity"][name], rel=1e-4)
     left, right = weights(tmp_path / "one"), weights(target)
     assert max(difference(tensor, right[name]) for name, tensor in left.items()) < 1e-4
 

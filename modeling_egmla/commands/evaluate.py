@@ -63,10 +63,11 @@ def evaluate(
 
 def _table(model: str, rows: list[dict]):
     from rich.table import Table
+    from rich.text import Text
 
     from egmla.evaluation.score_comparison import metric_name
 
-    table = Table(title=model)
+    table = Table(title=Text(model))
     table.add_column("task", no_wrap=True)
     table.add_column("metric")
     for heading in ("value", "standard error", "questions"):

@@ -32,6 +32,20 @@ def read_batch_size(text: str) -> int | str:
     return int(text) if text.isdecimal() else text
 
 
+def check_tasks(tasks: str, data_dir: Path | None) -> None:
+    """Raises `ValueError`, `FileNotFoundError` or `ImportError` when tasks cannot be run: before hours of training."""
+    from egmla.evaluation.harness import check_lm_eval
+
+    from .common import quiet_lm_eval, split_names
+
+    check_lm_eval()
+    with quiet_lm_eval():
+        from egmla.evaluation.local_tasks import EGMLATaskManager
+
+        manager = EGMLATaskManager(data_dir)
+        manager.prepare(manager.match(split_names(tasks)))
+
+
 def set_threads(threads: int | None) -> None:
     """Sets the CPU threads of PyTorch, when a number was given."""
     if threads is not None:

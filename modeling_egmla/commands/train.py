@@ -7,6 +7,7 @@ import typer
 
 from . import training as options
 from .common import DType
+from .scoring import DataDir, Limit, check_tasks
 
 
 def train(
@@ -47,6 +48,11 @@ def train(
     resume: options.Resume = False,
     dry_run: options.DryRun = False,
     settings: options.Settings = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="Score the trained model on these tasks of lm-eval, separated by commas.")
+    ] = None,
+    limit: Limit = None,
+    data_dir: DataDir = None,
 ) -> None:
     """Train a model from new weights."""
     import functools
@@ -56,6 +62,7 @@ def train(
     from egmla.training.scratch import changed_config
 
     from .common import find_config, quiet_transformers
+    from .evaluate import evaluate
 
     quiet_transformers()
     wanted = scratch_settings(
@@ -81,6 +88,8 @@ def train(
         dtype=None if dtype is DType.auto else dtype.value,
         arguments=parse_training_arguments(settings or ()),
     )
+    if tasks is not None:
+        check_tasks(tasks, data_dir)
     shape, overrides = changed_config(find_config(preset), config or ())
     options.run_shown(
         functools.partial(
@@ -98,3 +107,7 @@ def train(
         keep_checkpoints=keep_checkpoints,
         dry_run=dry_run,
     )
+    if tasks is not None and not dry_run and options.is_first():
+        # Beside the model: lm-eval's results hold paths of this machine.
+        output = target.with_name(f"{target.resolve().name}.scores.json")
+        evaluate(str(target), tasks, limit=limit, data_dir=data_dir, output=output)

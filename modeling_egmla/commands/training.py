@@ -69,11 +69,12 @@ def run_shown(start, target: Path, **arguments: Any) -> None:
         raise
     if arguments.get("dry_run"):
         _print_plan(report)
-    elif _is_first():
+    elif is_first():
         _print_report(report, target)
 
 
-def _is_first() -> bool:
+def is_first() -> bool:
+    """Whether this is the only process of a run, or the first of several."""
     from accelerate import PartialState
 
     return PartialState().is_main_process
@@ -113,6 +114,7 @@ def _print_plan(plan: dict) -> None:
 
 def _print_report(report: dict, target: Path) -> None:
     from rich.table import Table
+    from rich.text import Text
 
     from egmla.evaluation.perplexity import recovered_share
 
@@ -120,7 +122,8 @@ def _print_report(report: dict, target: Path) -> None:
 
     text = ", ".join(source["name"] for source in report["evaluation"]["text"])
     kind = "held out of" if report["evaluation"]["held_out"] else "of"
-    table = Table(title=f"Written to {target}", caption=f"{report['evaluation']['tokens']:,} tokens {kind} {text}")
+    caption = f"{report['evaluation']['tokens']:,} tokens {kind} {text}"
+    table = Table(title=Text(f"Written to {target}"), caption=Text(caption))
     table.add_column("")
     table.add_column("perplexity", justify="right")
     for name, label in (("teacher", "teacher"), ("0 tokens", "after 0 tokens")):

@@ -32,6 +32,25 @@ def token_windows(tokenizer, text: str, window: int, max_windows: int | None = N
     return ids[: count * window].view(count, window)
 
 
+def states_for_head(model, input_ids: torch.Tensor, **inputs) -> torch.Tensor:
+    """Hidden states `[B, T, D]` as a model gives them to its output embedding, which makes no logits of them here.
+
+    Some families, such as MiniCPM3, scale what their base model returns.
+    """
+    states = []
+
+    def take(module, args):
+        states.append(args[0])
+        return (args[0][:, :0],)
+
+    hook = model.get_output_embeddings().register_forward_pre_hook(take)
+    try:
+        model(input_ids, use_cache=False, **inputs)
+    finally:
+        hook.remove()
+    return states[0]
+
+
 @torch.no_grad()
 def perplexity(
     model, windows: torch.Tensor, progress: Callable[[int, int], None] | None = None, chunk: int = 512
@@ -50,7 +69,7 @@ def perplexity(
     total, scored = 0.0, 0
     for done, ids in enumerate(windows, start=1):
         ids = ids[None].to(model.device)
-        hidden = model.base_model(ids, use_cache=False).last_hidden_state
+        hidden = states_for_head(model, ids)
         for start in range(0, ids.shape[1] - 1, chunk):
             stop = min(start + chunk, ids.shape[1] - 1)
             logits = model.get_output_embeddings()(hidden[:, start:stop]).float()

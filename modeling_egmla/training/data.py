@@ -315,7 +315,7 @@ def check_apart(training: Path, evaluation: np.ndarray) -> None:
     if found > MAX_FOUND * looked_for:
         raise ValueError(
             f"{found} of {looked_for} passages of the evaluation text occur word for word in the training data: its "
-            "perplexity would measure memory. Train on other text, or evaluate on other text."
+            "perplexity would measure memory. Train on other text, or evaluate on other text (--eval-data)."
         )
 
 

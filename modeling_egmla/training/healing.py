@@ -56,7 +56,11 @@ def heal_checkpoint(
     place = Place.of(target, checkpoints, resume, keep_checkpoints)
     config = load_config(converted)
     tokenizer = load_tokenizer(converted)
+    advice = "save the model with resize_token_embeddings(len(tokenizer)), or its own tokenizer"
+    check_tokenizer(tokenizer, config.vocab_size, advice)
     opened = None if settings.kl_weight == 0 else _open_teacher(teacher, config, tokenizer)
+    if teacher is not None and opened is None and (say := callbacks.get("say")) is not None:
+        say("The teacher is not used: kl_weight=0 leaves cross entropy alone.")
     folder = Path(converted)
     earlier = read_report(folder) if folder.is_dir() else None
     names = {"model": public_name(str(converted)), "teacher": opened and public_name(str(teacher))}
@@ -117,6 +121,14 @@ def load_tokenizer(model: str | Path) -> Any:
             f"{model} has no tokenizer that can be read, and training needs it to read text; save the source's there: "
             f"AutoTokenizer.from_pretrained(SOURCE).save_pretrained({str(model)!r})."
         ) from error
+
+
+def check_tokenizer(tokenizer: Any, vocabulary: int, advice: str) -> None:
+    """Raises `ValueError` when a tokenizer has more tokens than a model has embeddings."""
+    if len(tokenizer) > vocabulary:
+        raise ValueError(
+            f"The tokenizer has {len(tokenizer):,} tokens and the model a vocabulary of {vocabulary:,}; {advice}."
+        )
 
 
 def _open_teacher(teacher: str | Path | None, config: EGMLAConfig, tokenizer: Any) -> Any:

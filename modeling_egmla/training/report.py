@@ -31,7 +31,7 @@ def command_line(
             continue
         option = f"--{item.name.replace('_', '-')}"
         if item.name == "arguments":
-            line += [word for name, setting in value.items() for word in ("--set", f"{name}={setting}")]
+            line += [word for name, text in _public_arguments(value).items() for word in ("--set", f"{name}={text}")]
         elif isinstance(value, bool):
             line.append(option)
         elif isinstance(value, list):
@@ -46,11 +46,19 @@ def _public_data(name: str) -> str:
     return ":".join([public_name(path), *rest])
 
 
+def _public_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: public_name(value) if isinstance(value, str) and Path(value).exists() else value
+        for name, value in arguments.items()
+    }
+
+
 def public_settings(settings: TrainingSettings) -> dict[str, Any]:
     """Settings as a dictionary without paths."""
     found = {item.name: getattr(settings, item.name) for item in fields(settings)}
     for name in ("data", "eval_data"):
         found[name] = [_public_data(text) for text in found[name]]
+    found["arguments"] = _public_arguments(found["arguments"])
     return found
 
 

@@ -1,11 +1,12 @@
 """A training run from its checks to the folder it leaves; healing and training from scratch bring what differs."""
 
+import contextlib
 import copy
 import errno
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from egmla.evaluation.accounting import meta_model
 from egmla.evaluation.machine import multiplies_bf16
 from egmla.evaluation.perplexity import perplexity
 from egmla.evaluation.plots import check_matplotlib
-from egmla.provenance import peak_bytes, weights_sha256
+from egmla.provenance import peak_bytes, weights_sha256, write_json
 
 from .arguments import TrainingSettings, check_settings, micro_batch, training_arguments, world_size
 from .data import PackedDataset, Progress, TextSource, read_sequences
@@ -169,7 +170,7 @@ def run_job(
     identity = run_identity(origin, settings, sources, eval_sources)
     if last is not None:
         check_same_run(place.work, identity)
-    check_space(place, planned)
+    check_space(place, planned, adapters=settings.lora_rank is not None)
     if settings.bf16 and last is None and arguments.device.type == "cpu" and not multiplies_bf16():
         say("--bf16: this processor has no instructions for it and takes far longer than in fp32; leave --bf16 out.")
     if show_plan is not None:
@@ -192,34 +193,35 @@ def run_job(
     if epochs > 1 and last is None:
         say(f"The data has {training.size:,} tokens, so it is gone through {epochs:.1f} times.")
 
-    teacher = None
-    if job.load_teacher is not None:
-        teacher = job.load_teacher().to(torch.bfloat16 if settings.bf16 else torch.float32)
-    teacher_perplexity = _teacher_perplexity(place.work, teacher, evaluation, arguments, progress)
-    set_seed(settings.seed)
-    model = job.build()
-    generation_config = copy.deepcopy(model.generation_config)
-    model = prepare_model(model, settings)
-    rate = arguments.learning_rate
-    trainer = DistillationTrainer(
-        model,
-        arguments,
-        train_dataset=PackedDataset(training),
-        eval_dataset=PackedDataset(evaluation),
-        processing_class=job.tokenizer,
-        data_collator=default_data_collator,
-        callbacks=[ProgressReport(progress, say, settings.batch_size * settings.sequence_length)],
-        teacher=teacher,
-        kl_weight=settings.kl_weight,
-        ce_weight=settings.ce_weight,
-        temperature=settings.temperature,
-        gate_learning_rate=settings.gate_learning_rate or rate * job.defaults.get("gate_factor", 1.0),
-        chunk=settings.chunk,
-    )
-    trainer.remove_callback(PrinterCallback)
-    if last is not None:
-        say(f"Going on from {last.name}.")
-    _train(trainer, last, place)
+    with _nothing_left_unstarted(place.work):
+        teacher = None
+        if job.load_teacher is not None:
+            teacher = job.load_teacher().to(torch.bfloat16 if settings.bf16 else torch.float32)
+        teacher_perplexity = _teacher_perplexity(place.work, teacher, evaluation, arguments, progress)
+        set_seed(settings.seed)
+        model = job.build()
+        generation_config = copy.deepcopy(model.generation_config)
+        model = prepare_model(model, settings)
+        rate = arguments.learning_rate
+        trainer = DistillationTrainer(
+            model,
+            arguments,
+            train_dataset=PackedDataset(training),
+            eval_dataset=PackedDataset(evaluation),
+            processing_class=job.tokenizer,
+            data_collator=default_data_collator,
+            callbacks=[ProgressReport(progress, say, settings.batch_size * settings.sequence_length)],
+            teacher=teacher,
+            kl_weight=settings.kl_weight,
+            ce_weight=settings.ce_weight,
+            temperature=settings.temperature,
+            gate_learning_rate=settings.gate_learning_rate or rate * job.defaults.get("gate_factor", 1.0),
+            chunk=settings.chunk,
+        )
+        trainer.remove_callback(PrinterCallback)
+        if last is not None:
+            say(f"Going on from {last.name}.")
+        _train(trainer, last, place)
 
     curve = training_curve(trainer.state.log_history, settings.batch_size * settings.sequence_length)
     report = {
@@ -255,6 +257,22 @@ def run_job(
     return report
 
 
+@contextlib.contextmanager
+def _nothing_left_unstarted(work: Path) -> Iterator[None]:
+    """Removes the tokens of a run that fails before its first checkpoint; beside them the mended one would be refused.
+
+    Not where there is no room on the disk: that run can go on with them.
+    """
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception:
+        if last_checkpoint(work) is None and PartialState().is_main_process:
+            shutil.rmtree(work, ignore_errors=True)
+        raise
+
+
 def _teacher_perplexity(
     work: Path, teacher: Any, evaluation: Any, arguments: TrainingArguments, progress: Progress | None
 ) -> float | None:
@@ -266,7 +284,7 @@ def _teacher_perplexity(
         step = None if progress is None else (lambda done, total: progress("teacher", done, total))
         windows = torch.from_numpy(evaluation.astype("int64"))
         value = perplexity(teacher.to(arguments.device), windows, step)
-        file.write_text(json.dumps({"perplexity": value}), encoding="utf-8")
+        write_json(file, {"perplexity": value})
     PartialState().wait_for_everyone()
     return json.loads(file.read_text(encoding="utf-8"))["perplexity"]
 
@@ -280,8 +298,8 @@ def _train(trainer: DistillationTrainer, last: Path | None, place: Place) -> Non
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
     except DivergedError as error:
         raise DivergedError(
-            f"{error} Nothing was written to {place.target}; {newest()}. Start again from it or from the "
-            "beginning, with a lower learning rate, a longer warm-up or fp32."
+            f"{error} Nothing was written to {place.target}; {newest()}. Other settings make another run: start it in "
+            "another folder, with a lower learning rate, a longer warm-up or fp32."
         ) from error
     except (OSError, SafetensorError, RuntimeError) as error:
         # torch.save reports a full disk as a RuntimeError of its writer, safetensors as an error of its own.

@@ -14,7 +14,7 @@ from egmla.provenance import public_name
 
 from .arguments import TrainingSettings, parse_value
 from .data import TextSource
-from .healing import load_tokenizer
+from .healing import check_tokenizer, load_tokenizer
 from .report import command_line
 from .run import Job, run_job
 from .workspace import Place
@@ -74,12 +74,9 @@ def train_from_scratch(
             "Training from scratch is cross entropy on all weights: kl_weight=0, ce_weight=1, stage='all', no LoRA."
         )
     loaded = None if tokenizer is None else load_tokenizer(str(tokenizer))
-    if loaded is not None and len(loaded) > config.vocab_size:
-        raise ValueError(
-            f"The tokenizer has {len(loaded):,} tokens and the model a vocabulary of {config.vocab_size:,}; change it "
-            f"with vocab_size={len(loaded)} (--config vocab_size={len(loaded)})."
-        )
     if loaded is not None:
+        size = len(loaded)
+        check_tokenizer(loaded, config.vocab_size, f"change it with vocab_size={size} (--config vocab_size={size})")
         config.bos_token_id, config.eos_token_id = loaded.bos_token_id, loaded.eos_token_id
         config.pad_token_id = loaded.pad_token_id
     else:

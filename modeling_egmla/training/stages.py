@@ -123,7 +123,9 @@ def merge_lora(model: Any) -> PreTrainedModel:
 def parameter_groups(
     model: nn.Module, decayed: set[str], weight_decay: float, learning_rate: float, gate_learning_rate: float
 ) -> list[dict[str, Any]]:
-    """Groups of trainable parameters for an optimiser: gates, weights that decay, and the rest.
+    """Groups of trainable parameters for an optimiser: weights that decay, the rest, and gates.
+
+    Trainer logs the first one's rate.
 
     Args:
         model (`nn.Module`): the model, adapters included.
@@ -137,12 +139,6 @@ def parameter_groups(
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     groups: list[dict[str, Any]] = [
         {
-            "name": "gate",
-            "params": [parameter for name, parameter in named if GATE in name],
-            "lr": gate_learning_rate,
-            "weight_decay": 0.0,
-        },
-        {
             "name": "decayed",
             "params": [parameter for name, parameter in named if GATE not in name and name in decayed],
             "lr": learning_rate,
@@ -152,6 +148,12 @@ def parameter_groups(
             "name": "not decayed",
             "params": [parameter for name, parameter in named if GATE not in name and name not in decayed],
             "lr": learning_rate,
+            "weight_decay": 0.0,
+        },
+        {
+            "name": "gate",
+            "params": [parameter for name, parameter in named if GATE in name],
+            "lr": gate_learning_rate,
             "weight_decay": 0.0,
         },
     ]

@@ -13,6 +13,8 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_optimizer import is_optimizer_factory
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from egmla.evaluation.perplexity import states_for_head
+
 from .losses import CHUNK, distillation_loss
 from .stages import parameter_groups
 
@@ -83,7 +85,7 @@ class DistillationTrainer(Trainer):
         teacher_hidden = None
         if training and self.teacher is not None:
             with torch.no_grad():
-                teacher_hidden = self.teacher.base_model(**given, use_cache=False).last_hidden_state
+                teacher_hidden = states_for_head(self.teacher, **given)
         head = student.get_output_embeddings()
         if training and num_items_in_batch is not None:
             # DDP averages gradients over its ranks, and the number is that of all ranks together.

@@ -15,6 +15,7 @@ from .data import Progress, TextSource, check_apart, read_sequences, reports, wr
 
 
 RUN_NAME = "run.json"
+PART_NAME = f".{RUN_NAME}"  # before it is whole
 TRAIN_NAME, EVAL_NAME, TOKENIZER_NAME = "train.tokens", "eval.tokens", "tokenizer"
 
 
@@ -46,14 +47,17 @@ class Place:
         target = Path(target).resolve()
         check_target(target)
         work = target.parent / f"{target.name}.checkpoints" if checkpoints is None else Path(checkpoints).resolve()
-        if work == target:
-            raise ValueError(f"{target} cannot be target and folder of checkpoints at once; name another folder.")
+        if work.is_relative_to(target) or target.is_relative_to(work):
+            raise ValueError(
+                f"The target {target} and the folder of checkpoints {work} cannot be one folder, nor one within the "
+                "other: the latter is removed at the end. Name another folder (--checkpoints)."
+            )
         if work.is_file() or (work.is_dir() and any(work.iterdir()) and not resume):
             raise FileExistsError(
                 f"{work} holds an interrupted run or other files; go on with resume=True (--resume), or remove it."
             )
         if resume and work.is_dir() and any(work.iterdir()) and not (work / RUN_NAME).is_file():
-            left = {path.name for path in work.iterdir()} - {TRAIN_NAME, EVAL_NAME, TOKENIZER_NAME}
+            left = {path.name for path in work.iterdir()} - {TRAIN_NAME, EVAL_NAME, TOKENIZER_NAME, PART_NAME}
             if left:
                 raise FileExistsError(f"{work} holds files that are no run of this command; name another folder.")
         return cls(target, work, resume, keep)
@@ -103,14 +107,17 @@ def check_same_run(work: Path, identity: Mapping[str, Any]) -> None:
         )
 
 
-def check_space(place: Place, planned: Mapping[str, Any]) -> None:
-    """Raises `OSError` when checkpoints and target will not fit on the disk."""
+def check_space(place: Place, planned: Mapping[str, Any], adapters: bool = False) -> None:
+    """Raises `OSError` when checkpoints, of adapters or of all weights, and target will not fit on the disk."""
     memory = planned["memory_bytes"]
-    checkpoint = memory["weights"] + 2 * memory["gradients and optimizer"] // 3
+    trained = memory["gradients and optimizer"] // 3
+    checkpoint = (trained if adapters else memory["weights"]) + 2 * trained
     needed = (CHECKPOINTS_KEPT + 1) * checkpoint + memory["weights"] + 4 * planned["tokens"]
     folder = next(path for path in (place.work, *place.work.parents) if path.exists())
+    # What an interrupted run left counts as room: it goes on there.
+    left = sum(path.stat().st_size for path in place.work.rglob("*") if path.is_file())
     free = shutil.disk_usage(folder).free
-    if free < needed:
+    if free + left < needed:
         raise OSError(
             errno.ENOSPC,
             f"The run needs about {needed / 2**30:.1f} GiB for checkpoints and its target, and {folder} has "
@@ -138,7 +145,8 @@ def prepare_tokens(
         progress (*optional*): called with (stage, done, total).
 
     Raises:
-        ValueError: for too little data, or evaluation text that occurs in it; nothing is left in the folder.
+        ValueError: for too little data, or evaluation text that occurs in what is trained on, held out or not; nothing
+            is left in the folder.
     """
     work = place.work
     if place.resume and (work / RUN_NAME).is_file():
@@ -159,8 +167,7 @@ def prepare_tokens(
                 sources, tokenizer, length, train, wanted, evaluation, settings.eval_share, limit, progress
             )
         _check_enough(settings, count, kept)
-        if eval_sources:
-            check_apart(train, read_sequences(evaluation, length))
+        check_apart(train, read_sequences(evaluation, length))
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
         raise
@@ -175,7 +182,7 @@ def prepare_tokens(
         },
     }
     # Written whole or not at all: its presence says that the token files are complete.
-    part = work / f".{RUN_NAME}"
+    part = work / PART_NAME
     part.write_text(json.dumps({"identity": identity, "tokens": tokens}, indent=2), encoding="utf-8")
     part.rename(work / RUN_NAME)
 
