@@ -26,6 +26,14 @@ def check_tensors(source: Source, family: Family) -> None:
             f"{source.label} lacks {len(missing)} tensors its config asks for, first {missing[0]}; the checkpoint is "
             "incomplete."
         )
+    embedding, head = "model.embed_tokens.weight", "lm_head.weight"
+    two_heads = source.config.tie_word_embeddings and {embedding, head} <= source.names
+    if two_heads and not torch.equal(source.tensor(embedding), source.tensor(head)):
+        raise ValueError(
+            f"{source.label} has a {head} that is not its {embedding}, and its config says tie_word_embeddings: "
+            "Transformers would use it all the same, with a warning. Set tie_word_embeddings to false in config.json, "
+            "or remove the tensor."
+        )
     # A tied head is the embedding under another name, and old checkpoints carry the rotary frequencies.
     known = needed | {"lm_head.weight"}
     layers = source.config.num_hidden_layers

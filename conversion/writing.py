@@ -373,5 +373,5 @@ def check_unfinished(target: Path, settings: dict[str, Any]) -> None:
             + "; ".join(f"{name} was {found.get(name)} and is {settings[name]}" for name in different)
             + ". Give the same ones to finish it"
             + (" (OMP_NUM_THREADS sets the threads)" if "machine" in different else "")
-            + ", or --no-resume (resume=False) to start over."
+            + ", or remove it to start over (as convert does with --no-resume, resume=False)."
         )

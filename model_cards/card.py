@@ -195,8 +195,8 @@ def _read_conversion(folder: Path) -> dict[str, Any]:
     report = folder / CONVERSION_REPORT
     if not report.is_file():
         raise FileNotFoundError(
-            f"{folder} has no {CONVERSION_REPORT}, and a card states nothing that no report says; convert the model "
-            "with `egmla convert`, which writes it."
+            f"{folder} has no {CONVERSION_REPORT}, which `egmla convert` writes, and a card states nothing that no "
+            "report says: convert the model so, or write the card of one trained from scratch by hand."
         )
     conversion = read_json(report)
     wanted = {"source", "plan", "recipe", "calibration", "command", "commit", "dtype", "versions"}

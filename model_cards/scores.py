@@ -10,6 +10,7 @@ from egmla.evaluation.score_comparison import Comparison, ModelScores, Score
 
 
 SCORES_FOLDER = "evaluation"
+ROUTER_BIAS = ".e_score_correction_bias"  # the buffer of DeepSeek's routers
 RESULTS, SOURCE_RESULTS, COMPARISON, PLOT = "results.json", "source_results.json", "comparison.json", "scores.png"
 # What of lm-eval's results goes along; the rest describes the machine and its folders.
 KEPT = (
@@ -171,7 +172,7 @@ def _same(folder: Path, model: str) -> bool:
 
 
 def _count_parameters(folder: Path) -> int | None:
-    """Parameters in the weight files, as lm-eval counts them; None without weights."""
+    """Parameters in the weight files, as lm-eval counts them: without buffers; None without weights."""
     from math import prod
 
     from safetensors import safe_open
@@ -180,7 +181,8 @@ def _count_parameters(folder: Path) -> int | None:
     total = 0
     for path in files:
         with safe_open(str(path), framework="pt") as file:
-            total += sum(prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+            names = [name for name in file.keys() if not name.endswith(ROUTER_BIAS)]  # noqa: SIM118
+            total += sum(prod(file.get_slice(name).get_shape()) for name in names)
     return total if files else None
 
 

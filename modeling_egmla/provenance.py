@@ -109,3 +109,11 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     part = path.with_name(f".{path.name}.partial")
     part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     os.replace(part, path)
+
+
+def check_writable(path: Path) -> None:
+    """Raises `PermissionError` when nothing can be made at a path: the nearest of its folders takes no files."""
+    existing = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
+    folder = existing.parent if existing == path.absolute() and existing.is_file() else existing
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise PermissionError(f"{path} cannot be written: {folder} is no folder with write permission.")

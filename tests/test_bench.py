@@ -518,10 +518,17 @@ def test_a_cuda_device_that_is_not_there():
         settings(device="cuda").check()
 
 
+def test_another_device():
+    with pytest.raises(ValueError, match="device 'tpu': must be cpu or cuda"):
+        settings(device="tpu").check()
+
+
 def test_a_folder_that_holds_something_else(tmp_path):
     (tmp_path / REPORT).write_text("{}")
     with pytest.raises(ValueError, match="is no report of a benchmark"):
         run_bench([subject()], SMALL, tmp_path)
     (tmp_path / "file").write_text("")
+    with pytest.raises(PermissionError, match="is no folder with write permission"):
+        run_bench([subject()], SMALL, tmp_path / "file" / "below")
     with pytest.raises(FileExistsError, match="is a file; give a folder"):
         run_bench([subject()], SMALL, tmp_path / "file")

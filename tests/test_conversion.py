@@ -17,7 +17,7 @@ from transformers import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from egmla import EGMLACache
-from egmla.conversion import Recipe, Refinement, convert_checkpoint, writing
+from egmla.conversion import Recipe, Refinement, convert_checkpoint, sources, writing
 from egmla.conversion.closed_form import exact_attention, low_rank_attention, smaller_latent
 from egmla.conversion.families import AttentionShape, AttentionWeights
 from egmla.conversion.refinement import ConvertedRun as refinement_run
@@ -516,6 +516,48 @@ def test_missing_shard(make_source, tmp_path):
     lost = sorted(folder.glob("*.safetensors"))[1]
     lost.unlink()
     with pytest.raises(ValueError, match=rf"lacks {lost.name}, which model.safetensors.index.json lists"):
+        convert_checkpoint(folder, tmp_path / "t", exact=True)
+
+
+def test_an_index_left_beside_one_file(make_source, tmp_path):
+    """`save_pretrained` of the whole into a folder that had shards."""
+    model, folder = make_source("llama-mha", max_shard_size="100KB")
+    torch.nn.init.normal_(model.lm_head.weight)
+    model.save_pretrained(folder)
+    assert (folder / "model.safetensors.index.json").is_file()
+    convert_checkpoint(folder, tmp_path / "t", exact=True)
+    written = load_file(tmp_path / "t" / "model.safetensors")
+    assert torch.equal(written["lm_head.weight"], model.lm_head.weight)
+
+
+def test_an_interrupt_that_safetensors_turns_into_an_error(make_source, monkeypatch):
+    _, folder = make_source("llama-mha")
+    source = sources.open_source(folder)
+
+    class Interrupted:
+        def __init__(self, *args, **kwargs):
+            raise ValueError(sources.INTERRUPTED)
+
+    monkeypatch.setattr(sources, "safe_open", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        source.tensor("lm_head.weight")
+
+
+def test_a_head_that_is_not_the_embedding_it_is_tied_to(make_source, tmp_path):
+    """Transformers uses it, whatever the configuration says."""
+    model, folder = make_source("llama-gqa-tied")
+    head = model.lm_head.weight.detach().clone()
+    change_weights(folder, lambda tensors: tensors.update({"lm_head.weight": head}))
+    convert_checkpoint(folder, tmp_path / "same", exact=True)
+    change_weights(folder, lambda tensors: tensors.update({"lm_head.weight": head + 1}))
+    with pytest.raises(ValueError, match=r"lm_head.weight that is not its model.embed_tokens.weight.*Set tie_word"):
+        convert_checkpoint(folder, tmp_path / "t", exact=True)
+
+
+def test_truncated_generation_config(make_source, tmp_path):
+    _, folder = make_source("llama-mha")
+    (folder / "generation_config.json").write_text('{"do_sample": tr')
+    with pytest.raises(ValueError, match=r"generation_config.json .*download it again"):
         convert_checkpoint(folder, tmp_path / "t", exact=True)
 
 

@@ -92,6 +92,9 @@ def test_figure(converted, tmp_path, monkeypatch):
     assert shown == [[layer["attention_error"][key] for layer in layers] for key in ("before", "after")]
     assert [bar.get_height() for bar in energies.patches] == [layer["energy_kept"] for layer in layers]
     assert slots.images[0].get_array().sum(axis=0).tolist() == returned["slots_per_frequency"]
+    # A source with latents keeps its own slots.
+    report.draw_report(tmp_path, {**returned, "slots_per_frequency": []})
+    assert len(drawn[1].axes) == 2
 
 
 def test_without_matplotlib_the_report_has_no_figure(converted, tmp_path, monkeypatch):

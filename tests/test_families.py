@@ -18,6 +18,9 @@ from egmla.conversion.families import MISSING, AttentionShape, find_family
 from egmla.conversion.refinement import ConvertedRun
 from egmla.conversion.sources import open_source
 from egmla.conversion.statistics import SourceRun
+from egmla.evaluation.accounting import cache_elements_per_layer, meta_model
+from egmla.evaluation.perplexity import perplexity
+from egmla.model_cards.scores import _count_parameters
 
 
 LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 1000.0, "factor": 3.0}
@@ -283,6 +286,16 @@ def test_full_width_closed_form_is_the_source(make_source, calibration, tmp_path
         lost.append(differences(converted, source, ids=ids))
     print(f"{name}: full width {lost[0]}, small {lost[1]}")
     assert max(lost[0]) < EXACT_TOLERANCE and lost[1][0] > 100 * lost[0][0]
+
+
+def test_states_are_scaled_as_the_source_scales_them(make_source):
+    """MiniCPM3 divides what its base model returns before its head, which perplexity and healing go by."""
+    source, _ = make_source("minicpm3 untied")
+    assert source.config.logits_scaling != 1
+    ids = torch.randint(2, 128, (1, 40))
+    with torch.no_grad():
+        expected = source(ids, labels=ids).loss.exp().item()
+    assert perplexity(source, ids) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["phi3 partial tied", "smollm3 yarn biases"])
@@ -631,6 +644,17 @@ def test_estimates_count_experts(make_source, name):
         assert count == pytest.approx(sum(parameter.numel() for parameter in layer.mlp.parameters()), rel=0.05)
     expert = 3 * 60 * 12
     assert used == ([held[0], (3 + 2) * expert] if "experts" in name else held)
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3 experts", "glm4_moe_lite experts"])
+def test_converted_experts_are_counted_without_weights(make_source, tmp_path, name):
+    """On the meta device, where experts one by one cannot run; and in files as lm-eval counts, without buffers."""
+    _, folder = make_source(name)
+    convert_checkpoint(folder, tmp_path / "t", exact=True)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "t")
+    empty = meta_model(model.config)
+    assert sum(cache_elements_per_layer(empty)) == model.config.cache_elements_per_token
+    assert _count_parameters(tmp_path / "t") == model.num_parameters()
 
 
 def test_experts_learn(make_source, tmp_path):

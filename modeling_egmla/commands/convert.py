@@ -1,5 +1,6 @@
 """`egmla convert`."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -95,7 +96,8 @@ def convert(
         )
     _print_report(report, "Plan (nothing was written)" if dry_run else f"Converted to {target}")
     if not dry_run and layout == "egmla":
-        console().print(f"Try it: egmla generate {target} --prompt 'What is the capital of France?'", style="dim")
+        command = f"egmla generate {shlex.quote(str(target))} --prompt 'What is the capital of France?'"
+        console().print(f"Try it: {command}", style="dim", markup=False)
 
 
 def _kept(target: Path) -> str | None:
@@ -124,12 +126,13 @@ def _ranks(text: str | None) -> int | list[int] | None:
 
 def _print_report(report: dict, title: str) -> None:
     from rich.table import Table
+    from rich.text import Text
 
     from .common import console
 
     source, plan, calibration = report["source"], report["plan"], report["calibration"]
     ranks = sorted(set(plan["ranks"]))
-    table = Table("", "", title=title, show_header=False)
+    table = Table("", "", title=Text(title), show_header=False)
     table.add_row("source", f"{source['label']} ({source['model_type']}, {len(plan['ranks'])} layers)")
     table.add_row("kv_lora_rank", str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}, one per layer")
     table.add_row("qk_rope_head_dim", str(plan["rope_dim"]))

@@ -29,6 +29,7 @@ def inspect(
 ) -> None:
     """Show shapes, parameters by part and cache bytes of a preset or of any causal language model."""
     from rich.table import Table
+    from rich.text import Text
 
     from egmla.evaluation.accounting import (
         PARTS,
@@ -48,7 +49,7 @@ def inspect(
     per_layer, windows = cache_elements_per_layer(empty), cache_windows(empty)
     is_egmla = config.model_type == "egmla"
 
-    table = Table("", "", title=f"{model} ({type(empty).__name__})", show_header=False)
+    table = Table("", "", title=Text(f"{model} ({type(empty).__name__})"), show_header=False)
     for name in SHAPE_FIELDS:
         # Where keys and values are latents, the fields of ordinary heads only mislead.
         hidden = is_egmla and name in ("num_key_value_heads", "head_dim")

@@ -98,6 +98,7 @@ def _fractions(text: str) -> list[float]:
 
 def _print_report(report: dict) -> None:
     from rich.table import Table
+    from rich.text import Text
 
     from .common import console
 
@@ -106,7 +107,7 @@ def _print_report(report: dict) -> None:
         f"{evaluation['windows']} windows of {evaluation['window']:,} tokens of {evaluation['file']}; "
         "* no other one is smaller and better at once"
     )
-    table = Table("recipe", title=source["name"], caption=caption)
+    table = Table("recipe", title=Text(source["name"]), caption=Text(caption))
     for heading in ("cache kept", "P + R", "elements per token", "perplexity", "of source", ""):
         table.add_column(heading, justify="right")
     table.add_row("source", "100.0%", "", f"{source['elements']:,}", f"{source['perplexity']:.3f}", "1.000", "")

@@ -16,8 +16,14 @@ PARTS = ("embeddings", "attention", "gate tables", "MLP", "norms and other")
 def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
     """The model of a configuration on the meta device: shapes without memory."""
     with torch.device("meta"):
-        # The grouped products of experts know no other format there. A copy: the format is noted in the configuration.
-        return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.bfloat16)
+        # A copy: the format is noted in the configuration.
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.bfloat16)
+    for module in model.modules():
+        # Experts one by one look at numbers, and grouped products want certain formats and widths.
+        experts: Any = getattr(module, "config", None)
+        if getattr(experts, "_experts_implementation", None) in ("eager", "grouped_mm"):
+            experts._experts_implementation = "batched_mm"
+    return model
 
 
 def _part(name: str) -> str:

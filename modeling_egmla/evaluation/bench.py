@@ -94,6 +94,8 @@ class BenchSettings:
                 raise ValueError(f"dtype {dtype!r}: must be one of {', '.join(DTYPES)}.")
         if not self.turn_seconds > 0:
             raise ValueError(f"turn seconds {self.turn_seconds}: must be above 0.")
+        if self.device.partition(":")[0] not in ("cpu", "cuda"):
+            raise ValueError(f"device {self.device!r}: must be cpu or cuda.")
         if torch.device(self.device).type == "cuda" and not torch.cuda.is_available():
             raise ValueError("device 'cuda': PyTorch finds no CUDA device here; use cpu.")
 

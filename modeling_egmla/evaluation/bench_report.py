@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from egmla.provenance import read_json, source_commit
+from egmla.provenance import check_writable, read_json, source_commit
 
 from .contestants import Subject
 from .machine import bandwidth, describe_machine
@@ -90,6 +90,7 @@ def open_report(output: Path, subjects: Sequence[Subject], settings: Mapping[str
     """
     if output.is_file():
         raise FileExistsError(f"{output} is a file; give a folder for {REPORT} and the plots.")
+    check_writable(output)
     described = json.loads(json.dumps(settings))
     commit = source_commit()
     shapes = {

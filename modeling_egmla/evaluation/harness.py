@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
+from egmla.provenance import check_writable
+
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -208,9 +210,7 @@ def check_output(path: Path) -> None:
         raise IsADirectoryError(
             f"{path} is a folder; give the name of a file to write, such as {path / 'scores.json'}."
         )
-    existing = next(parent for parent in path.absolute().parents if parent.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise PermissionError(f"{path} cannot be written: {existing} is no folder with write permission.")
+    check_writable(path)
 
 
 def write_json(path: str | os.PathLike, content: Any) -> None:

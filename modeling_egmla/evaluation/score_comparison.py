@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from egmla.provenance import check_writable
+
 from .harness import (
     check_batch_size,
     check_lm_eval,
@@ -133,6 +135,7 @@ def compare_scores(
     output = Path(output)
     if output.exists() and not output.is_dir():
         raise FileExistsError(f"{output} is a file, and a comparison writes a folder; give another output.")
+    check_writable(output)
     for model in models:
         check_model(model, arguments.get("tokenizer"))
     from .local_tasks import GROUPS, EGMLATaskManager
@@ -203,7 +206,8 @@ def _labels(models: Sequence[str]) -> list[str]:
 
 
 def _file_name(name: str) -> str:
-    return re.sub(r"[^\w.+-]+", "_", name).strip("._") or "model"
+    found = re.sub(r"[^\w.+-]+", "_", name).strip("._") or "model"
+    return f"{found}_model" if found == "comparison" else found  # not the name of the comparison's own file
 
 
 def _part_file(output: Path, model: str, task: str) -> Path:
