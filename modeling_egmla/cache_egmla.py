@@ -41,7 +41,8 @@ def with_room(storage: torch.Tensor, start: int, length: int, least: int) -> tor
     It then has room for an eighth more, at least for `least`.
     """
     # A tensor made in inference mode cannot be written to outside of it.
-    frozen = storage.is_inference() and not torch.is_inference_mode_enabled()
+    compiling = is_torchdynamo_compiling()  # where neither can be asked for
+    frozen = not compiling and storage.is_inference() and not torch.is_inference_mode_enabled()
     if length <= storage.shape[2] and not frozen:
         return storage
     capacity = length + max(least, length // GROWTH_FRACTION)
@@ -211,8 +212,9 @@ class GrowingLatentLayer(LatentLayer):
         if not self.is_initialized:
             self.lazy_initialization(latent, rope_key)
         start, self.length = self.length, self.length + latent.shape[2]
-        if torch.is_grad_enabled() and (latent.requires_grad or self.buffer.requires_grad):
-            # Writing in place would break autograd, so a cache that is trained through grows by concatenation.
+        if torch.is_grad_enabled():
+            # Writing in place would break autograd, of entries and of queries that attend to them, so a cache that may
+            # be trained through grows by concatenation.
             new = torch.cat((latent, rope_key), dim=-1)
             self.buffer = torch.cat((self.buffer[:, :, :start], new), dim=2)
             return self.buffer

@@ -13,6 +13,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/matmul.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 #include <torch/library.h>
@@ -914,6 +915,7 @@ at::Tensor attention_int8(
       "egmla: scales must be [B, S, groups] for codes [B, S, W]");
   const int64_t width = codes.size(2);
   check_rotation(rotation, width);
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);  // products of fp32 are fp32
   const ElementGroups source{
       codes.const_data_ptr<int8_t>(), scales.const_data_ptr<c10::BFloat16>(), codes.stride(0), scales.stride(0),
       width, scales.size(2)};
@@ -931,6 +933,7 @@ std::tuple<at::Tensor, at::Tensor> quantize_int8(
       "egmla: entries must be [n, W], and groups divide W");
   const int64_t n = entries.size(0), width = entries.size(1), size = width / groups;
   check_rotation(rotation, width);
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   const at::Tensor rotated = at::matmul(entries.to(at::kFloat), rotation).contiguous();
   at::Tensor codes = at::empty({n, width}, rotated.options().dtype(at::kChar));
   at::Tensor scales = at::empty({n, groups}, rotated.options().dtype(at::kBFloat16));

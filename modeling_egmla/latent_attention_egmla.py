@@ -12,7 +12,7 @@ from transformers.utils import is_torchdynamo_compiling
 
 from .cpu_kernel_egmla import cpu_operators
 from .linear_egmla import is_traced
-from .quantization_egmla import QuantizedEntries, TokenGroups
+from .quantization_egmla import QuantizedEntries
 
 
 # Below this many cached tokens per thread, splitting the cache over threads costs more than it saves.
@@ -71,7 +71,7 @@ def _attention(
     """By PyTorch's kernels: `[B, H, T, R + P]`, of which the first `R` elements mean anything and may come alone."""
     B, H, T, width = query.shape
     if T > 1 and (attention_mask is None or H * T > PACK_MAX_ROWS):
-        if isinstance(entries, QuantizedEntries):
+        if not isinstance(entries, torch.Tensor):
             entries = entries.dequantize()
         if attention_mask is None:
             return _continued_attention(query, entries, scaling)
@@ -83,7 +83,8 @@ def _attention(
     packed = query.reshape(B, 1, H * T, width)
     if attention_mask is not None and (T > 1 or attention_mask.shape[1] > 1):
         attention_mask = attention_mask.expand(-1, H, -1, -1).reshape(-1, 1, H * T, attention_mask.shape[-1])
-    if isinstance(entries, QuantizedEntries):
+    # Not by its class: a model whose code came with its checkpoint may be given the package's cache.
+    if not isinstance(entries, torch.Tensor):
         with torch.autocast(query.device.type, enabled=False):  # its sums are in fp32
             return _quantized_attention(packed, entries, attention_mask, scaling).view(B, H, T, -1)
     parts = _split_count(packed, entries)
@@ -137,8 +138,9 @@ def _compiled_attention(
     if isinstance(entries, torch.Tensor):
         return operators.latent_attention(query, entries[:, 0], mask, scaling, rank)
     stored = entries.codes, entries.scales
-    if isinstance(entries, TokenGroups):
-        return operators.latent_attention_int4(query, entries.kept, entries.first, *stored, mask, scaling, rank)
+    if entries.rotation is None:
+        kept = entries.kept, entries.first
+        return operators.latent_attention_int4(query, *kept, *stored, mask, scaling, rank)
     return operators.latent_attention_int8(query, *stored, entries.rotation, mask, scaling, rank)
 
 

@@ -44,7 +44,6 @@ from .configuration_egmla import AUTO_MAP, MOE_MODULES, EGMLAConfig
 from .continuous_batching_egmla import PagedView, append_paged, check_pages, without_flash
 from .latent_attention_egmla import absorption_pays, latent_attention, needs_no_mask
 from .linear_egmla import EGMLALinear
-from .quantization_egmla import QuantizedEntries
 
 
 class EGMLARMSNorm(LlamaRMSNorm):
@@ -318,7 +317,7 @@ class EGMLAAttention(nn.Module):
         query = torch.cat((absorbed, rope), dim=-1)
         weights = None
         if self.config._attn_implementation == "eager":
-            if isinstance(entries, QuantizedEntries):
+            if not isinstance(entries, torch.Tensor):
                 entries = entries.dequantize()
             # As `eager_attention_forward`, heads beside one another: broadcasting would copy the cache for each.
             scores = torch.matmul(query.reshape(B, 1, H * T, -1), entries.transpose(2, 3)) * self.scaling
@@ -366,7 +365,7 @@ class EGMLAAttention(nn.Module):
         elif past_key_values is not None:
             if hasattr(past_key_values, "append"):
                 entries = past_key_values.append(latents, rope_keys, self.layer_idx)
-                if isinstance(entries, QuantizedEntries) and not absorb:
+                if not absorb and not isinstance(entries, torch.Tensor):
                     entries = entries.dequantize()
                 seen = entries.shape[2]
                 if not absorb:
@@ -618,7 +617,7 @@ class EGMLAModel(EGMLAPreTrainedModel):
             )
 
         hidden_states = inputs_embeds
-        for layer in self.layers:
+        for layer in self.layers[: self.config.num_hidden_layers]:  # fewer for an early exit
             hidden_states = layer(
                 hidden_states,
                 gate_input,

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from functools import cache
 
 import torch
+from transformers.utils import is_torchdynamo_compiling
 
 from .cpu_kernel_egmla import cpu_operators
 
@@ -75,7 +76,7 @@ def rotation(rank: int, rope_dim: int, device: torch.device) -> torch.Tensor:
     blocks = []
     for width in (rank, rope_dim):
         size = width & -width
-        matrix = torch.ones(1, 1)
+        matrix = torch.ones(1, 1, dtype=torch.float32)  # whatever the default is
         while matrix.shape[0] < size:
             matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
         blocks += [matrix / math.sqrt(size)] * (width // size if size else 0)
@@ -135,10 +136,10 @@ def piece_memory(shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
     """An fp32 tensor of a shape, in memory that this thread keeps for the next call: hold one at a time.
 
     The C library would return memory of this size to the system after each piece, and getting it back takes longer
-    than filling it. With gradients every call has its own, since pieces may be needed again.
+    than filling it. With gradients every call has its own, since pieces may be needed again; compiled code too.
     """
     elements = math.prod(shape)
-    if torch.is_grad_enabled() or device.type != "cpu":
+    if torch.is_grad_enabled() or device.type != "cpu" or is_torchdynamo_compiling():
         return torch.empty(shape, dtype=torch.float32, device=device)
     if _kept.memory is None or _kept.memory.numel() < elements:
         with torch.inference_mode(False):  # such a tensor could not be written to outside of it
@@ -159,10 +160,13 @@ class QuantizedEntries:
         device (`torch.device`): where they lie.
     """
 
-    # What `pieces` are to be multiplied with from the right to be entries; its own inverse.
+    # What `pieces` are to be multiplied with from the right to be entries, its own inverse; int8's only.
     rotation: torch.Tensor | None = None
     codes: torch.Tensor
     scales: torch.Tensor
+    # int4's only: entries kept as they are, and how many of them come before all groups.
+    kept: torch.Tensor
+    first: int
 
     def __init__(self, shape: torch.Size, latent_width: int, dtype: torch.dtype, device: torch.device):
         self.shape = shape

@@ -378,6 +378,20 @@ def test_models_in_fp64_work(calls, quantization):
     assert difference(step, model(ids, use_cache=False).logits[:, 8:]) <= (5e-2 if quantization else 1e-10)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("kind", LAYERS)
+def test_autocast_leaves_fp32_as_it_is(calls, kind):
+    """Entries are quantised and attended to as without it."""
+    results = []
+    for enabled in (False, True):
+        torch.manual_seed(0)
+        layer = LAYERS[kind](16, 8)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            layer.append(torch.randn(2, 1, 90, 16), torch.randn(2, 1, 90, 8))
+            results.append(latent_attention(torch.randn(2, 4, 1, 24), layer.entries, None, 0.3, 16))
+    assert torch.equal(*results)
+
+
 # --- models ---
 
 

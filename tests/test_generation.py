@@ -173,6 +173,16 @@ def test_chunked_prefill_bounds_memory():
     assert result["peak_over_budget"] < 1.3, result
 
 
+@pytest.mark.parametrize("name", CORE_CASES)
+def test_assisted_decoding_by_early_exit(name):
+    """The model's own first layers make the candidates."""
+    model, ids = tiny_model(name), token_ids(1, 7)
+    layers = model.config.num_hidden_layers
+    expected = generate(model, ids, **GREEDY).sequences
+    assert torch.equal(generate(model, ids, assistant_early_exit=1, **GREEDY).sequences, expected)
+    assert model.config.num_hidden_layers == layers
+
+
 @pytest.mark.parametrize("assistant", ["the same model", "another model"])
 @pytest.mark.parametrize("name", CORE_CASES)
 def test_assisted_decoding(name, assistant):

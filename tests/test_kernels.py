@@ -39,6 +39,22 @@ def test_compiled_decode_step_does_not_recompile(batch):
 
 
 @torch.no_grad()
+@needs_compiler
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_growing_caches_compile(quantization):
+    """As a model compiled whole makes and fills one."""
+    torch._dynamo.reset()
+    model, ids = tiny_model("table-gate", num_hidden_layers=1), token_ids(2, 12)
+    cache, reference = (EGMLACache(model.config, quantization=quantization) for _ in range(2))
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    assert difference(compiled(ids).logits, model(ids).logits) <= TOLERANCE
+    for chunk in ids.split([8, 1, 1, 1, 1], dim=1):
+        given = compiled(chunk, past_key_values=cache).logits
+        assert difference(given, model(chunk, past_key_values=reference).logits) <= TOLERANCE
+    torch._dynamo.reset()
+
+
+@torch.no_grad()
 def test_prefill_uses_the_fused_kernel_where_widths_differ(monkeypatch):
     """Values narrower than keys are padded for SDPA on CPU: its other kernel makes all scores."""
     model, ids = tiny_model(v_head_dim=8), token_ids(1, 40)

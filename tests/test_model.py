@@ -190,6 +190,23 @@ def test_training_through_a_continuation(case, absorb):
         assert_same_gradients(expected, gradients(model))
 
 
+@pytest.mark.parametrize("trained", ["kv_b_proj", "q_proj", "o_proj"])
+def test_training_a_part_through_steps(trained):
+    """What is cached has no gradient, and what attends to it has."""
+    ids, model = token_ids(2, 9), tiny_model(num_hidden_layers=1).train()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trained in name)
+    model(ids, use_cache=False).logits[:, 6:].square().sum().backward()
+    expected = gradients(model)
+    model.zero_grad()
+    cache = EGMLACache(model.config)
+    with torch.no_grad():
+        model(ids[:, :6], past_key_values=cache)
+    steps = [model(ids[:, t : t + 1], past_key_values=cache).logits for t in range(6, 9)]
+    torch.cat(steps, dim=1).square().sum().backward()
+    assert_same_gradients(expected, gradients(model))
+
+
 @torch.no_grad()
 def test_choice_of_path():
     """The switch is the arithmetic of the design: `T (2R - N - V) < R (N + V)`, and never without a past."""

@@ -90,6 +90,28 @@ def test_models_read_what_a_dense_cache_of_rounded_entries_holds(case, quantizat
         assert difference(model(chunk, past_key_values=mine).logits, expected) <= FLIP_TOLERANCE[quantization]
 
 
+class Foreign:
+    """Entries of a class of the same name in another module, as between a checkpoint's own code and the package."""
+
+    def __init__(self, entries):
+        self.entries = entries
+
+    def __getattr__(self, name):
+        return getattr(self.entries, name)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_caches_of_another_copy_of_the_package(case, quantization, implementation, monkeypatch):
+    model, ids = tiny_model(case, attn_implementation=implementation), token_ids(2, 20)
+    mine, other = (EGMLACache(model.config, **OPTIONS[quantization]) for _ in range(2))
+    append = other.append
+    monkeypatch.setattr(other, "append", lambda *arguments: Foreign(append(*arguments)))
+    for chunk in ids.split([12, 6, 1, 1], dim=1):
+        expected = model(chunk, past_key_values=mine).logits
+        assert torch.equal(model(chunk, past_key_values=other).logits, expected)
+
+
 @torch.no_grad()
 def test_int8_logits_do_not_depend_on_chunks(case):
     """Every token reads every token rounded, itself too: whole, in chunks, token by token."""

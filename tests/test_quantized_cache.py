@@ -91,6 +91,17 @@ def test_rotation_is_its_own_inverse(widths):
     assert not matrix[: widths[0], widths[0] :].any()
 
 
+def test_rotation_is_fp32_whatever_the_default():
+    rotation.cache_clear()
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert rotation(24, 8, torch.device("cpu")).dtype == torch.float32
+    finally:
+        torch.set_default_dtype(default)
+        rotation.cache_clear()
+
+
 def test_latent_and_rotary_key_never_share_a_scale(case, quantization):
     """Entries a million times larger on one side leave the other as precise as before."""
     for layer in EGMLACache(tiny_model(case).config, **OPTIONS[quantization]).layers:

@@ -3,12 +3,15 @@
     python tests/benchmarks/perplexity_ratio.py SOURCE CONVERTED --text wiki.test.raw --windows 9 --window 2048
     python tests/benchmarks/perplexity_ratio.py SOURCE HEALED --text stories.txt --windows 4 --window 1024 --divergence
 
-With --divergence also how far its predictions are from the source's, and how often both expect the same token.
+With --divergence also how far its predictions are from the source's, and how often both expect the same token. Of
+several converted models each is set beside the first: the mean difference of the windows' losses, with 95 %.
 The last line of the output is one JSON object.
 """
 
 import argparse
 import json
+import math
+import statistics
 import sys
 
 import torch
@@ -17,6 +20,11 @@ from transformers import AutoModelForCausalLM
 import egmla  # noqa: F401  registers the architecture
 from egmla.conversion import load_source
 from egmla.evaluation.perplexity import perplexity, token_windows
+
+
+def window_losses(model, windows) -> list[float]:
+    """Nats per token of each window."""
+    return [math.log(perplexity(model, window[None])) for window in windows]
 
 
 @torch.inference_mode()
@@ -44,16 +52,25 @@ def main() -> int:
     model, tokenizer = load_source(options.source)
     with open(options.text, encoding="utf-8") as file:
         windows = token_windows(tokenizer, file.read(), options.window, options.windows)
-    result = {"window": options.window, "windows": len(windows), "source": perplexity(model, windows)}
+    result = {"window": options.window, "windows": len(windows)}
+    result["source"] = math.exp(statistics.mean(window_losses(model, windows)))
     print(f"source     {result['source']:.3f}", flush=True)
+    first: list[float] = []
     for path in options.converted:
         converted = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
         elements = converted.config.cache_elements_per_token / converted.config.num_hidden_layers
-        value = perplexity(converted, windows)
+        losses = window_losses(converted, windows)
+        value = math.exp(statistics.mean(losses))
         row = {"perplexity": value, "elements_per_token_and_layer": elements}
         result[path.rstrip("/").rsplit("/", 1)[-1]] = row
         ratio = value / result["source"]
         print(f"converted  {value:.3f}  {ratio:.3f} times  {elements:.0f} elements per token and layer")
+        if first and len(windows) > 1:
+            differences = [one - other for one, other in zip(losses, first, strict=True)]
+            error = 1.96 * statistics.stdev(differences) / math.sqrt(len(differences))
+            row["nats_beside_first"] = [statistics.mean(differences), error]
+            print(f"           {statistics.mean(differences):+.5f} ± {error:.5f} nats a token beside the first one")
+        first = first or losses
         if options.divergence:
             row["divergence"], row["same_token"] = divergence(model, converted, windows)
             print(f"           {row['divergence']:.4f} nats from the source, {row['same_token']:.1%} the same token")
