@@ -347,6 +347,8 @@ class EGMLAAttention(nn.Module):
 
         `gate_input` is of the `T` new tokens, of all `S` for a gate that acts on expanded keys and values.
         """
+        # PEFT tells each row's adapter by such a hook: the map is then another for each sequence, and none to absorb.
+        absorb = absorb and not self.kv_b_proj._forward_pre_hooks_with_kwargs
         nope, rope = self.project_queries(hidden_states)
         latents, rope_keys = self.project_latents(hidden_states, gate_input)
         if self.qk_norm_dim is not None:

@@ -202,6 +202,7 @@ def test_growth_keeps_every_token(cache):
         assert_holds(cache, [0, 1], start)
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("quantization", [None, "int8", "int4"])
 def test_expected_tokens_are_given_room_at_once(quantization):
     """A prompt in chunks stays where its first tokens went; more than expected, and after a reset, is taken too."""

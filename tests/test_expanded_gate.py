@@ -218,6 +218,7 @@ def test_ids_are_cached_once_per_token(case):
     assert shrunk.nbytes == sum(used.nbytes for layer in shrunk.layers for used in layer.used) + 2 * 11 * 4
 
 
+@torch.no_grad()
 def test_expected_tokens_are_given_room_at_once():
     cache = EGMLACache(CONFIG, expected_tokens=700)
     places = set()

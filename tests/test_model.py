@@ -537,6 +537,25 @@ def test_peft_adapter_is_not_bypassed():
     assert difference(decode(model, ids, EGMLACache(model.config), [5, 1, 2, 1]), wrapped) <= TOLERANCE
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("batch", [2, 24])  # as many as the latent has elements, too
+def test_adapters_of_each_row(batch):
+    """A batch of mixed adapters on the map that is absorbed decodes each row as its own adapter does."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["kv_b_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(tiny_model(tie_word_embeddings=False), config, adapter_name="a")
+    model.add_adapter("b", config)
+    model.eval()
+    assert model.config.kv_lora_rank == 24
+    ids, names = token_ids(batch, 7), ["a", "b"] * (batch // 2)
+    options = {"max_new_tokens": 8, "do_sample": False}
+    given = model.generate(input_ids=ids, adapter_names=names, **options)
+    for name in ("a", "b"):
+        model.set_adapter(name)
+        rows = torch.tensor([own == name for own in names])
+        assert torch.equal(given[rows], model.generate(input_ids=ids[rows], **options))
+
+
 # --- embeddings, placement ---
 
 
