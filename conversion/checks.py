@@ -35,7 +35,7 @@ def check_tensors(source: Source, family: Family) -> None:
             "or remove the tensor."
         )
     # A tied head is the embedding under another name, and old checkpoints carry the rotary frequencies.
-    known = needed | {"lm_head.weight"}
+    known = needed | {head}
     layers = source.config.num_hidden_layers
     more = getattr(source.config, "num_nextn_predict_layers", 1) if source.config.model_type in PREDICTING else 0
     left_out = tuple(f"model.layers.{layer_idx}." for layer_idx in range(layers, layers + (more or 0)))

@@ -347,8 +347,6 @@ class EGMLAAttention(nn.Module):
 
         `gate_input` is of the `T` new tokens, of all `S` for a gate that acts on expanded keys and values.
         """
-        # PEFT tells each row's adapter by such a hook: the map is then another for each sequence, and none to absorb.
-        absorb = absorb and not self.kv_b_proj._forward_pre_hooks_with_kwargs
         nope, rope = self.project_queries(hidden_states)
         latents, rope_keys = self.project_latents(hidden_states, gate_input)
         if self.qk_norm_dim is not None:
@@ -546,6 +544,9 @@ class EGMLAModel(EGMLAPreTrainedModel):
         if past_key_values is None or (self.training and self.config.attention_dropout):
             return False
         if self.config.kv_gate == "expanded":  # every token has up-projections of its own
+            return False
+        # PEFT tells each sequence's adapter by such a hook: every one has up-projections of its own.
+        if any(layer.self_attn.kv_b_proj._forward_pre_hooks_with_kwargs for layer in self.layers):
             return False
         if new_tokens == 1:
             return True

@@ -539,7 +539,8 @@ def test_peft_adapter_is_not_bypassed():
 
 @torch.no_grad()
 @pytest.mark.parametrize("batch", [2, 24])  # as many as the latent has elements, too
-def test_adapters_of_each_row(batch):
+@pytest.mark.parametrize("chunk", [None, 3])
+def test_adapters_of_each_row(batch, chunk, monkeypatch):
     """A batch of mixed adapters on the map that is absorbed decodes each row as its own adapter does."""
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(target_modules=["kv_b_proj"], init_lora_weights=False)
@@ -548,7 +549,8 @@ def test_adapters_of_each_row(batch):
     model.eval()
     assert model.config.kv_lora_rank == 24
     ids, names = token_ids(batch, 7), ["a", "b"] * (batch // 2)
-    options = {"max_new_tokens": 8, "do_sample": False}
+    options = {"max_new_tokens": 8, "do_sample": False, "prefill_chunk_size": chunk}
+    monkeypatch.setattr(latent_attention_egmla, "PACK_MAX_ROWS", 3)  # chunks that would need no mask if absorbed
     given = model.generate(input_ids=ids, adapter_names=names, **options)
     for name in ("a", "b"):
         model.set_adapter(name)
