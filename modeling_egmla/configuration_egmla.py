@@ -191,6 +191,13 @@ class EGMLAConfig(PreTrainedConfig):
         # Derived from fields: DeepSeek's configs carry them, and must not set them apart.
         for derived in ("head_dim", "qk_head_dim"):
             kwargs.pop(derived, None)
+        key_value_heads = kwargs.pop("num_key_value_heads", None)
+        if key_value_heads not in (None, self.num_attention_heads):
+            raise ValueError(
+                f"num_key_value_heads={key_value_heads} and num_attention_heads={self.num_attention_heads}: every "
+                "query head has keys and values of its own, made of one latent; leave num_key_value_heads out and set "
+                "kv_lora_rank and qk_rope_head_dim for a smaller cache."
+            )
         try:
             super().__post_init__(**kwargs)
         except AttributeError as error:  # Transformers looks the dtype up by its name

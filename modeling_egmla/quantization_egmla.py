@@ -97,7 +97,8 @@ def quantize_elements(
         rows = entries.detach().reshape(-1, entries.shape[-1])
         codes, scales = operators.quantize_int8(rows, matrix, rows.shape[1] // group_size)
         return codes.view(*tokens, codes.shape[1]), scales.view(*tokens, scales.shape[1])
-    groups = (entries.float() @ matrix).unflatten(-1, (-1, group_size))
+    with torch.autocast(entries.device.type, enabled=False):  # the product is as exact as the codes are to be
+        groups = (entries.float() @ matrix).unflatten(-1, (-1, group_size))
     extremes = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
     scales = (extremes / -128).to(SCALE_DTYPE)
     # All-zero groups have the scale 0, and codes 0.
@@ -192,7 +193,8 @@ class QuantizedEntries:
         start = 0
         for piece in self.pieces():
             if self.rotation is not None:
-                piece = piece @ self.rotation
+                with torch.autocast(piece.device.type, enabled=False):
+                    piece = piece @ self.rotation
             entries[:, 0, start : start + piece.shape[1]] = piece
             start += piece.shape[1]
         return entries

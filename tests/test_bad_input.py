@@ -23,6 +23,10 @@ BAD_CONFIGS = {
     ),
     "ranks empty": ({"kv_lora_rank": []}, ["kv_lora_rank has 0 entries", "num_hidden_layers=2", "give one number"]),
     "query rank zero": ({"q_lora_rank": 0}, ["q_lora_rank=0", "must be positive", "None for a full-rank"]),
+    "key-value heads": (
+        {"num_key_value_heads": 2},
+        ["num_key_value_heads=2 and num_attention_heads=4", "made of one latent", "leave num_key_value_heads out"],
+    ),
     "rope odd": ({"qk_rope_head_dim": 7}, ["qk_rope_head_dim=7", "must be even", "use 8 or 6"]),
     "rope negative": ({"qk_rope_head_dim": -2}, ["qk_rope_head_dim=-2", "must be even (0 for none)", "use 2 or 0"]),
     "nope negative": ({"qk_nope_head_dim": -1}, ["qk_nope_head_dim=-1", "must be at least 1, neither negative"]),

@@ -223,6 +223,15 @@ def test_autocast_leaves_sums_in_fp32(quantization):
     assert difference(given, plain_attention(query, exact, seen, 0.3)[..., :16]) <= TOLERANCE
 
 
+@torch.no_grad()
+def test_autocast_leaves_entries_as_they_are():
+    entries, matrix = torch.randn(2, 50, 24), quantization_egmla.rotation(16, 8, torch.device("cpu"))
+    expected = quantization_egmla.quantize_elements(entries, matrix, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        given = quantization_egmla.quantize_elements(entries, matrix, 8)
+    assert all(torch.equal(a, b) for a, b in zip(given, expected, strict=True))
+
+
 # --- what a decode step makes ---
 
 
