@@ -1,8 +1,8 @@
 """The model card of a checkpoint: every figure comes from a JSON file in the folder, and what is missing says so.
 
 config.json               shapes and cache of this model
-conversion_report.json    source, plan, calibration, command, versions
-training_report.json      what was trained after the conversion, where something was (`healing.py`)
+conversion_report.json    source, plan, calibration, command, versions; not of models trained from new weights
+training_report.json      what was trained: after the conversion (`training.py`), or from new weights (`scratch.py`)
 evaluation/*.json         scores (`scores.py`)
 """
 
@@ -19,15 +19,17 @@ from egmla.evaluation.harness import task_leaves, write_json
 from egmla.evaluation.score_comparison import metric_name, plot_scores, with_error
 from egmla.provenance import CONVERSION_FIGURE, CONVERSION_REPORT, TRAINING_REPORT, read_json, weights_sha256
 
+from . import scratch
 from .figure import FIGURE_NAME, draw_architecture
-from .healing import check_training, healing_section
 from .scores import COMPARISON, PLOT, RESULTS, SCORES_FOLDER, SOURCE_RESULTS, comparison_to_plot, read_scores
+from .training import check_training, training_section
 
 
 CARD_NAME = "README.md"
 TEMPLATE = Path(__file__).with_name("template.md")
 MARK = "<!-- Made by `egmla card`"
 PLACEHOLDER = "your-name/"
+REPORTED_SHAPES = f"`config.json` and `{CONVERSION_REPORT}`"
 ITEM_SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 LONG_CONTEXT = 32_768
 # Below these a figure is an error of prediction, not a share of right answers.
@@ -48,7 +50,8 @@ def write_card(
     """Writes `README.md` and the architecture figure of a checkpoint, from its reports.
 
     Args:
-        folder (`str` or `Path`): a checkpoint with `conversion_report.json`.
+        folder (`str` or `Path`): a checkpoint with `conversion_report.json`, or the `training_report.json` of training
+            from new weights.
         scores (*optional*): scores to take along, see `read_scores`; those of an earlier card are replaced.
         repo_id (`str`, *optional*): its name on the Hub, for the examples.
         license, license_name, base_model (`str`, *optional*): where the source does not state them; an earlier card's
@@ -71,7 +74,7 @@ def write_card(
     check_matplotlib()
     if repo_id is not None:
         check_repo_id(repo_id)
-    _read_conversion(folder)  # what is missing shows first
+    conversion = _read_conversion(folder)  # what is missing shows first
     _read_training(folder)
     card = folder / CARD_NAME
     earlier = card.read_text(encoding="utf-8") if card.is_file() else ""
@@ -80,6 +83,8 @@ def write_card(
             f"{card} was not made by this command; move it away, or replace it with overwrite=True (--overwrite)."
         )
     content = None if scores is None else read_scores(folder, Path(scores))
+    if content is not None and conversion is None:
+        content = {RESULTS: content[RESULTS]}  # what it was compared with is not its source
     stated = {"license": license, "license_name": license_name, "base_model": base_model, "repo_id": repo_id}
     known: dict[str, Any] = _stated_before(earlier) | {key: value for key, value in stated.items() if value}
     text = render_card(folder, scores=content, **known)
@@ -131,34 +136,49 @@ def render_card(
         paths = [folder / SCORES_FOLDER / name for name in (RESULTS, SOURCE_RESULTS, COMPARISON)]
         scores = {path.name: read_json(path) for path in paths if path.is_file()}
     results, source_results, comparison = (scores.get(name) for name in (RESULTS, SOURCE_RESULTS, COMPARISON))
-    origin = conversion["source"]
-    if license is None:
-        license, license_name = origin.get("license"), license_name or origin.get("license_name")
-    base_model = base_model or origin.get("base_model")
     title = folder.resolve().name
-    perplexities = (
-        _score_table(results, source_results, comparison, perplexity=True),
-        _conversion_perplexity(conversion, training is not None),
-    )
-    data = _card_data(conversion, license, license_name, base_model, _model_index(title, results))
+    latest = training or conversion or {}  # one of the two is there
+    changed = _changed(folder, latest)
+    if conversion is None:
+        parts = {
+            "summary": scratch.summary(config, latest),
+            "cache": _cache_rows(scratch.cache_elements(config), latest["dtype"]),
+            "made": scratch.made(latest),
+            "limits": scratch.limits(results, changed),
+            "licence": scratch.licence(license, license_name),
+        }
+        origin, perplexity = {}, ""
+    else:
+        origin = conversion["source"]
+        if license is None:
+            license, license_name = origin.get("license"), license_name or origin.get("license_name")
+        base_model = base_model or origin.get("base_model")
+        counts = {"this model": config.cache_elements_per_token, "source": origin["cache_elements_per_token"]}
+        parts = {
+            "summary": _summary(config, conversion, base_model, training is not None),
+            "cache": _cache_rows(counts, latest["dtype"]),
+            "made": _made(conversion, folder),
+            "limits": _limits(conversion, results, training, changed),
+            "licence": _licence(license, license_name, base_model or origin["label"]),
+        }
+        perplexity = _conversion_perplexity(conversion, training is not None)
+    perplexities = (_score_table(results, source_results, comparison, perplexity=True), perplexity)
+    data = _card_data(origin, license, license_name, base_model, _model_index(title, results))
     # As `ModelCard.from_template`, which would parse the metadata again and merge tasks on one data set.
     return Template(TEMPLATE.read_text(encoding="utf-8"), keep_trailing_newline=True).render(
         card_data=data.to_yaml(),
         title=title,
-        summary=_summary(config, conversion, base_model, training is not None),
-        dtype=(training or conversion)["dtype"],
-        cache=_cache_rows(config, conversion, (training or conversion)["dtype"]),
-        cache_note=_cache_note(comparison),
+        dtype=latest["dtype"],
+        cache_note=_cache_note(comparison, "`config.json`" if conversion is None else REPORTED_SHAPES),
         perplexity="\n\n".join(filter(None, perplexities)),
         scores=_score_table(results, source_results, comparison, perplexity=False),
         score_note=_score_note(results, comparison),
         plot=comparison is not None,
-        healing=healing_section(training, folder),
+        trained="Training" if conversion is None else "Healing",
+        training=training_section(training, folder),
         repo_id=repo_id or f"{PLACEHOLDER}{title}",
-        transformers=conversion["versions"]["transformers"],
-        made=_made(conversion, folder),
-        limits=_limits(conversion, results, training, _changed(folder, training or conversion)),
-        licence=_licence(license, license_name, base_model or origin["label"]),
+        transformers=(conversion or latest)["versions"]["transformers"],
+        **parts,
     )
 
 
@@ -190,13 +210,16 @@ def _config(folder: Path) -> EGMLAConfig:
     return EGMLAConfig.from_pretrained(folder)
 
 
-def _read_conversion(folder: Path) -> dict[str, Any]:
+def _read_conversion(folder: Path) -> dict[str, Any] | None:
+    """The conversion report; `None` for a model trained from new weights."""
     config = _config(folder)
     report = folder / CONVERSION_REPORT
     if not report.is_file():
+        if scratch.is_from_scratch(folder):
+            return None
         raise FileNotFoundError(
-            f"{folder} has no {CONVERSION_REPORT}, which `egmla convert` writes, and a card states nothing that no "
-            "report says: convert the model so, or write the card of one trained from scratch by hand."
+            f"{folder} has no {CONVERSION_REPORT}, which `egmla convert` writes, and no {TRAINING_REPORT} of `egmla "
+            "train`: a card states nothing that no report says; make the model with these, or write its card by hand."
         )
     conversion = read_json(report)
     wanted = {"source", "plan", "recipe", "calibration", "command", "commit", "dtype", "versions"}
@@ -222,10 +245,9 @@ def _read_training(folder: Path) -> dict[str, Any] | None:
     return report
 
 
-def _card_data(conversion, license, license_name, base_model, model_index):
+def _card_data(origin, license, license_name, base_model, model_index):
     from huggingface_hub import ModelCardData
 
-    origin = conversion["source"]
     same_license = license == origin.get("license")
     data = ModelCardData(
         license=license,
@@ -324,12 +346,8 @@ def _summary(config: EGMLAConfig, conversion: dict, base_model: str | None, trai
     )
 
 
-def _cache_rows(config: EGMLAConfig, conversion: dict, dtype: str) -> list[dict[str, str]]:
+def _cache_rows(counts: Mapping[str, int], dtype: str) -> list[dict[str, str]]:
     size = ITEM_SIZES[dtype]
-    counts = {
-        "this model": config.cache_elements_per_token,
-        "source": conversion["source"]["cache_elements_per_token"],
-    }
     return [
         {
             "name": name,
@@ -341,8 +359,8 @@ def _cache_rows(config: EGMLAConfig, conversion: dict, dtype: str) -> list[dict[
     ]
 
 
-def _cache_note(comparison: dict | None) -> str:
-    text = f"Counted from `config.json` and `{CONVERSION_REPORT}`, all layers."
+def _cache_note(comparison: dict | None, files: str) -> str:
+    text = f"Counted from {files}, all layers."
     if comparison is None:
         return text
     source, model = comparison["models"]

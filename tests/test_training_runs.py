@@ -526,7 +526,33 @@ def test_train_scores_at_the_end_on_request(models, tmp_path):
     assert right.exit_code == 0, right.output
     scores = json.loads((tmp_path / "trained.scores.json").read_text())
     assert scores["n-samples"]["piqa"]["effective"] == 4
+    card = write_card(tmp_path / "trained", scores=tmp_path / "trained.scores.json")[-1].read_text()
+    assert f"{scores['results']['piqa']['acc,none']:.3f}" in card and "No task was measured" not in card
     check_folder(tmp_path / "trained")
+
+
+def test_the_card_of_a_model_trained_from_new_weights(models, tmp_path):
+    """It has no source: what it was made of, and what training did, come from its training report alone."""
+    report = scratch(models, tmp_path / "new", {"name": "egmla-kv16-120m", "overrides": {"hidden_size": 32}})
+    card = write_card(tmp_path / "new", license="mit")[-1].read_text()
+    section = card.partition("\n## Training\n")[2].partition("\n## ")[0]
+    assert f"| new weights | 0 | {report['perplexity']['0 tokens']:.3f} |" in section
+    assert f"| this model | {report['tokens']:,} | {report['perplexity']['trained']:.3f} |" in section
+    assert "egmla train egmla-kv16-120m TARGET" in section and report["data"][0]["sha256"] in section
+    config = EGMLAConfig.from_pretrained(tmp_path / "new")
+    full = 2 * config.num_attention_heads * config.v_head_dim * config.num_hidden_layers
+    assert f"| this model | {config.cache_elements_per_token:,} |" in card
+    assert f"not measured | {full:,} |" in card and f"its {config.num_attention_heads} heads would be {full:,}" in card
+    assert "- configuration: `egmla-kv16-120m`, with hidden_size=32\n- tokenizer: `source`" in card
+    assert "No task was measured." in card and "Of the weights: mit." in card
+    assert not {"converted", "healed", "teacher"} & set(card.lower().split())
+    found = check_folder(tmp_path / "new")
+    assert not [warning for warning in found.warnings if "card" in warning]
+    # Trained further, it still comes from new weights.
+    heal(models, tmp_path / "more", model=str(tmp_path / "new"), teacher=None, kl_weight=0.0, ce_weight=1.0)
+    card = write_card(tmp_path / "more")[-1].read_text()
+    assert f"trained from new weights on {2 * report['tokens']:,} tokens" in card
+    assert "None was stated for these weights" in card and card.count("```bash\negmla ") == 2
 
 
 def test_train_is_repeatable(models, tmp_path):

@@ -7,13 +7,13 @@ import typer
 
 
 def card(
-    folder: Annotated[Path, typer.Argument(help="Folder of a converted checkpoint.")],
+    folder: Annotated[Path, typer.Argument(help="Folder of a converted or trained checkpoint.")],
     scores: Annotated[
         Path | None,
         typer.Option(metavar="PATH", help="lm-eval's JSON, or the folder of `egmla compare`; taken along, cleaned."),
     ] = None,
     repo_id: Annotated[str | None, typer.Option(metavar="NAME", help="Its name on the Hub, for the examples.")] = None,
-    license: Annotated[str | None, typer.Option(help="Licence, where the source states none.")] = None,
+    license: Annotated[str | None, typer.Option(help="Licence, where no source states one.")] = None,
     license_name: Annotated[str | None, typer.Option(metavar="NAME", help="Its name, where it is `other`.")] = None,
     base_model: Annotated[str | None, typer.Option(metavar="ID", help="The source's hub id, where unknown.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a card written by hand.")] = False,

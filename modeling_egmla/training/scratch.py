@@ -104,7 +104,7 @@ def train_from_scratch(
         report={
             "kind": "train",
             "command": command_line(["train", label, "TARGET"], settings, options, leave_out=FIXED),
-            "origin": {"config": label, "overrides": overrides or {}, **options},
+            "origin": {**options, "config": label, "overrides": overrides or {}},
             "earlier": [],
         },
     )

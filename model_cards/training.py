@@ -1,4 +1,4 @@
-"""What a card says of training after the conversion, from `training_report.json`."""
+"""What a card says of training, after a conversion or from new weights, from `training_report.json`."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,8 +17,8 @@ def check_training(report: Mapping[str, Any], path: Path) -> None:
         raise ValueError(f"{path} lacks {', '.join(missing)}: it was written by another version; train again.")
 
 
-def healing_section(report: Mapping[str, Any] | None, folder: Path) -> str:
-    """Markdown: perplexity after 0 tokens beside that after healing, commands, data; empty where nothing was trained.
+def training_section(report: Mapping[str, Any] | None, folder: Path) -> str:
+    """Markdown: perplexity after 0 tokens beside that after training, commands, data; empty where nothing was trained.
 
     Args:
         report (`Mapping`, *optional*): the training report.
@@ -35,7 +35,7 @@ def healing_section(report: Mapping[str, Any] | None, folder: Path) -> str:
     if perplexity["teacher"] is not None:
         lines.append(f"| teacher | | {perplexity['teacher']:.3f} |")
     before = sum(stage["tokens"] for stage in stages[:-1])
-    start = "converted" if before == 0 else "before the last stage"
+    start = "before the last stage" if before else "new weights" if report.get("kind") == "train" else "converted"
     lines.append(f"| {start} | {before:,} | {perplexity['0 tokens']:.3f} |")
     lines.append(f"| this model | {before + report['tokens']:,} | {perplexity['trained']:.3f} |")
     lines.append("")
@@ -67,9 +67,8 @@ def _stage(report: Mapping[str, Any]) -> list[str]:
     settings = report["settings"]
     loss = [f"{settings['kl_weight']:g} x KL divergence to the teacher"] if settings["kl_weight"] else []
     loss += [f"{settings['ce_weight']:g} x cross entropy"] if settings["ce_weight"] else []
-    what = f"stage `{settings['stage']}`" + (
-        f", LoRA of rank {settings['lora_rank']}, merged" if settings["lora_rank"] else ""
-    )
+    what = "new weights" if report.get("kind") == "train" else f"stage `{settings['stage']}`"
+    what += f", LoRA of rank {settings['lora_rank']}, merged" if settings["lora_rank"] else ""
     data = ", ".join(
         f"`{source['name']}` (SHA-256 `{source['sha256']}`, {source['tokens']:,} tokens)" for source in report["data"]
     )
