@@ -30,6 +30,7 @@ TEMPLATE = Path(__file__).with_name("template.md")
 MARK = "<!-- Made by `egmla card`"
 PLACEHOLDER = "your-name/"
 REPORTED_SHAPES = f"`config.json` and `{CONVERSION_REPORT}`"
+THIS = "this model"
 ITEM_SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 LONG_CONTEXT = 32_768
 # Below these a figure is an error of prediction, not a share of right answers.
@@ -86,7 +87,10 @@ def write_card(
     if content is not None and conversion is None:
         content = {RESULTS: content[RESULTS]}  # what it was compared with is not its source
     stated = {"license": license, "license_name": license_name, "base_model": base_model, "repo_id": repo_id}
-    known: dict[str, Any] = _stated_before(earlier) | {key: value for key, value in stated.items() if value}
+    before = _stated_before(earlier)
+    if license is not None:
+        before.pop("license_name", None)  # it was another licence's
+    known: dict[str, Any] = before | {key: value for key, value in stated.items() if value}
     text = render_card(folder, scores=content, **known)
     if problems := card_problems(text):
         raise ValueError(f"The card of {folder} would be refused: {' '.join(problems)}")
@@ -142,7 +146,7 @@ def render_card(
     if conversion is None:
         parts = {
             "summary": scratch.summary(config, latest),
-            "cache": _cache_rows(scratch.cache_elements(config), latest["dtype"]),
+            "cache": _cache_rows(config, scratch.cache_elements(config), latest["dtype"]),
             "made": scratch.made(latest),
             "limits": scratch.limits(results, changed),
             "licence": scratch.licence(license, license_name),
@@ -153,10 +157,10 @@ def render_card(
         if license is None:
             license, license_name = origin.get("license"), license_name or origin.get("license_name")
         base_model = base_model or origin.get("base_model")
-        counts = {"this model": config.cache_elements_per_token, "source": origin["cache_elements_per_token"]}
+        counts = {THIS: config.cache_elements_per_token, "source": origin["cache_elements_per_token"]}
         parts = {
             "summary": _summary(config, conversion, base_model, training is not None),
-            "cache": _cache_rows(counts, latest["dtype"]),
+            "cache": _cache_rows(config, counts, latest["dtype"]),
             "made": _made(conversion, folder),
             "limits": _limits(conversion, results, training, changed),
             "licence": _licence(license, license_name, base_model or origin["label"]),
@@ -346,16 +350,18 @@ def _summary(config: EGMLAConfig, conversion: dict, base_model: str | None, trai
     )
 
 
-def _cache_rows(counts: Mapping[str, int], dtype: str) -> list[dict[str, str]]:
-    size = ITEM_SIZES[dtype]
+def _cache_rows(config: EGMLAConfig, counts: Mapping[str, int], dtype: str) -> list[dict[str, str]]:
+    """Rows of the cache's table from elements per token, those of this model with its token ids, where it has them."""
+    sizes = {name: count * ITEM_SIZES[dtype] for name, count in counts.items()}
+    sizes[THIS] += config.cache_id_bytes_per_token
     return [
         {
             "name": name,
-            "elements": f"{count:,}",
-            "bytes": f"{count * size:,}",
-            "long": f"{count * size * LONG_CONTEXT / 2**20:,.1f} MiB",
+            "elements": f"{counts[name]:,}",
+            "bytes": f"{size:,}",
+            "long": f"{size * LONG_CONTEXT / 2**20:,.1f} MiB",
         }
-        for name, count in counts.items()
+        for name, size in sizes.items()
     ]
 
 

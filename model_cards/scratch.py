@@ -21,20 +21,24 @@ def is_from_scratch(folder: Path) -> bool:
 def summary(config: EGMLAConfig, report: Mapping[str, Any]) -> str:
     """The first paragraph: what the model is, how much it was trained, what it caches."""
     tokens = sum(stage["tokens"] for stage in (*report.get("earlier", ()), report))
+    kind = {
+        "latent": "An EG-MLA model (embedding-gated multi-head latent attention)",
+        "expanded": "An EG-MLA model whose gates act on expanded keys and values",
+        None: "A model with multi-head latent attention, without EG-MLA's gate",
+    }[config.kv_gate]
+    read = "every step expands them" if config.kv_gate == "expanded" else "decoding reads them as they are"
     return (
-        f"An EG-MLA model (embedding-gated multi-head latent attention), trained from new weights on {tokens:,} "
-        "tokens: each layer caches one latent and one rotary key per token for all heads, and decoding reads them as "
-        f"they are. The cache holds {config.cache_elements_per_token:,} elements per token, where keys and values of "
-        f"its {config.num_attention_heads} heads would be {mha_elements_per_token(config):,}."
+        f"{kind}, trained from new weights on {tokens:,} tokens: each layer caches one latent and one rotary key per "
+        f"token for all heads, and {read}. The cache holds {config.cache_elements_per_token:,} elements per token, "
+        f"where multi-head attention of {config.num_attention_heads} heads {config.v_head_dim} wide would hold "
+        f"{mha_elements_per_token(config):,}."
     )
 
 
 def cache_elements(config: EGMLAConfig) -> dict[str, int]:
     """Cache elements per token by row of the table."""
-    return {
-        "this model": config.cache_elements_per_token,
-        "keys and values of all heads (MHA), not measured": mha_elements_per_token(config),
-    }
+    attention = f"multi-head attention, {config.num_attention_heads} heads {config.v_head_dim} wide (counted)"
+    return {"this model": config.cache_elements_per_token, attention: mha_elements_per_token(config)}
 
 
 def made(report: Mapping[str, Any]) -> str:

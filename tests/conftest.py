@@ -121,3 +121,28 @@ def llama_folder(tmp_path_factory) -> Path:
     model.save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory) -> Path:
+    """A folder with a small source, its conversion `half` with dropout, and texts (`runs.py`)."""
+    from runs import make_models
+
+    return make_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="session")
+def one_task_index():
+    """Reads lm-eval's ten thousand task files, a quarter of a minute, once instead of for each manager."""
+    index = pytest.importorskip("lm_eval.tasks._index").TaskIndex
+    build, made = index.build, {}
+
+    def cached(paths, **options):
+        key = tuple(map(str, paths))
+        if key not in made:
+            made[key] = build(paths, **options)
+        return dict(made[key])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(index, "build", staticmethod(cached))
+        yield

@@ -25,12 +25,12 @@ pytest.importorskip("lm_eval")
 import datasets
 import lm_eval
 from lm_eval.tasks import TaskManager
-from lm_eval.tasks._index import TaskIndex
 
 from egmla.evaluation import lm_eval as registered
 from egmla.evaluation.local_tasks import GROUPS, EGMLATaskManager, find_file, read_rows
 
 
+pytestmark = pytest.mark.usefixtures("one_task_index")
 DATA = Path(__file__).parent / "fixtures" / "lm_eval"
 # Whole data files in place of the fixtures' few rows, for the comparison of requests.
 WHOLE = Path(os.environ.get("EGMLA_LM_EVAL_DATA", DATA))
@@ -80,22 +80,6 @@ ROUTE_TASKS = {
         "  - metric: exact_match\n    aggregation: mean\n    higher_is_better: true\n",
     ),
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_index():
-    """Reads lm-eval's ten thousand task files once instead of for each manager."""
-    build, made = TaskIndex.build, {}
-
-    def cached(paths, **options):
-        key = tuple(map(str, paths))
-        if key not in made:
-            made[key] = build(paths, **options)
-        return dict(made[key])
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TaskIndex, "build", staticmethod(cached))
-        yield
 
 
 def make_tokenizer(**special: str) -> PreTrainedTokenizerFast:

@@ -1,8 +1,9 @@
-"""Whole runs of `egmla heal` and `egmla train`: what they leave and refuse, kills, full disks, two processes."""
+"""Whole runs of `egmla heal`: what they leave and refuse, kills, full disks, two processes."""
 
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,77 +13,22 @@ from types import SimpleNamespace
 import pytest
 import torch
 from cases import difference
+from runs import SMALL, heal, same_weights, weights
+from safetensors.torch import load_file, save_file
 from test_commands import SHAPE, run
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from egmla import EGMLAConfig, EGMLAForCausalLM
-from egmla.conversion import Refinement, convert_checkpoint
-from egmla.evaluation import sample_text
 from egmla.evaluation.perplexity import perplexity, recovered_share
 from egmla.model_cards import write_card
 from egmla.publishing.checks import check_folder
-from egmla.training import DivergedError, TrainingSettings, heal_checkpoint, scratch_settings, train_from_scratch
+from egmla.training import DivergedError
 from egmla.training.data import TextSource, packed_sequences
-from egmla.training.scratch import train_tokenizer
 from egmla.training.trainer import DistillationTrainer
 from egmla.training.workspace import Place, check_space
 
 
 pytest.importorskip("matplotlib")
-VOCABULARY = 320
-# 12 steps of 4 sequences of 32 tokens, a checkpoint every four
-SMALL = {
-    "tokens": 1500,
-    "sequence_length": 32,
-    "batch_size": 4,
-    "learning_rate": 2e-3,
-    "save_every": 4,
-    "eval_every": 6,
-    "eval_tokens": 256,
-}
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory) -> Path:
-    """A folder with a small Llama, its conversions to half the cache, and two texts."""
-    root = tmp_path_factory.mktemp("models")
-    torch.manual_seed(0)
-    (root / "text.txt").write_text(sample_text("calibration")[:80_000])
-    (root / "other.txt").write_text(sample_text("evaluation")[:30_000])
-    shape = {**SHAPE, "vocab_size": VOCABULARY, "initializer_range": 0.3, "max_position_embeddings": 128}
-    LlamaForCausalLM(LlamaConfig(**shape, num_key_value_heads=2, head_dim=8)).save_pretrained(root / "source")
-    train_tokenizer(TrainingSettings([str(root / "text.txt")], 1), VOCABULARY).save_pretrained(root / "source")
-    convert_checkpoint(
-        root / "source",
-        root / "half",
-        kv_lora_rank=12,
-        qk_rope_head_dim=4,
-        calibration=root / "text.txt",
-        calibration_tokens=4096,
-        refinement=Refinement(steps=0),
-    )
-    # Dropout draws random numbers, so that a resumed run shows whether their state came back.
-    config = json.loads((root / "half" / "config.json").read_text())
-    (root / "half" / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.1}))
-    return root
-
-
-def settings(models: Path, **changes) -> TrainingSettings:
-    return TrainingSettings(**{"data": [str(models / "text.txt")], **SMALL, **changes})
-
-
-def heal(models: Path, target: Path, *, teacher="source", model="half", places=None, **changes) -> dict:
-    teacher = None if teacher is None else models / teacher
-    return heal_checkpoint(models / model, target, settings(models, **changes), teacher=teacher, **(places or {}))
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return EGMLAForCausalLM.from_pretrained(folder).state_dict()
-
-
-def same_weights(left: Path, right: Path) -> bool:
-    one, two = weights(left), weights(right)
-    return one.keys() == two.keys() and all(torch.equal(tensor, two[name]) for name, tensor in one.items())
 
 
 # healing
@@ -193,6 +139,20 @@ def test_the_card_of_a_healed_model_has_the_figures_of_its_report(models, tmp_pa
         write_card(tmp_path / "first")
 
 
+def test_a_model_of_the_hub_keeps_its_reports(models, tmp_path, monkeypatch):
+    """As `Path` cannot find them there: what was converted and healed before goes along."""
+    heal(models, tmp_path / "first")
+    repository, revision = tmp_path / "hub" / "models--me--first", 10 * "0123"
+    shutil.copytree(tmp_path / "first", repository / "snapshots" / revision)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(revision)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    report = heal(models, tmp_path / "second", model="me/first")
+    assert len(report["earlier"]) == 1 and report["origin"]["revision"] == revision
+    assert (tmp_path / "second" / "conversion_report.json").is_file()
+    assert "before the last stage" in write_card(tmp_path / "second")[-1].read_text()
+
+
 # interruptions
 
 KILLED = """
@@ -202,7 +162,7 @@ torch.set_num_threads(1)
 sys.path.insert(0, {tests!r})
 from pathlib import Path
 from egmla.training.trainer import ProgressReport
-from test_training_runs import heal
+from runs import heal
 
 def kill(self, args, state, control, **kwargs):
     if state.global_step == {step}:
@@ -253,6 +213,34 @@ def test_resume_wants_the_same_run(models, tmp_path, monkeypatch):
     assert report["resumed_at_step"] == 12
     assert len(report["losses"]) == 12
     assert not work.exists()
+
+
+@pytest.mark.parametrize("lora_rank", [None, 2])
+def test_resume_wants_the_same_model(models, tmp_path, monkeypatch, lora_rank):
+    """One of another rank, or another one of the same shapes, converted again under the same name."""
+    half = shutil.copytree(models / "half", tmp_path / "half")
+    monkeypatch.setattr("egmla.training.run._write_target", fail_with(KeyboardInterrupt()))
+
+    def start(**places):
+        heal(models, tmp_path / "healed", model=str(half), places=places, lora_rank=lora_rank)
+
+    with pytest.raises(KeyboardInterrupt):
+        start()
+    config = EGMLAConfig.from_pretrained(half)
+    saved = json.loads((half / "config.json").read_text())
+    (half / "config.json").write_text(json.dumps({**saved, "kv_lora_rank": config.kv_lora_rank - 4}))
+    expected = f"kv_lora_rank was {config.kv_lora_rank} and is {config.kv_lora_rank - 4}"
+    with pytest.raises(ValueError, match=rf"other settings \(configuration.kv_lora_rank; configuration.{expected}\)"):
+        start(resume=True)
+    (half / "config.json").write_text(json.dumps(saved))
+    tensors = load_file(half / "model.safetensors")
+    tensors["model.layers.0.self_attn.o_proj.weight"] += 0.01
+    save_file(tensors, half / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"other settings \(weights_sha256; weights_sha256 was '"):
+        start(resume=True)
+    shutil.copyfile(models / "half" / "model.safetensors", half / "model.safetensors")
+    with pytest.raises(KeyboardInterrupt):  # all steps are done, and writing is what fails
+        start(resume=True)
 
 
 def test_what_can_no_longer_be_changed_is_not_advised_on_resuming(models, tmp_path, monkeypatch):
@@ -463,126 +451,6 @@ def test_heal_refuses_a_disk_without_room(models, tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 2**20})())
     with pytest.raises(OSError, match=r"needs about .* GiB left; free space"):
         heal(models, tmp_path / "healed", tokens=2_000_000)
-
-
-# training from scratch
-
-TINY = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "kv_lora_rank": 12,
-    "qk_nope_head_dim": 8,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 8,
-    "kv_gate_embedding_dim": 6,
-}
-
-
-def test_train_from_a_preset(models, tmp_path):
-    """The command, with a tokenizer made on the way; the result answers and its report says how it came about."""
-    fields = [word for key, value in TINY.items() for word in ("--config", f"{key}={value}")]
-    target = tmp_path / "trained"
-    numbers = ("--tokens", "40K", "--sequence-length", 32, "--batch-size", 8, "--learning-rate", 0.005)
-    options = ("--new-tokenizer", 300, "--data", models / "text.txt", *numbers, "--set", "max_grad_norm=0.5")
-    result = run("train", "egmla-kv64-120m", target, *fields, *options)
-    assert result.exit_code == 0, result.output
-    assert "after 40,192 tokens" in result.stdout
-    assert "operations, about" in result.stderr
-    report = json.loads((target / "training_report.json").read_text())
-    assert report["kind"] == "train"
-    assert report["perplexity"]["0 tokens"] > 1.5 * report["perplexity"]["trained"]
-    assert "--new-tokenizer 300" in report["command"]
-    assert "--config kv_lora_rank=12" in report["command"]
-    assert "--set max_grad_norm=0.5" in report["command"]
-    assert "kl" not in report["command"]
-    config = EGMLAConfig.from_pretrained(target)
-    assert (config.vocab_size, config.eos_token_id, config.kv_gate_embedding_dim) == (300, 0, 6)
-    tokenizer = AutoTokenizer.from_pretrained(target)
-    text = (models / "text.txt").read_text()[:500]
-    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
-    assert run("generate", target, "--prompt", "Alice", "--max-new-tokens", 3).exit_code == 0
-    check_folder(target)
-
-
-def scratch(models, target, places=None, **changes):
-    values = {"data": [str(models / "text.txt")], **SMALL, **changes}
-    config = EGMLAConfig(**TINY, vocab_size=VOCABULARY, attention_dropout=0.1)
-    options = {"tokenizer": str(models / "source"), **(places or {})}
-    return train_from_scratch(config, target, scratch_settings(**values), **options)
-
-
-def test_train_scores_at_the_end_on_request(models, tmp_path):
-    """By lm-eval; what is wrong with its tasks shows before training."""
-    pytest.importorskip("lm_eval")
-    data = Path(__file__).parent / "fixtures" / "lm_eval"
-    fields = [word for key, value in TINY.items() for word in ("--config", f"{key}={value}")]
-    numbers = ("--tokens", 1500, "--sequence-length", 32, "--batch-size", 4, "--new-tokenizer", 300)
-    common = (*fields, "--data", models / "text.txt", *numbers, "--data-dir", data)
-    wrong = run("train", "egmla-kv64-120m", tmp_path / "trained", *common, "--tasks", "pika")
-    assert wrong.exit_code == 1 and "piqa" in wrong.stderr and not list(tmp_path.iterdir())
-    right = run("train", "egmla-kv64-120m", tmp_path / "trained", *common, "--tasks", "piqa", "--limit", 4)
-    assert right.exit_code == 0, right.output
-    scores = json.loads((tmp_path / "trained.scores.json").read_text())
-    assert scores["n-samples"]["piqa"]["effective"] == 4
-    card = write_card(tmp_path / "trained", scores=tmp_path / "trained.scores.json")[-1].read_text()
-    assert f"{scores['results']['piqa']['acc,none']:.3f}" in card and "No task was measured" not in card
-    check_folder(tmp_path / "trained")
-
-
-def test_the_card_of_a_model_trained_from_new_weights(models, tmp_path):
-    """It has no source: what it was made of, and what training did, come from its training report alone."""
-    report = scratch(models, tmp_path / "new", {"name": "egmla-kv16-120m", "overrides": {"hidden_size": 32}})
-    card = write_card(tmp_path / "new", license="mit")[-1].read_text()
-    section = card.partition("\n## Training\n")[2].partition("\n## ")[0]
-    assert f"| new weights | 0 | {report['perplexity']['0 tokens']:.3f} |" in section
-    assert f"| this model | {report['tokens']:,} | {report['perplexity']['trained']:.3f} |" in section
-    assert "egmla train egmla-kv16-120m TARGET" in section and report["data"][0]["sha256"] in section
-    config = EGMLAConfig.from_pretrained(tmp_path / "new")
-    full = 2 * config.num_attention_heads * config.v_head_dim * config.num_hidden_layers
-    assert f"| this model | {config.cache_elements_per_token:,} |" in card
-    assert f"not measured | {full:,} |" in card and f"its {config.num_attention_heads} heads would be {full:,}" in card
-    assert "- configuration: `egmla-kv16-120m`, with hidden_size=32\n- tokenizer: `source`" in card
-    assert "No task was measured." in card and "Of the weights: mit." in card
-    assert not {"converted", "healed", "teacher"} & set(card.lower().split())
-    found = check_folder(tmp_path / "new")
-    assert not [warning for warning in found.warnings if "card" in warning]
-    # Trained further, it still comes from new weights.
-    heal(models, tmp_path / "more", model=str(tmp_path / "new"), teacher=None, kl_weight=0.0, ce_weight=1.0)
-    card = write_card(tmp_path / "more")[-1].read_text()
-    assert f"trained from new weights on {2 * report['tokens']:,} tokens" in card
-    assert "None was stated for these weights" in card and card.count("```bash\negmla ") == 2
-
-
-def test_train_is_repeatable(models, tmp_path):
-    one, two, other = (
-        scratch(models, tmp_path / name, seed=seed) for name, seed in (("one", 0), ("two", 0), ("other", 1))
-    )
-    assert one["losses"] == two["losses"]
-    assert same_weights(tmp_path / "one", tmp_path / "two")
-    assert one["losses"] != other["losses"]
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ((), "Training needs a tokenizer"),
-        (("--new-tokenizer", "100"), "must be at least 257"),
-        (("--new-tokenizer", "9000"), "tokens only, and 9000 were asked for"),
-        (("--tokenizer", "SOURCE", "--config", "vocab_size=50"), f"--config vocab_size={VOCABULARY}"),
-        (("--tokenizer", "SOURCE", "--config", "hiden_size=50"), "there is hidden_size"),
-        (("--tokenizer", "SOURCE", "--config", "hidden_size"), "written key=value"),
-        (("--tokenizer", "SOURCE", "--config", "kv_lora_rank=0"), "must be a positive number"),
-    ],
-)
-def test_train_refuses(models, tmp_path, options, message):
-    options = [models / "source" if option == "SOURCE" else option for option in options]
-    common = ("--data", models / "text.txt", "--tokens", 1500, "--sequence-length", 32)
-    result = run("train", "egmla-kv16-120m", tmp_path / "trained", *common, *options)
-    assert result.exit_code == 1
-    assert message in result.stderr
-    assert not list(tmp_path.iterdir())
 
 
 # processes

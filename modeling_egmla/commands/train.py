@@ -56,6 +56,7 @@ def train(
 ) -> None:
     """Train a model from new weights."""
     import functools
+    import os
 
     from egmla.training import scratch_settings, train_from_scratch
     from egmla.training.arguments import parse_count, parse_training_arguments
@@ -89,6 +90,11 @@ def train(
         arguments=parse_training_arguments(settings or ()),
     )
     if tasks is not None:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ValueError(
+                f"--tasks with {os.environ['WORLD_SIZE']} processes: scores are taken by one. Leave --tasks out, and "
+                f"score the trained model afterwards: egmla eval {target} --tasks {tasks}."
+            )
         check_tasks(tasks, data_dir)
     shape, overrides = changed_config(find_config(preset), config or ())
     options.run_shown(

@@ -5,12 +5,13 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoTokenizer
+from transformers.utils.hub import cached_file, extract_commit_hash
 
 from egmla import EGMLAConfig, EGMLAForCausalLM
-from egmla.provenance import CONVERSION_REPORT, public_name
+from egmla.provenance import CONVERSION_REPORT, TRAINING_REPORT, public_name, read_json, weights_sha256
 
 from .arguments import TrainingSettings
-from .report import command_line, read_report
+from .report import command_line
 from .run import Job, run_job
 from .trainer import check_vocabulary
 from .workspace import Place
@@ -61,10 +62,17 @@ def heal_checkpoint(
     opened = None if settings.kl_weight == 0 else _open_teacher(teacher, config, tokenizer)
     if teacher is not None and opened is None and (say := callbacks.get("say")) is not None:
         say("The teacher is not used: kl_weight=0 leaves cross entropy alone.")
-    folder = Path(converted)
-    earlier = read_report(folder) if folder.is_dir() else None
+    reports = {name: _file_of(converted, name) for name in (TRAINING_REPORT, CONVERSION_REPORT)}
+    training = reports[TRAINING_REPORT]
+    earlier = None if training is None else read_json(training)
     names = {"model": public_name(str(converted)), "teacher": opened and public_name(str(teacher))}
     options = {"teacher": names["teacher"]}
+    # A resumed run must have begun with the same weights: adapters would be merged into others without an error.
+    weights = {
+        "weights_sha256": weights_sha256(Path(converted)),  # of a folder; the Hub has revisions
+        "revision": extract_commit_hash(str(_file_of(converted, "config.json")), None),
+        "teacher_type": opened and opened.config.model_type,
+    }
     job = Job(
         "heal",
         config,
@@ -74,13 +82,13 @@ def heal_checkpoint(
         report={
             "kind": "heal",
             "command": command_line(["heal", str(names["model"]), "TARGET"], settings, options),
-            "origin": names,
+            "origin": {**names, **weights},
             # A model may be healed in stages, each a run of its own.
             "earlier": [] if earlier is None else [*earlier.pop("earlier", []), earlier],
         },
         teacher_config=opened and opened.config,
         load_teacher=None if opened is None else lambda: _load_teacher(str(teacher)),
-        companions=[file for file in (folder / CONVERSION_REPORT,) if file.is_file()],
+        companions=[file for file in (reports[CONVERSION_REPORT],) if file is not None],
     )
     return run_job(job, place, settings, dry_run=dry_run, **callbacks)
 
@@ -106,6 +114,18 @@ def load_config(model: str | Path) -> EGMLAConfig:
             f"convert {public_name(str(model))} TARGET --cache 0.5 --calibration FILE."
         )
     return config
+
+
+def _file_of(model: str | Path, name: str) -> Path | None:
+    """A file of a checkpoint, in its folder or from the Hub; `None` when it has none."""
+    found = cached_file(
+        str(model),
+        name,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return None if found is None else Path(found)
 
 
 def load_tokenizer(model: str | Path) -> Any:

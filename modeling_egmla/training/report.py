@@ -7,7 +7,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
-from egmla.provenance import TRAINING_REPORT, public_name, read_json, software_versions, source_commit
+from egmla.provenance import TRAINING_REPORT, public_name, software_versions, source_commit
 
 from .arguments import TrainingSettings
 
@@ -98,14 +98,6 @@ def write_report(folder: Path, report: Mapping[str, Any]) -> None:
     """Writes a training report into a checkpoint folder."""
     text = json.dumps(report, indent=2, ensure_ascii=False, default=str) + "\n"
     (folder / TRAINING_REPORT).write_text(text, encoding="utf-8")
-
-
-def read_report(folder: Path) -> dict[str, Any] | None:
-    """The training report of a checkpoint folder, or `None` where it was not trained."""
-    path = folder / TRAINING_REPORT
-    if not path.is_file():
-        return None
-    return read_json(path)
 
 
 def plot_training(report: Mapping[str, Any], path: Path) -> None:

@@ -166,7 +166,7 @@ def run_job(
             "will do (accelerate launch --multi_gpu)."
         )
     planned = plan(job, settings)
-    origin = {"kind": job.kind, "model": job.config.to_diff_dict(), **job.report.get("origin", {})}
+    origin = {"kind": job.kind, "configuration": job.config.to_diff_dict(), **job.report.get("origin", {})}
     identity = run_identity(origin, settings, sources, eval_sources)
     if last is not None:
         check_same_run(place.work, identity)

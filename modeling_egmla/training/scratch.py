@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,12 @@ def train_from_scratch(
         config.bos_token_id, config.eos_token_id = loaded.bos_token_id, loaded.eos_token_id
         config.pad_token_id = loaded.pad_token_id
     else:
+        size = (overrides or {}).get("vocab_size", new_tokenizer)
+        if size != new_tokenizer:
+            raise ValueError(
+                f"new_tokenizer={new_tokenizer} with vocab_size={size}: the new tokenizer's size is the vocabulary's; "
+                "leave vocab_size out, or give both the same number."
+            )
         config.vocab_size = checked_size(new_tokenizer)
         config.bos_token_id, config.eos_token_id, config.pad_token_id = None, 0, 0
     config.validate_architecture()
@@ -148,7 +155,7 @@ def train_tokenizer(settings: TrainingSettings, size: int) -> PreTrainedTokenize
     """A byte-level BPE with one special token, which ends documents, trained on the beginning of the data.
 
     Args:
-        settings (`TrainingSettings`): whose data is read; evaluation text is not.
+        settings (`TrainingSettings`): whose data is read, a held-out share of it included; `eval_data` is not.
         size (`int`): tokens, the special one and 256 bytes included.
 
     Raises:
@@ -160,12 +167,11 @@ def train_tokenizer(settings: TrainingSettings, size: int) -> PreTrainedTokenize
 
     def texts():
         for name in settings.data:
-            left = TOKENIZER_CHARACTERS // len(settings.data)
-            for document in TextSource(name, settings.text_field).documents():
-                for piece in document:
-                    yield piece
-                    left -= len(piece)
-                if left < 0:
+            share, read = TOKENIZER_CHARACTERS // len(settings.data), 0
+            for piece in itertools.chain.from_iterable(TextSource(name, settings.text_field).documents()):
+                yield piece
+                read += len(piece)
+                if read >= share:  # a file may be one document
                     break
 
     tokenizer = Tokenizer(models.BPE())

@@ -96,7 +96,8 @@ def run_identity(
 
 def check_same_run(work: Path, identity: Mapping[str, Any]) -> None:
     """Raises `ValueError` when the run in a folder was started with other settings, data or models."""
-    before = json.loads((work / RUN_NAME).read_text(encoding="utf-8"))["identity"]
+    before = _flat(json.loads((work / RUN_NAME).read_text(encoding="utf-8"))["identity"])
+    identity = _flat(identity)
     different = sorted(name for name in {*before, *identity} if before.get(name) != identity.get(name))
     if different:
         name = different[0]
@@ -105,6 +106,13 @@ def check_same_run(work: Path, identity: Mapping[str, Any]) -> None:
             f"{identity.get(name)!r}), so its run cannot be resumed with these. Give the same ones, or start anew in "
             "another folder."
         )
+
+
+def _flat(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """An identity with the fields of the configuration as entries of their own, so that an error names the field."""
+    fields = identity.get("configuration", {})
+    rest = {name: value for name, value in identity.items() if name != "configuration"}
+    return {**rest, **{f"configuration.{name}": value for name, value in fields.items()}}
 
 
 def check_space(place: Place, planned: Mapping[str, Any], adapters: bool = False) -> None:

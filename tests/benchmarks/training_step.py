@@ -2,10 +2,12 @@
 
     python tests/benchmarks/training_step.py
     python tests/benchmarks/training_step.py --config '{"num_hidden_layers": 4}' --tokens 512 --batch 2 --rounds 6
+    python tests/benchmarks/training_step.py --reproduction --tokens 256 --batch 8      # variants of reproduction.py
 
-A step is forward, backward and AdamW on random tokens. Contestants take turns in one process; medians, and ratios over
-pairs of one round. Peak memory is that of a process of its own beyond the start, gate tables apart: they are frozen
-there and their weights subtracted. The last line of the output is one JSON object.
+A step is forward, backward and AdamW (fused, as Trainer has it) on random tokens. Contestants take turns in one
+process; medians, and ratios over pairs of one round, to the first contestant. Peak memory is that of a process of its
+own beyond the start, gate tables apart: they are frozen there and their weights subtracted. The last line of the
+output is one JSON object.
 """
 
 import argparse
@@ -17,6 +19,7 @@ import sys
 import time
 from typing import Any
 
+import reproduction
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -33,16 +36,22 @@ CONTESTANTS: dict[str, dict[str, Any]] = {
 }
 
 
+def make_config(name: str, options: argparse.Namespace) -> Any:
+    """Configuration of a contestant."""
+    if options.reproduction:
+        return reproduction.make_config(name)
+    config = EGMLAConfig(**{**options.config, **CONTESTANTS[name]})
+    return deepseek_config(config) if name == "deepseek" else config
+
+
 def make_step(name: str, options: argparse.Namespace, train_tables: bool = True) -> tuple[Any, Any]:
     """The model of a contestant, and a function that does one step and gives its seconds."""
-    config: Any = EGMLAConfig(**{**options.config, **CONTESTANTS[name]})
-    if name == "deepseek":
-        config = deepseek_config(config)
+    config = make_config(name, options)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).train()
     for name_, parameter in model.named_parameters():
         parameter.requires_grad_(train_tables or "kv_gate_embedding" not in name_)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
     ids = torch.randint(config.vocab_size, (options.batch, options.tokens))
 
     def step() -> float:
@@ -75,17 +84,20 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--reproduction", action="store_true", help="the toy models of reproduction.py instead")
     parser.add_argument("--memory", metavar="NAME", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.memory:
         measure_memory(options.memory, options)
         return
 
+    names = list(reproduction.VARIANTS if options.reproduction else CONTESTANTS)
+    base = names[0]
     peaks = {}
-    for name in CONTESTANTS:
+    for name in names:
         again = [sys.executable, __file__, *sys.argv[1:], "--memory", name]
         peaks[name] = int(subprocess.run(again, check=True, capture_output=True, text=True).stdout.split()[-1])
-    steps = {name: make_step(name, options)[1] for name in CONTESTANTS}
+    steps = {name: make_step(name, options)[1] for name in names}
     for step in steps.values():
         step()
     times: dict[str, list[float]] = {name: [] for name in steps}
@@ -93,18 +105,18 @@ def main() -> None:
         for name, step in steps.items():
             times[name].append(step())
     result = {}
-    for name in CONTESTANTS:
-        pairs = zip(times[name], times["mla"], strict=True)
+    for name in names:
+        pairs = zip(times[name], times[base], strict=True)
         result[name] = {
             "ms_median": 1000 * statistics.median(times[name]),
-            "time_over_mla": statistics.median(ours / theirs for ours, theirs in pairs),
+            "time_over_first": statistics.median(ours / theirs for ours, theirs in pairs),
             "peak_bytes": peaks[name],
-            "memory_over_mla": peaks[name] / peaks["mla"],
+            "memory_over_first": peaks[name] / peaks[base],
         }
         row = result[name]
         print(
-            f"{name:12} {row['ms_median']:8.1f} ms ({row['time_over_mla']:.3f} of MLA's), peak "
-            f"{peaks[name] / 2**20:,.0f} MiB ({row['memory_over_mla']:.3f})"
+            f"{name:26} {row['ms_median']:8.1f} ms ({row['time_over_first']:.3f} of {base}), peak "
+            f"{peaks[name] / 2**20:,.0f} MiB ({row['memory_over_first']:.3f})"
         )
     print(json.dumps({"tokens": options.tokens, "batch": options.batch, "threads": torch.get_num_threads(), **result}))
 
