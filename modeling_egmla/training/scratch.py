@@ -81,10 +81,10 @@ def train_from_scratch(
         config.bos_token_id, config.eos_token_id = loaded.bos_token_id, loaded.eos_token_id
         config.pad_token_id = loaded.pad_token_id
     else:
-        size = (overrides or {}).get("vocab_size", new_tokenizer)
-        if size != new_tokenizer:
+        asked = (overrides or {}).get("vocab_size", new_tokenizer)
+        if asked != new_tokenizer:
             raise ValueError(
-                f"new_tokenizer={new_tokenizer} with vocab_size={size}: the new tokenizer's size is the vocabulary's; "
+                f"new_tokenizer={new_tokenizer} with vocab_size={asked}: a new tokenizer's size is the vocabulary's: "
                 "leave vocab_size out, or give both the same number."
             )
         config.vocab_size = checked_size(new_tokenizer)
