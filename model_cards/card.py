@@ -22,7 +22,7 @@ from egmla.provenance import CONVERSION_FIGURE, CONVERSION_REPORT, TRAINING_REPO
 from . import scratch
 from .figure import FIGURE_NAME, draw_architecture
 from .scores import COMPARISON, PLOT, RESULTS, SCORES_FOLDER, SOURCE_RESULTS, comparison_to_plot, read_scores
-from .training import check_training, training_section
+from .training import check_training, stages, training_section
 
 
 CARD_NAME = "README.md"
@@ -30,7 +30,6 @@ TEMPLATE = Path(__file__).with_name("template.md")
 MARK = "<!-- Made by `egmla card`"
 PLACEHOLDER = "your-name/"
 REPORTED_SHAPES = f"`config.json` and `{CONVERSION_REPORT}`"
-THIS = "this model"
 ITEM_SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 LONG_CONTEXT = 32_768
 # Below these a figure is an error of prediction, not a share of right answers.
@@ -146,10 +145,11 @@ def render_card(
     if conversion is None:
         parts = {
             "summary": scratch.summary(config, latest),
-            "cache": _cache_rows(config, scratch.cache_elements(config), latest["dtype"]),
+            "cache": _cache_rows(config, *scratch.counterpart(config), latest["dtype"]),
             "made": scratch.made(latest),
             "limits": scratch.limits(results, changed),
             "licence": scratch.licence(license, license_name),
+            "trained": "Training",
         }
         origin, perplexity = {}, ""
     else:
@@ -157,13 +157,13 @@ def render_card(
         if license is None:
             license, license_name = origin.get("license"), license_name or origin.get("license_name")
         base_model = base_model or origin.get("base_model")
-        counts = {THIS: config.cache_elements_per_token, "source": origin["cache_elements_per_token"]}
         parts = {
             "summary": _summary(config, conversion, base_model, training is not None),
-            "cache": _cache_rows(config, counts, latest["dtype"]),
+            "cache": _cache_rows(config, "source", origin["cache_elements_per_token"], latest["dtype"]),
             "made": _made(conversion, folder),
             "limits": _limits(conversion, results, training, changed),
             "licence": _licence(license, license_name, base_model or origin["label"]),
+            "trained": "Healing",
         }
         perplexity = _conversion_perplexity(conversion, training is not None)
     perplexities = (_score_table(results, source_results, comparison, perplexity=True), perplexity)
@@ -178,7 +178,6 @@ def render_card(
         scores=_score_table(results, source_results, comparison, perplexity=False),
         score_note=_score_note(results, comparison),
         plot=comparison is not None,
-        trained="Training" if conversion is None else "Healing",
         training=training_section(training, folder),
         repo_id=repo_id or f"{PLACEHOLDER}{title}",
         transformers=(conversion or latest)["versions"]["transformers"],
@@ -244,7 +243,7 @@ def _read_training(folder: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     report = read_json(path)
-    for stage in (report, *report.get("earlier", ())):
+    for stage in stages(report):
         check_training(stage, path)
     return report
 
@@ -350,18 +349,21 @@ def _summary(config: EGMLAConfig, conversion: dict, base_model: str | None, trai
     )
 
 
-def _cache_rows(config: EGMLAConfig, counts: Mapping[str, int], dtype: str) -> list[dict[str, str]]:
-    """Rows of the cache's table from elements per token, those of this model with its token ids, where it has them."""
-    sizes = {name: count * ITEM_SIZES[dtype] for name, count in counts.items()}
-    sizes[THIS] += config.cache_id_bytes_per_token
+def _cache_rows(config: EGMLAConfig, other: str, elements: int, dtype: str) -> list[dict[str, str]]:
+    """Rows of the cache's table: this model, and another's elements per token."""
+    size = ITEM_SIZES[dtype]
+    counts = (
+        ("this model", config.cache_elements_per_token, config.cache_bytes_per_token(size)),
+        (other, elements, elements * size),
+    )
     return [
         {
             "name": name,
-            "elements": f"{counts[name]:,}",
-            "bytes": f"{size:,}",
-            "long": f"{size * LONG_CONTEXT / 2**20:,.1f} MiB",
+            "elements": f"{count:,}",
+            "bytes": f"{nbytes:,}",
+            "long": f"{nbytes * LONG_CONTEXT / 2**20:,.1f} MiB",
         }
-        for name, size in sizes.items()
+        for name, count, nbytes in counts
     ]
 
 

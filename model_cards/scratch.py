@@ -8,19 +8,20 @@ from egmla import EGMLAConfig
 from egmla.evaluation.accounting import mha_elements_per_token
 from egmla.provenance import TRAINING_REPORT, read_json
 
+from .training import stages
+
 
 def is_from_scratch(folder: Path) -> bool:
     """Whether a folder's training report begins with new weights (`egmla train`)."""
     path = folder / TRAINING_REPORT
     if not path.is_file():
         return False
-    report = read_json(path)
-    return next(iter([*report.get("earlier", ()), report])).get("kind") == "train"
+    return stages(read_json(path))[0].get("kind") == "train"
 
 
 def summary(config: EGMLAConfig, report: Mapping[str, Any]) -> str:
     """The first paragraph: what the model is, how much it was trained, what it caches."""
-    tokens = sum(stage["tokens"] for stage in (*report.get("earlier", ()), report))
+    tokens = sum(stage["tokens"] for stage in stages(report))
     kind = {
         "latent": "An EG-MLA model (embedding-gated multi-head latent attention)",
         "expanded": "An EG-MLA model whose gates act on expanded keys and values",
@@ -35,15 +36,15 @@ def summary(config: EGMLAConfig, report: Mapping[str, Any]) -> str:
     )
 
 
-def cache_elements(config: EGMLAConfig) -> dict[str, int]:
-    """Cache elements per token by row of the table."""
+def counterpart(config: EGMLAConfig) -> tuple[str, int]:
+    """What the table sets beside this model's cache, and its elements per token."""
     attention = f"multi-head attention, {config.num_attention_heads} heads {config.v_head_dim} wide (counted)"
-    return {"this model": config.cache_elements_per_token, attention: mha_elements_per_token(config)}
+    return attention, mha_elements_per_token(config)
 
 
 def made(report: Mapping[str, Any]) -> str:
     """Where shape and vocabulary came from; the commands are under Training."""
-    origin = next(iter([*report.get("earlier", ()), report]))["origin"]
+    origin = stages(report)[0]["origin"]
     changes = ", ".join(f"{name}={value}" for name, value in origin["overrides"].items())
     if origin["new_tokenizer"] is not None:
         tokenizer = f"a byte-level BPE of {origin['new_tokenizer']:,} tokens, trained on the beginning of the text"

@@ -17,6 +17,11 @@ def check_training(report: Mapping[str, Any], path: Path) -> None:
         raise ValueError(f"{path} lacks {', '.join(missing)}: it was written by another version; train again.")
 
 
+def stages(report: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The reports of all trainings of a model, the first one first."""
+    return [*report.get("earlier", ()), report]
+
+
 def training_section(report: Mapping[str, Any] | None, folder: Path) -> str:
     """Markdown: perplexity after 0 tokens beside that after training, commands, data; empty where nothing was trained.
 
@@ -26,7 +31,6 @@ def training_section(report: Mapping[str, Any] | None, folder: Path) -> str:
     """
     if report is None:
         return ""
-    stages = [*report.get("earlier", []), report]
     evaluation = report["evaluation"]
     text = ", ".join(f"`{source['name']}`" for source in evaluation["text"])
     held = "held out of" if evaluation["held_out"] else "of"
@@ -34,7 +38,7 @@ def training_section(report: Mapping[str, Any] | None, folder: Path) -> str:
     perplexity = report["perplexity"]
     if perplexity["teacher"] is not None:
         lines.append(f"| teacher | | {perplexity['teacher']:.3f} |")
-    before = sum(stage["tokens"] for stage in stages[:-1])
+    before = sum(stage["tokens"] for stage in stages(report)[:-1])
     start = "before the last stage" if before else "new weights" if report.get("kind") == "train" else "converted"
     lines.append(f"| {start} | {before:,} | {perplexity['0 tokens']:.3f} |")
     lines.append(f"| this model | {before + report['tokens']:,} | {perplexity['trained']:.3f} |")
@@ -44,7 +48,7 @@ def training_section(report: Mapping[str, Any] | None, folder: Path) -> str:
         f"are no figures of a benchmark.{_rounded(report['dtype'])}{_share(perplexity)}"
     )
     lines.append("")
-    for stage in stages:
+    for stage in stages(report):
         lines += _stage(stage)
     lines += ["- versions: " + ", ".join(f"{name} {value}" for name, value in report["versions"].items())]
     commit = report["commit"]

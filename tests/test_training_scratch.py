@@ -56,9 +56,9 @@ def test_train_from_a_preset(models, tmp_path):
     check_folder(target)
 
 
-def scratch(models, target, places=None, **changes):
+def scratch(models, target, places=None, fields=None, **changes):
     values = {"data": [str(models / "text.txt")], **SMALL, **changes}
-    config = EGMLAConfig(**TINY, vocab_size=VOCABULARY, attention_dropout=0.1)
+    config = EGMLAConfig(**{**TINY, "vocab_size": VOCABULARY, "attention_dropout": 0.1, **(fields or {})})
     options = {"tokenizer": str(models / "source"), **(places or {})}
     return train_from_scratch(config, target, scratch_settings(**values), **options)
 
@@ -122,9 +122,7 @@ def test_several_processes_take_no_scores(models, tmp_path, monkeypatch):
     ],
 )
 def test_cards_tell_gates_apart(models, tmp_path, gate, said, bytes_per_token):
-    config = EGMLAConfig(**{**TINY, "kv_gate_embedding_dim": None}, vocab_size=VOCABULARY, kv_gate=gate)
-    values = {"data": [str(models / "text.txt")], **SMALL}
-    train_from_scratch(config, tmp_path / "new", scratch_settings(**values), tokenizer=str(models / "source"))
+    scratch(models, tmp_path / "new", fields={"kv_gate": gate, "kv_gate_embedding_dim": None})
     card = write_card(tmp_path / "new")[-1].read_text()
     assert said in card
     assert ("every step expands them" in card) == (gate == "expanded")

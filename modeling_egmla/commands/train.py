@@ -56,7 +56,8 @@ def train(
 ) -> None:
     """Train a model from new weights."""
     import functools
-    import os
+
+    from accelerate.utils import get_cpu_distributed_information
 
     from egmla.training import scratch_settings, train_from_scratch
     from egmla.training.arguments import parse_count, parse_training_arguments
@@ -90,10 +91,10 @@ def train(
         arguments=parse_training_arguments(settings or ()),
     )
     if tasks is not None:
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if (processes := get_cpu_distributed_information().world_size) > 1:  # read from the environment, GPUs or not
             raise ValueError(
-                f"--tasks with {os.environ['WORLD_SIZE']} processes: scores are taken by one. Leave --tasks out, and "
-                f"score the trained model afterwards: egmla eval {target} --tasks {tasks}."
+                f"--tasks with {processes} processes: scores are taken by one. Leave --tasks out, and score the "
+                f"trained model afterwards: egmla eval {target} --tasks {tasks}."
             )
         check_tasks(tasks, data_dir)
     shape, overrides = changed_config(find_config(preset), config or ())
@@ -113,7 +114,7 @@ def train(
         keep_checkpoints=keep_checkpoints,
         dry_run=dry_run,
     )
-    if tasks is not None and not dry_run and options.is_first():
+    if tasks is not None and not dry_run:
         # Beside the model: lm-eval's results hold paths of this machine.
         output = target.with_name(f"{target.resolve().name}.scores.json")
         evaluate(str(target), tasks, limit=limit, data_dir=data_dir, output=output)

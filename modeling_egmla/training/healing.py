@@ -62,8 +62,7 @@ def heal_checkpoint(
     opened = None if settings.kl_weight == 0 else _open_teacher(teacher, config, tokenizer)
     if teacher is not None and opened is None and (say := callbacks.get("say")) is not None:
         say("The teacher is not used: kl_weight=0 leaves cross entropy alone.")
-    reports = {name: _file_of(converted, name) for name in (TRAINING_REPORT, CONVERSION_REPORT)}
-    training = reports[TRAINING_REPORT]
+    training, conversion = (_file_of(converted, name) for name in (TRAINING_REPORT, CONVERSION_REPORT))
     earlier = None if training is None else read_json(training)
     names = {"model": public_name(str(converted)), "teacher": opened and public_name(str(teacher))}
     options = {"teacher": names["teacher"]}
@@ -88,7 +87,7 @@ def heal_checkpoint(
         },
         teacher_config=opened and opened.config,
         load_teacher=None if opened is None else lambda: _load_teacher(str(teacher)),
-        companions=[file for file in (reports[CONVERSION_REPORT],) if file is not None],
+        companions=[] if conversion is None else [conversion],
     )
     return run_job(job, place, settings, dry_run=dry_run, **callbacks)
 
