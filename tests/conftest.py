@@ -23,6 +23,35 @@ from transformers.utils import logging
 torch.set_num_threads(1)
 
 
+# Modules whose tests are few and long, longest first. `--dist loadscope` hands modules out by number of tests, these
+# last, and one worker would wait for the other to finish them.
+LONG_MODULES = (
+    "test_smollm2",
+    "test_training_runs",
+    "test_conversion_processes",
+    "test_remote_code",
+    "test_trl",
+    "test_training_scratch",
+    "test_recipes",
+    "test_evaluation",
+    "test_sweep",
+    "test_commands",
+    "test_push",
+    "test_resumed_conversions",
+    "test_continuous_batching",
+)
+
+
+def pytest_configure(config):
+    config.option.loadscopereorder = False  # in the order below
+
+
+def pytest_collection_modifyitems(items):
+    """Long modules in front; within them, and of all others, the order stays."""
+    rank = {name: number for number, name in enumerate(LONG_MODULES)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+
+
 @pytest.fixture(autouse=True)
 def fixed_seed():
     torch.manual_seed(0)

@@ -1,0 +1,136 @@
+"""Gates set from calibration statistics, without training, against gates at identity.
+
+    python tests/benchmarks/gate_initialisation.py SOURCE CONVERTED --calibration wiki.train.raw --text wiki.test.raw \
+        --text stories.txt
+
+One pass over the calibration text gives the gradient of the divergence from the source with respect to each value of
+each gate. Its linear regression on the tokens' embeddings, each channel divided by the mean square of its gradients
+(the curvature, as in natural gradients) and the average over channels, is the direction of the gates: what a gate
+could know of its token, taken once. Steps of several lengths along it, given as the root mean square of what the
+gates differ from 1 by, are measured on texts that it does not come from. The mean of every gate over the tokens stays
+1: another mean is a scale of the up-projection and needs no gate.
+The last line of the output is one JSON object.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import statistics
+import sys
+
+import torch
+from transformers import AutoModelForCausalLM
+
+import egmla  # noqa: F401  registers the architecture
+from egmla.conversion import load_source
+from egmla.evaluation.perplexity import perplexity, token_windows
+
+
+def gradients_of_gates(model, source, windows):
+    """Embeddings `[tokens, D]` and each layer's gradients `[tokens, R]` of the divergence from the source."""
+    gates, layers, embeddings = {}, [layer.self_attn for layer in model.model.layers], []
+
+    def as_leaf(idx):
+        def hook(module, args, output):
+            gates[idx] = output.detach().requires_grad_()
+            return gates[idx]
+
+        return hook
+
+    hooks = [layer.kv_gate_norm.register_forward_hook(as_leaf(idx)) for idx, layer in enumerate(layers)]
+    gradients: list[list[torch.Tensor]] = [[] for _ in layers]
+    model.requires_grad_(False)
+    for number, window in enumerate(windows):
+        ids = torch.as_tensor(window).view(1, -1)
+        with torch.no_grad():
+            wanted = source(ids).logits[0].float().log_softmax(-1)
+        given = model(ids, use_cache=False).logits[0].float().log_softmax(-1)
+        torch.nn.functional.kl_div(given, wanted, reduction="sum", log_target=True).backward()
+        # Without the first token: all attend to it, whatever it is.
+        embeddings.append(model.get_input_embeddings()(ids)[0, 1:])
+        for idx in range(len(layers)):
+            gradients[idx].append(gates[idx].grad[0, 1:])
+        print(f"\rcalibration window {number + 1} of {len(windows)}", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+    for hook in hooks:
+        hook.remove()
+    return torch.cat(embeddings), [torch.cat(pieces) for pieces in gradients]
+
+
+def directions(embeddings: torch.Tensor, gradients: list[torch.Tensor], ridge: float):
+    """For each layer the gate's projection `[R, D]` to channels of variance 1, and each channel's length `[R]`.
+
+    The root mean square of all lengths is 1. `ridge` is in units of the embeddings' mean variance.
+    """
+    centred = (embeddings - embeddings.mean(0)).double()
+    covariance = centred.T @ centred / len(centred)
+    covariance += ridge * covariance.diagonal().mean() * torch.eye(len(covariance), dtype=torch.float64)
+    factor = torch.linalg.cholesky(covariance)
+    curvatures = [gradient.double().square().mean(0) for gradient in gradients]
+    damping = torch.cat(curvatures).mean()
+    projections, lengths = [], []
+    for gradient, curvature in zip(gradients, curvatures, strict=True):
+        slopes = torch.cholesky_solve(centred.T @ gradient.double() / len(centred), factor) / -(curvature + damping)
+        lengths.append((centred @ slopes).std(0).clamp_min(1e-30))
+        projections.append((slopes / lengths[-1]).T.float())
+    scale = torch.cat(lengths).square().mean().sqrt()
+    return [(projection, (length / scale).float()) for projection, length in zip(projections, lengths, strict=True)]
+
+
+@torch.no_grad()
+def set_gates(model, embeddings, found, step: float):
+    """Sets every gate to 1 plus `step` times its direction, with mean 1 over the tokens of `embeddings`."""
+    for layer, (projection, length) in zip(model.model.layers, found, strict=True):
+        attention = layer.self_attn
+        attention.kv_gate_proj.weight.copy_(projection)
+        attention.kv_gate_norm.weight.copy_(step * length)
+        attention.kv_gate_norm.bias.fill_(1)
+        attention.kv_gate_norm.bias.sub_(attention.gate(embeddings).mean(0) - 1)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("source")
+    parser.add_argument("converted")
+    parser.add_argument("--calibration", required=True)
+    parser.add_argument("--text", required=True, action="append")
+    parser.add_argument("--steps", type=float, nargs="+", default=[0.003, 0.01, 0.03])
+    parser.add_argument("--ridge", type=float, nargs="+", default=[0.01, 0.1, 1.0, 10.0])
+    parser.add_argument("--window", type=int, default=1024)
+    parser.add_argument("--windows", type=int, default=8)
+    parser.add_argument("--calibration-windows", type=int, default=48)
+    options = parser.parse_args()
+    source, tokenizer = load_source(options.source)
+    model = AutoModelForCausalLM.from_pretrained(options.converted, dtype=torch.float32).eval()
+    texts = {}
+    for path, count in (
+        (options.calibration, options.calibration_windows),
+        *((t, options.windows) for t in options.text),
+    ):
+        with open(path, encoding="utf-8") as file:
+            texts[path] = token_windows(tokenizer, file.read(2**23), options.window, count)
+    calibration = texts.pop(options.calibration)
+    embeddings, gradients = gradients_of_gates(model, source, calibration)
+    result = {"calibration_tokens": len(embeddings), "rows": []}
+    identity: dict[str, list[float]] = {}
+    for ridge, step in ((None, 0.0), *itertools.product(options.ridge, options.steps)):
+        if ridge is not None:
+            set_gates(model, embeddings, directions(embeddings, gradients, ridge), step)
+        for path, windows in texts.items():
+            losses = [math.log(perplexity(model, window[None])) for window in windows]
+            differences = [one - other for one, other in zip(losses, identity.setdefault(path, losses), strict=True)]
+            value, difference = math.exp(statistics.mean(losses)), statistics.mean(differences)
+            error = 1.96 * statistics.stdev(differences) / math.sqrt(len(differences))
+            row = {"ridge": ridge, "step": step, "text": path, "perplexity": value}
+            result["rows"].append({**row, "nats_beside_identity": [difference, error]})
+            print(
+                f"{ridge or 'identity':8} {step:<5} {value:9.3f}  {difference:+.5f} ± {error:.5f} nats  {path}",
+                flush=True,
+            )
+    print(json.dumps(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
