@@ -91,6 +91,8 @@ def test_lora_healing_is_merged_and_a_second_healing_remembers_the_first(models,
     assert first["plan"]["trained_parameters"] < first["plan"]["parameters"] / 2
     assert first["dtype"] == "bfloat16"
     second = heal(models, tmp_path / "again", model=str(tmp_path / "lora"), stage="gate")
+    # Ten times the rate that gates have beside attention: they start at identity and nothing else moves.
+    assert second["settings"]["gate_learning_rate"] == pytest.approx(50 * second["settings"]["learning_rate"])
     assert [report["origin"]["model"] for report in second["earlier"]] == ["half"]
     assert second["origin"]["model"] == "lora"
     assert second["perplexity"]["0 tokens"] == pytest.approx(first["perplexity"]["trained"], rel=0.02)
