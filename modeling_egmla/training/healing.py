@@ -17,8 +17,8 @@ from .trainer import check_vocabulary
 from .workspace import Place
 
 
-# Rates for 135M parameters; 2e-5 suits 7B. Gates start at identity and have further to go, further still when they alone
-# are trained; beside attention a higher rate of theirs is no gain (tests/benchmarks/README.md, "The gates alone").
+# Rates for 135M parameters; 2e-5 suits 7B. Gates start at identity and have further to go, and further still when they
+# alone are trained; beside attention a higher rate is no gain (tests/benchmarks/README.md, "The gates alone").
 DEFAULTS = {"learning_rate": 1e-4, "gate_factor": 5.0, "weight_decay": 0.01}
 GATE_FACTOR_ALONE = 50.0
 
