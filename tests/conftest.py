@@ -23,22 +23,26 @@ from transformers.utils import logging
 torch.set_num_threads(1)
 
 
-# Modules whose tests are few and long, longest first. `--dist loadscope` hands modules out by number of tests, these
-# last, and one worker would wait for the other to finish them.
+# Modules that take half a minute and more, longest first. `--dist loadscope` hands modules out by number of tests: those
+# of few and long ones last, where one worker waits for the other to finish them.
 LONG_MODULES = (
     "test_smollm2",
+    "test_transformers_suite",
+    "test_families",
     "test_training_runs",
+    "test_harness",
+    "test_cpu_kernel",
     "test_conversion_processes",
-    "test_remote_code",
-    "test_trl",
-    "test_training_scratch",
-    "test_recipes",
-    "test_evaluation",
-    "test_sweep",
-    "test_commands",
+    "test_generation",
+    "test_kernels",
     "test_push",
+    "test_layout",
+    "test_model",
+    "test_training_scratch",
+    "test_bench",
+    "test_remote_code",
     "test_resumed_conversions",
-    "test_continuous_batching",
+    "test_conversion",
 )
 
 
