@@ -23,8 +23,8 @@ from transformers.utils import logging
 torch.set_num_threads(1)
 
 
-# Modules that take half a minute and more, longest first. `--dist loadscope` hands modules out by number of tests: those
-# of few and long ones last, where one worker waits for the other to finish them.
+# Modules that take half a minute and more, longest first. `--dist loadscope` hands modules out by number of tests:
+# those of few and long ones last, where one worker waits for the other to finish them.
 LONG_MODULES = (
     "test_smollm2",
     "test_transformers_suite",
