@@ -20,11 +20,12 @@ import statistics
 import sys
 
 import torch
+from perplexity_ratio import paired_difference, window_losses
 from transformers import AutoModelForCausalLM
 
 import egmla  # noqa: F401  registers the architecture
 from egmla.conversion import load_source
-from egmla.evaluation.perplexity import perplexity, token_windows
+from egmla.evaluation.perplexity import token_windows
 
 
 def gradients_of_gates(model, source, windows):
@@ -103,31 +104,29 @@ def main() -> int:
     options = parser.parse_args()
     source, tokenizer = load_source(options.source)
     model = AutoModelForCausalLM.from_pretrained(options.converted, dtype=torch.float32).eval()
-    texts = {}
-    for path, count in (
-        (options.calibration, options.calibration_windows),
-        *((t, options.windows) for t in options.text),
-    ):
+
+    def windows_of(path: str, count: int) -> torch.Tensor:
         with open(path, encoding="utf-8") as file:
-            texts[path] = token_windows(tokenizer, file.read(2**23), options.window, count)
-    calibration = texts.pop(options.calibration)
+            return token_windows(tokenizer, file.read(2**23), options.window, count)
+
+    texts = {path: windows_of(path, options.windows) for path in options.text}
+    calibration = windows_of(options.calibration, options.calibration_windows)
+    identity = {path: window_losses(model, windows) for path, windows in texts.items()}
+    for path, losses in identity.items():
+        print(f"identity       {math.exp(statistics.mean(losses)):9.3f}  {path}", flush=True)
     embeddings, gradients = gradients_of_gates(model, source, calibration)
-    result = {"calibration_tokens": len(embeddings), "rows": []}
-    identity: dict[str, list[float]] = {}
-    for ridge, step in ((None, 0.0), *itertools.product(options.ridge, options.steps)):
-        if ridge is not None:
-            set_gates(model, embeddings, directions(embeddings, gradients, ridge), step)
-        for path, windows in texts.items():
-            losses = [math.log(perplexity(model, window[None])) for window in windows]
-            differences = [one - other for one, other in zip(losses, identity.setdefault(path, losses), strict=True)]
-            value, difference = math.exp(statistics.mean(losses)), statistics.mean(differences)
-            error = 1.96 * statistics.stdev(differences) / math.sqrt(len(differences))
+    rows = []
+    for ridge in options.ridge:
+        found = directions(embeddings, gradients, ridge)
+        for step, (path, windows) in itertools.product(options.steps, texts.items()):
+            set_gates(model, embeddings, found, step)
+            losses = window_losses(model, windows)
+            value, (difference, error) = math.exp(statistics.mean(losses)), paired_difference(losses, identity[path])
             row = {"ridge": ridge, "step": step, "text": path, "perplexity": value}
-            result["rows"].append({**row, "nats_beside_identity": [difference, error]})
-            print(
-                f"{ridge or 'identity':8} {step:<5} {value:9.3f}  {difference:+.5f} ± {error:.5f} nats  {path}",
-                flush=True,
-            )
+            rows.append({**row, "nats_beside_identity": [difference, error]})
+            print(f"{ridge:<8} {step:<5} {value:9.3f}  {difference:+.5f} ± {error:.5f} nats  {path}", flush=True)
+    perplexities = {path: math.exp(statistics.mean(losses)) for path, losses in identity.items()}
+    result = {"calibration_tokens": len(embeddings), "identity": perplexities, "rows": rows}
     print(json.dumps(result))
     return 0
 

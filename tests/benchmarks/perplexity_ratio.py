@@ -27,6 +27,12 @@ def window_losses(model, windows) -> list[float]:
     return [math.log(perplexity(model, window[None])) for window in windows]
 
 
+def paired_difference(losses: list[float], others: list[float]) -> tuple[float, float]:
+    """Mean of what windows lose beyond others' losses of them in nats a token, and its 95 % interval's half width."""
+    differences = [one - other for one, other in zip(losses, others, strict=True)]
+    return statistics.mean(differences), 1.96 * statistics.stdev(differences) / math.sqrt(len(differences))
+
+
 @torch.inference_mode()
 def divergence(source, converted, windows) -> tuple[float, float]:
     """Mean KL divergence from the source's next-token distribution in nats, and how often the best one is the same."""
@@ -66,10 +72,8 @@ def main() -> int:
         ratio = value / result["source"]
         print(f"converted  {value:.3f}  {ratio:.3f} times  {elements:.0f} elements per token and layer")
         if first and len(windows) > 1:
-            differences = [one - other for one, other in zip(losses, first, strict=True)]
-            error = 1.96 * statistics.stdev(differences) / math.sqrt(len(differences))
-            row["nats_beside_first"] = [statistics.mean(differences), error]
-            print(f"           {statistics.mean(differences):+.5f} ± {error:.5f} nats a token beside the first one")
+            row["nats_beside_first"] = difference, error = paired_difference(losses, first)
+            print(f"           {difference:+.5f} ± {error:.5f} nats a token beside the first one")
         first = first or losses
         if options.divergence:
             row["divergence"], row["same_token"] = divergence(model, converted, windows)
