@@ -5,9 +5,9 @@
 // would be twenty small operations in each layer. Compiled and loaded by cpu_kernel.py.
 //
 // Tokens are taken in blocks that stay in the first caches: scores, running softmax, weighted sum. A vector of scores
-// has a head per lane, so that an element of the cache is one broadcast for all heads of a vector, or where that would
-// leave lanes empty four elements of each head; a vector of sums has elements of the value. Threads share out sequences
-// and parts of them; parts are merged by their sums of exponentials.
+// has a head per lane, so that an element of the cache is one broadcast for all heads of a vector; with AVX-512 it has
+// four tokens of each of four heads, from products of four elements at a time. A vector of sums has elements of the
+// value. Threads share out sequences and parts of them; parts are merged by their sums of exponentials.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -19,6 +19,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -44,11 +45,11 @@ constexpr int64_t LANES = 4;
 #endif
 // Tokens whose scores are held in registers at a time.
 constexpr int64_t TILE = 8;
-// Elements of a block of tokens, at most: 8 KB, so that it, the next one and the queries share the first cache.
-constexpr int64_t BLOCK_ELEMENTS = 2048;
+// Elements of a block of tokens, at most: 12 KB, so that it, queries and sums share the first cache.
+constexpr int64_t BLOCK_ELEMENTS = 3072;
 constexpr int64_t CACHE_LINE = 64;  // bytes
-// Fewer tokens than this are not worth a part of their own.
-constexpr int64_t PART_TOKENS = 256;
+// Fewer tokens than this are not worth a part of their own; or one beside those that keep all threads at work.
+constexpr int64_t PART_TOKENS = 256, FURTHER_PART_TOKENS = 2048;
 // Score of a hidden token; not infinite, so that differences are numbers.
 constexpr float HIDDEN = -1e30f;
 
@@ -84,11 +85,30 @@ inline Integers multiply_bytes(Integers sum, Integers, Integers) { return sum; }
 inline void interleave(int32_t*, const uint8_t*, int64_t) {}
 #endif
 
+// The larger one; of numbers that cannot be compared the second.
+inline Vector larger(Vector a, Vector b) {
+#if defined(__AVX512F__)
+  return (Vector)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+#if defined(__AVX512F__)
+// In each of four neighbouring lanes the largest of them.
+inline Vector largest_of_four(Vector x) {
+  x = larger((Vector)_mm512_permute_ps((__m512)x, 0b01001110), x);
+  return larger((Vector)_mm512_permute_ps((__m512)x, 0b10110001), x);
+}
+#else
+inline Vector largest_of_four(Vector x) { return x; }  // and this is never called
+#endif
+
 // exp(x) for x <= 0, to 2e-7 of its value near 0 and 4e-6 at -87: 2^n times a polynomial for the rest.
 inline Vector exponential(Vector x) {
   const Vector lowest = Vector{} - 87.0f;
   const Vector magic = Vector{} + 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
-  const Vector scaled = (x < lowest ? lowest : x) * 1.44269504f;
+  const Vector scaled = larger(lowest, x) * 1.44269504f;
   const Vector rounded = scaled + magic;
   const Vector rest = scaled - (rounded - magic);
   Vector result = Vector{} + 1.535336188319500e-4f;
@@ -98,8 +118,12 @@ inline Vector exponential(Vector x) {
   result = result * rest + 2.402264791363012e-1f;
   result = result * rest + 6.931472028550421e-1f;
   result = result * rest + 1.0f;
+#if defined(__AVX512F__)
+  return (Vector)_mm512_scalef_ps((__m512)result, (__m512)(rounded - magic));
+#else
   result = (Vector)(((Integers)rounded << 23) + (Integers)result);
   return x == x ? result : x;  // of what is no number the bits, added up, may be those of one
+#endif
 }
 
 typedef int32_t Word __attribute__((aligned(1), may_alias));
@@ -278,7 +302,7 @@ struct Lines {
   uintptr_t next = 0, end = 0;
 
   inline void call() {
-    __builtin_prefetch(reinterpret_cast<const void*>(next));
+    __builtin_prefetch(reinterpret_cast<const void*>(next), 0, 2);  // into the second cache
     next += CACHE_LINE;
   }
   inline void call_if_left() {
@@ -287,90 +311,124 @@ struct Lines {
 };
 
 // What sums of earlier weights are to be multiplied with, and the sum of a block's.
+template <int64_t VECTORS>
 struct Softened {
-  Vector shrink, sum;
+  float shrink[VECTORS * LANES], sum[VECTORS * LANES];
 };
 
-// Turns scores [tokens, LANES] into weights relative to the highest score so far.
-Softened soften(
-    float* scores, int64_t count, const bool* seen, int64_t token_stride, float* top_so_far, float* total,
-    Lines& lines) {
-  Vector top = load(top_so_far);
-  const Vector before = top;
-  for (int64_t token = 0; token < count; token++) {
-    if (seen && !seen[token * token_stride]) store(scores + token * LANES, Vector{} + HIDDEN);
-    const Vector score = load(scores + token * LANES);
-    top = score > top ? score : top;
+// Turns scores [count, VECTORS, LANES] into weights relative to the highest score so far. A head has a lane of its own,
+// or `LANES_OF_HEAD` neighbouring ones, with one highest score and each with a part of the sum.
+template <int64_t VECTORS, int64_t LANES_OF_HEAD>
+inline Softened<VECTORS> soften(float* scores, int64_t count, float* top_so_far, float* total, Lines& left) {
+  Lines lines = left;  // which stays in registers
+  Vector top[VECTORS], sum[VECTORS] = {};
+#pragma GCC unroll 4
+  for (int64_t k = 0; k < VECTORS; k++) top[k] = load(top_so_far + k * LANES);
+  for (int64_t i = 0; i < count; i++) {
+#pragma GCC unroll 4
+    for (int64_t k = 0; k < VECTORS; k++) top[k] = larger(load(scores + (i * VECTORS + k) * LANES), top[k]);
   }
-  const Vector shrink = exponential(before - top);
-  Vector sum = {};
-  for (int64_t token = 0; token < count; token++) {
-    lines.call_if_left();
-    const Vector weight = exponential(load(scores + token * LANES) - top);
-    store(scores + token * LANES, weight);
-    sum += weight;
-  }
-  store(top_so_far, top);
-  store(total, load(total) * shrink + sum);
-  return {shrink, sum};
-}
-
-// Sums of `COLUMNS` vectors of elements for each of `ROWS` heads, held in registers over all tokens of a block.
-template <int64_t ROWS, int64_t COLUMNS>
-inline void add_tile(
-    float* values, int64_t rank, const float* weights, const float* shrink, const float* entries, int64_t width,
-    int64_t count, Lines& lines) {
-  Vector sum[ROWS][COLUMNS];
 #pragma GCC unroll 4
-  for (int64_t i = 0; i < ROWS; i++) {
+  for (int64_t k = 0; LANES_OF_HEAD == 4 && k < VECTORS; k++) top[k] = largest_of_four(top[k]);
+  for (int64_t i = 0; i < count; i++) {
 #pragma GCC unroll 4
-    for (int64_t j = 0; j < COLUMNS; j++) sum[i][j] = load(values + i * rank + j * LANES) * shrink[i];
-  }
-  for (int64_t token = 0; token < count; token++) {
-    lines.call_if_left();
-    Vector elements[COLUMNS];
-#pragma GCC unroll 4
-    for (int64_t j = 0; j < COLUMNS; j++) elements[j] = load(entries + token * width + j * LANES);
-#pragma GCC unroll 4
-    for (int64_t i = 0; i < ROWS; i++) {
-#pragma GCC unroll 4
-      for (int64_t j = 0; j < COLUMNS; j++) sum[i][j] += elements[j] * weights[token * LANES + i];
+    for (int64_t k = 0; k < VECTORS; k++) {
+      lines.call_if_left();
+      float* place = scores + (i * VECTORS + k) * LANES;
+      const Vector weight = exponential(load(place) - top[k]);
+      store(place, weight);
+      sum[k] += weight;
     }
   }
+  left = lines;
+  Softened<VECTORS> softened;
 #pragma GCC unroll 4
+  for (int64_t k = 0; k < VECTORS; k++) {
+    const int64_t first = k * LANES;
+    const Vector shrink = exponential(load(top_so_far + first) - top[k]);
+    store(top_so_far + first, top[k]);
+    store(total + first, load(total + first) * shrink + sum[k]);
+    store(softened.shrink + first, shrink);
+    store(softened.sum + first, sum[k]);
+  }
+  return softened;
+}
+
+// Hides scores [tokens, LANES] of tokens that are not seen, if there is a mask.
+inline void hide(float* scores, int64_t count, const bool* seen, int64_t token_stride) {
+  for (int64_t token = 0; seen && token < count; token++) {
+    if (!seen[token * token_stride]) store(scores + token * LANES, Vector{} + HIDDEN);
+  }
+}
+
+// Sums of `COLUMNS` vectors of elements for each of `ROWS` heads, held in registers over all tokens of a block. Weights
+// are [tokens / TOKENS, .., heads, TOKENS], `stride` apart in the first; shrink is [heads, TOKENS].
+template <int64_t TOKENS, int64_t ROWS, int64_t COLUMNS>
+inline void add_tile(
+    float* values, int64_t rank, const float* weights, int64_t stride, const float* shrink, const float* entries,
+    int64_t width, int64_t count, Lines& left) {
+  Lines lines = left;
+  Vector sum[ROWS][COLUMNS];
+#pragma GCC unroll 6
+  for (int64_t i = 0; i < ROWS; i++) {
+#pragma GCC unroll 4
+    for (int64_t j = 0; j < COLUMNS; j++) sum[i][j] = load(values + i * rank + j * LANES) * shrink[i * TOKENS];
+  }
+  for (int64_t token = 0; token < count; token += TOKENS, weights += stride) {
+#pragma GCC unroll 4
+    for (int64_t k = 0; k < TOKENS; k++, entries += width) {
+      lines.call_if_left();
+      Vector elements[COLUMNS];
+#pragma GCC unroll 4
+      for (int64_t j = 0; j < COLUMNS; j++) elements[j] = load(entries + j * LANES);
+#pragma GCC unroll 6
+      for (int64_t i = 0; i < ROWS; i++) {
+#pragma GCC unroll 4
+        for (int64_t j = 0; j < COLUMNS; j++) sum[i][j] += elements[j] * weights[i * TOKENS + k];
+      }
+    }
+  }
+  left = lines;
+#pragma GCC unroll 6
   for (int64_t i = 0; i < ROWS; i++) {
 #pragma GCC unroll 4
     for (int64_t j = 0; j < COLUMNS; j++) store(values + i * rank + j * LANES, sum[i][j]);
   }
 }
 
-// values [rows, R] = shrink x values + weights x entries; `rows` of a vector's heads, the others stay.
+// values [rows, R] = shrink x values + weights x entries, of `rows` heads; what others get is nobody's. Where `TOKENS`
+// is not 1 a value is so many whole vectors.
+template <int64_t TOKENS>
 void add_values(
-    float* values, int64_t rows, int64_t rank, const float* weights, const Vector& shrink, const float* entries,
-    int64_t width, int64_t count, Lines& lines) {
-  constexpr int64_t ROWS = 4, COLUMNS = LANES == 16 ? 4 : 2;  // as many as there are registers for
-  float factors[LANES];
-  store(factors, shrink);
+    float* values, int64_t rows, int64_t rank, const float* weights, int64_t stride, const float* shrink,
+    const float* entries, int64_t width, int64_t count, Lines& lines) {
+  constexpr int64_t COLUMNS = LANES == 16 ? 4 : 2;  // so many that sums of four heads, or six, leave registers free
+  const auto add = [&]<int64_t ROWS, int64_t OF>(int64_t row, int64_t element) {
+    add_tile<TOKENS, ROWS, OF>(
+        values + row * rank + element, rank, weights + row * TOKENS, stride, shrink + row * TOKENS, entries + element,
+        width, count, lines);
+  };
   int64_t element = 0;
   for (; element + COLUMNS * LANES <= rank; element += COLUMNS * LANES) {
-    for (int64_t row = 0; row < rows; row += ROWS) {
-      add_tile<ROWS, COLUMNS>(
-          values + row * rank + element, rank, weights + row, factors + row, entries + element, width, count, lines);
+    for (int64_t row = 0; row < rows;) {
+      const int64_t left = rows - row;
+      const bool six = LANES == 16 && left > 4 && left != 7 && left != 8;
+      six ? add.template operator()<6, COLUMNS>(row, element) : add.template operator()<4, COLUMNS>(row, element);
+      row += six ? 6 : 4;
     }
   }
   for (; element + LANES <= rank; element += LANES) {
-    for (int64_t row = 0; row < rows; row += ROWS) {
-      add_tile<ROWS, 1>(
-          values + row * rank + element, rank, weights + row, factors + row, entries + element, width, count, lines);
-    }
+    for (int64_t row = 0; row < rows; row += 4) add.template operator()<4, 1>(row, element);
   }
-  for (; element < rank; element++) {
-    Vector sum = {};
-    for (int64_t token = 0; token < count; token++) {
-      sum += load(weights + token * LANES) * entries[token * width + element];
-    }
-    for (int64_t row = 0; row < rows; row++) {
-      values[row * rank + element] = values[row * rank + element] * factors[row] + sum[row];
+  if constexpr (TOKENS == 1) {
+    for (; element < rank; element++) {
+      Vector sum = {};
+      for (int64_t token = 0; token < count; token++) {
+        sum += load(weights + token * stride) * entries[token * width + element];
+      }
+      for (int64_t row = 0; row < rows; row++) {
+        values[row * rank + element] = values[row * rank + element] * shrink[row] + sum[row];
+      }
     }
   }
 }
@@ -399,10 +457,19 @@ bool none_seen(const bool* seen, int64_t token_stride, int64_t count) {
   return true;
 }
 
-// Scores [TILE, LANES] of a tile of entries, with a line called for every `EVERY` elements, if any (0: none).
-using ScoreTile = void (*)(const float* query, const float* entries, int64_t width, Lines& lines, float* scores);
+// A block of tokens as fp32 rows. In quads tokens are a multiple of eight: behind the `valid` ones are hidden zeros.
+struct Block {
+  const float* entries;
+  int64_t count, valid;
+  const bool* seen;
+  int64_t token_stride;
+  float* scores;  // or weights, with room for a vector per token
 
-// Of queries [W, LANES].
+  bool hidden(int64_t token) const { return token >= valid || (seen && !seen[token * token_stride]); }
+};
+
+// Scores [TILE, LANES] of a tile of entries, of queries [W, LANES]; with a line called for every `EVERY` elements, if
+// any (0: none).
 template <int64_t EVERY>
 void score_tile(const float* query, const float* entries, int64_t width, Lines& lines, float* scores) {
   Vector sum[TILE] = {};
@@ -425,120 +492,177 @@ void score_tile(const float* query, const float* entries, int64_t width, Lines& 
   for (int64_t j = 0; j < TILE; j++) store(scores + j * LANES, sum[j]);
 }
 
-#if defined(__AVX512F__)
-constexpr int64_t QUAD = 4;
-// With a quad more, a head per lane takes no more products, and no sums over lanes.
-constexpr int64_t MOST_QUADS = 3;
+// Adds a block to the sums of `rows` heads, a lane each; with a line called for every `PER_LINE` scored elements of
+// entries, if any (0: none).
+template <int64_t PER_LINE>
+void add_block(
+    const Block& block, const float* query, int64_t rows, int64_t width, int64_t rank, const Sums& sums,
+    Lines& lines) {
+  int64_t token = 0;
+  for (; token + TILE <= block.count; token += TILE) {
+    score_tile<PER_LINE / TILE>(query, block.entries + token * width, width, lines, block.scores + token * LANES);
+  }
+  for (; token < block.count; token++) {
+    Vector sum = {};
+    for (int64_t i = 0; i < width; i++) sum += load(query + i * LANES) * block.entries[token * width + i];
+    store(block.scores + token * LANES, sum);
+  }
+  hide(block.scores, block.count, block.seen, block.token_stride);
+  const auto softened = soften<1, 1>(block.scores, block.count, sums.top, sums.total, lines);
+  add_values<1>(
+      sums.values, rows, rank, block.scores, LANES, softened.shrink, block.entries, width, block.count, lines);
+}
 
-// Vectors of four elements of each of four heads, [W / 4, quads, LANES], of queries [W, LANES].
-void make_quads(const float* query, int64_t width, int64_t quads, float* to) {
-  for (int64_t vector = 0; vector < width / QUAD * quads; vector++) {
-    const int64_t element = vector / quads * QUAD, head = vector % quads * QUAD;
-    for (int64_t i = 0; i < LANES; i++) to[vector * LANES + i] = query[(element + i % QUAD) * LANES + head + i / QUAD];
+#if defined(__AVX512F__)
+// With four elements of each of four heads in a vector fewer lanes are empty than with a head in each, of which there
+// are often twelve; and of sixteen heads they take as many products and fewer reads.
+constexpr int64_t QUAD = 4;
+
+bool in_quads(int64_t width, int64_t rank) { return width % QUAD == 0 && rank % LANES == 0; }
+
+int64_t quads_of(int64_t rows) { return (std::min(LANES, rows) + QUAD - 1) / QUAD; }
+
+// Queries [rows, W], times the scaling, as vectors [W / 4, quads, LANES] of up to sixteen heads at a time.
+void make_quads(const float* query, int64_t rows, int64_t width, float scaling, float* to) {
+  for (int64_t row = 0; row < rows; row++) {
+    const int64_t first = row / LANES * LANES, stride = quads_of(rows - first) * LANES;
+    float* place = to + first * width + (row - first) * QUAD;
+    for (int64_t i = 0; i < width; i++) place[i / QUAD * stride + i % QUAD] = query[row * width + i] * scaling;
   }
 }
 
-// Of such vectors.
-template <int64_t EVERY, int64_t QUADS>
-void score_tile_of_quads(const float* query, const float* entries, int64_t width, Lines& lines, float* scores) {
+// Scores [tokens / 4, quads, four heads, four tokens].
+template <int64_t QUADS, int64_t PER_LINE>
+void score_quads(
+    const float* query, const float* entries, int64_t width, int64_t count, Lines& lines, float* scores) {
+  constexpr int64_t TOKENS = QUADS < 4 ? TILE : TILE / 2;  // so many that all sums are in registers
+  constexpr int64_t EVERY = PER_LINE / TOKENS;
   static_assert(EVERY % QUAD == 0);
-  __m512 sum[TILE][MOST_QUADS] = {};  // those of quads that are not there stay zero
-  for (int64_t element = 0; element < width; element += QUAD) {
-    if constexpr (EVERY > 0) {
-      if (element % EVERY == 0) lines.call();
-    }
-    __m512 heads[QUADS];
-#pragma GCC unroll 3
-    for (int64_t k = 0; k < QUADS; k++) heads[k] = _mm512_load_ps(query + (element / QUAD * QUADS + k) * LANES);
-#pragma GCC unroll 8
-    for (int64_t j = 0; j < TILE; j++) {
-      const __m512 elements = _mm512_broadcast_f32x4(_mm_loadu_ps(entries + j * width + element));
-#pragma GCC unroll 3
-      for (int64_t k = 0; k < QUADS; k++) sum[j][k] = _mm512_fmadd_ps(heads[k], elements, sum[j][k]);
-    }
-  }
-  // Sums over the four elements, which leave the quads' first heads side by side, then their second ones, and so on.
-  const auto halve = [](__m512 a, __m512 b) {
+  const auto add_neighbours = [](__m512 a, __m512 b) {
     return _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
   };
-  const __m512i in_order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  const auto add_pairs = [](__m512 a, __m512 b) {
+    const auto c = (__m512d)a, d = (__m512d)b;
+    return _mm512_add_ps((__m512)_mm512_unpacklo_pd(c, d), (__m512)_mm512_unpackhi_pd(c, d));
+  };
+  for (int64_t token = 0; token < count; token += TOKENS, entries += TOKENS * width) {
+    __m512 sum[TOKENS][QUADS] = {};
+    const float* of_heads = query;
+    for (int64_t element = 0; element < width; element += QUAD, of_heads += QUADS * LANES) {
+      if constexpr (EVERY > 0) {
+        if (element % EVERY == 0) lines.call();
+      }
+      __m512 heads[QUADS];
+#pragma GCC unroll 4
+      for (int64_t k = 0; k < QUADS; k++) heads[k] = _mm512_load_ps(of_heads + k * LANES);
 #pragma GCC unroll 8
-  for (int64_t j = 0; j < TILE; j++) {
-    const auto a = (__m512d)halve(sum[j][0], sum[j][1]), b = (__m512d)halve(sum[j][2], _mm512_setzero_ps());
-    const __m512 all = _mm512_add_ps((__m512)_mm512_unpacklo_pd(a, b), (__m512)_mm512_unpackhi_pd(a, b));
-    _mm512_store_ps(scores + j * LANES, _mm512_permutexvar_ps(in_order, all));
+      for (int64_t j = 0; j < TOKENS; j++) {
+        const __m512 elements = _mm512_broadcast_f32x4(_mm_loadu_ps(entries + j * width + element));
+#pragma GCC unroll 4
+        for (int64_t k = 0; k < QUADS; k++) sum[j][k] = _mm512_fmadd_ps(heads[k], elements, sum[j][k]);
+      }
+    }
+#pragma GCC unroll 2
+    for (int64_t j = 0; j < TOKENS; j += QUAD) {
+#pragma GCC unroll 4
+      for (int64_t k = 0; k < QUADS; k++, scores += LANES) {
+        const __m512 first = add_neighbours(sum[j][k], sum[j + 1][k]);
+        const __m512 second = add_neighbours(sum[j + 2][k], sum[j + 3][k]);
+        _mm512_store_ps(scores, add_pairs(first, second));
+      }
+    }
   }
 }
 
-// How many quads the last `rows` of heads are best taken as; 0: a head per lane.
-int64_t quads_for(int64_t rows, int64_t width) {
-  const int64_t quads = (rows % LANES + QUAD - 1) / QUAD;
-  return quads <= MOST_QUADS && width % QUAD == 0 ? quads : 0;
+// What `add_block` does, with heads in quads and four lanes of `top` and `total` per head.
+template <int64_t QUADS, int64_t PER_LINE>
+void add_block_in_quads(
+    const Block& block, const float* query, int64_t rows, int64_t width, int64_t rank, const Sums& sums,
+    Lines& lines) {
+  score_quads<QUADS, PER_LINE>(query, block.entries, width, block.count, lines, block.scores);
+  for (int64_t token = block.seen ? 0 : block.valid; token < block.count; token++) {
+    if (!block.hidden(token)) continue;
+    float* of_token = block.scores + token / QUAD * QUADS * LANES + token % QUAD;
+    for (int64_t head = 0; head < QUADS * QUAD; head++) of_token[head * QUAD] = HIDDEN;
+  }
+  const auto softened = soften<QUADS, QUAD>(block.scores, block.count / QUAD, sums.top, sums.total, lines);
+  add_values<QUAD>(
+      sums.values, rows, rank, block.scores, QUADS * LANES, softened.shrink, block.entries, width, block.count, lines);
+}
+
+template <int64_t PER_LINE>
+void add_block_in_quads(
+    const Block& block, const float* query, int64_t rows, int64_t width, int64_t rank, const Sums& sums,
+    Lines& lines) {
+  switch (quads_of(rows)) {
+    case 1:
+      return add_block_in_quads<1, PER_LINE>(block, query, rows, width, rank, sums, lines);
+    case 2:
+      return add_block_in_quads<2, PER_LINE>(block, query, rows, width, rank, sums, lines);
+    case 3:
+      return add_block_in_quads<3, PER_LINE>(block, query, rows, width, rank, sums, lines);
+    default:
+      return add_block_in_quads<4, PER_LINE>(block, query, rows, width, rank, sums, lines);
+  }
 }
 #else
 constexpr int64_t QUAD = 1;
-void make_quads(const float*, int64_t, int64_t, float*) {}
-int64_t quads_for(int64_t, int64_t) { return 0; }
+bool in_quads(int64_t, int64_t) { return false; }
+void make_quads(const float*, int64_t, int64_t, float, float*) {}
+template <int64_t PER_LINE>
+void add_block_in_quads(const Block&, const float*, int64_t, int64_t, int64_t, const Sums&, Lines&) {}
 #endif
 
-template <int64_t EVERY>
-ScoreTile score_tile_for(int64_t quads) {
-  switch (quads) {
-#if defined(__AVX512F__)
-    case 1:
-      return score_tile_of_quads<EVERY, 1>;
-    case 2:
-      return score_tile_of_quads<EVERY, 2>;
-    case 3:
-      return score_tile_of_quads<EVERY, 3>;
-#endif
-    default:
-      return score_tile<EVERY>;
-  }
-}
+// Queries of a sequence, times the scaling: with a head per lane [vectors, W, LANES], and in quads. What is not needed
+// is empty.
+struct Queries {
+  const float *by_lane, *quads;
+};
 
 template <typename Source>
 void attend(
-    const Source& source, const Mask& mask, const float* queries, int64_t sequence, int64_t begin, int64_t end,
+    const Source& source, const Mask& mask, const Queries& queries, int64_t sequence, int64_t begin, int64_t end,
     int64_t rows, int64_t width, int64_t rank, const Sums& sums) {
-  const int64_t block = std::max(TILE, BLOCK_ELEMENTS / width / TILE * TILE);
-  Buffer<float> space(block * LANES + block * width + 2 * width);
-  float *scores = space.data(), *copies = scores + block * LANES, *scratch = copies + block * width;
-  const int64_t last_quads = end - begin < TILE ? 0 : quads_for(rows, width);
-  Buffer<float> quads(width / QUAD * last_quads * LANES);
-  make_quads(queries + rows / LANES * LANES * width, width, last_quads, quads.data());
+  const bool quads = in_quads(width, rank);
+  const int64_t most = std::max(TILE, BLOCK_ELEMENTS / width / TILE * TILE);
+  const int64_t lanes = (rows + LANES - 1) / LANES * LANES, of_head = quads ? QUAD : 1;
+  Buffer<float> space(most * LANES + most * width + 2 * width);
+  float *copies = space.data() + most * LANES, *scratch = copies + most * width;
+  Buffer<float> top(lanes * of_head), total(lanes * of_head);
+  for (int64_t i = 0; i < lanes * of_head; i++) {
+    top.data()[i] = sums.top[i / of_head];
+    total.data()[i] = i % of_head ? 0 : sums.total[i / of_head];
+  }
   // The first vector's scores call for the block after this one. In fp32, where reading takes as long as products, half
   // of its lines are left to what follows the scores.
   constexpr bool halves = Source::bits == 32;
-  constexpr int64_t every = CACHE_LINE * 8 / Source::bits / TILE * (halves ? 2 : 1);
+  constexpr int64_t per_line = CACHE_LINE * 8 / Source::bits * (halves ? 2 : 1);
 
-  for (int64_t start = begin; start < end; start += block) {
-    const int64_t count = std::min(block, end - start);
+  for (int64_t start = begin; start < end; start += most) {
+    const int64_t valid = std::min(most, end - start), count = quads ? (valid + TILE - 1) / TILE * TILE : valid;
     const bool* seen = mask.seen ? mask.seen + sequence * mask.sequence_stride + start * mask.token_stride : nullptr;
-    if (seen && none_seen(seen, mask.token_stride, count)) continue;
-    const float* entries = source.read(sequence, start, count, copies, scratch);
-    Lines lines{source.ahead(sequence, start + block)};
-    if (halves) lines.end = source.ahead(sequence, std::min(start + 2 * block, end));
+    if (seen && none_seen(seen, mask.token_stride, valid)) continue;
+    const float* entries = source.read(sequence, start, valid, copies, scratch);
+    if (count > valid) {
+      if (entries != copies) std::copy(entries, entries + valid * width, copies);
+      std::fill(copies + valid * width, copies + count * width, 0.0f);
+      entries = copies;
+    }
+    const Block block{entries, count, valid, seen, mask.token_stride, space.data()};
+    Lines lines{source.ahead(sequence, start + most)};
+    if (halves) lines.end = source.ahead(sequence, std::min(start + 2 * most, end));
     for (int64_t row = 0; row < rows; row += LANES) {
-      const float* query = queries + row * width;
-      const int64_t of_quads = row + LANES > rows ? last_quads : 0;
-      const ScoreTile score = row ? score_tile_for<0>(of_quads) : score_tile_for<every>(of_quads);
-      int64_t token = 0;
-      for (; token + TILE <= count; token += TILE) {
-        score(of_quads ? quads.data() : query, entries + token * width, width, lines, scores + token * LANES);
-      }
-      for (; token < count; token++) {
-        Vector sum = {};
-        for (int64_t i = 0; i < width; i++) sum += load(query + i * LANES) * entries[token * width + i];
-        store(scores + token * LANES, sum);
-      }
-      const Softened softened =
-          soften(scores, count, seen, mask.token_stride, sums.top + row, sums.total + row, lines);
-      add_values(
-          sums.values + row * rank, std::min(LANES, rows - row), rank, scores, softened.shrink, entries, width, count,
-          lines);
+      const Sums of_vector{top.data() + row * of_head, total.data() + row * of_head, sums.values + row * rank};
+      const auto add = quads ? (row ? add_block_in_quads<0> : add_block_in_quads<per_line>)
+                             : (row ? add_block<0> : add_block<per_line>);
+      add(block, (quads ? queries.quads : queries.by_lane) + row * width, std::min(LANES, rows - row), width, rank,
+          of_vector, lines);
     }
     while (lines.next < lines.end) lines.call();  // few heads have too few sums to call for all
+  }
+  for (int64_t row = 0; row < lanes; row++) {
+    sums.top[row] = top.data()[row * of_head];
+    sums.total[row] = std::accumulate(total.data() + row * of_head, total.data() + (row + 1) * of_head, 0.0f);
   }
 }
 
@@ -643,7 +767,7 @@ void score_codes(
 // tokens, `head` the first of the two among the lanes.
 template <int64_t COLUMNS, typename Source>
 inline void add_codes(
-    const CodeLayout<Source>& layout, const Bytes& weights, const Softened& softened, const int32_t* codes,
+    const CodeLayout<Source>& layout, const Bytes& weights, const Softened<1>& softened, const int32_t* codes,
     const float* scales, int64_t count, int64_t group, int64_t column, int64_t head, float* values) {
   const int64_t step_between = layout.value_groups * layout.columns * LANES;
   codes += (group * layout.columns + column) * LANES;
@@ -740,8 +864,8 @@ void attend_codes(
       score_codes(
           layout, query.data() + vector * groups, load(biases.data() + row), codes.data(), scales.data(), count,
           source.ahead(sequence, start + BLOCK), scores.data());
-      const Softened softened =
-          soften(scores.data(), count, seen, mask.token_stride, sums.top + row, sums.total + row, none);
+      hide(scores.data(), count, seen, mask.token_stride);
+      const auto softened = soften<1, 1>(scores.data(), count, sums.top + row, sums.total + row, none);
       for (int64_t group = 0; group < layout.value_groups; group++) {
         const auto weight = [&](int64_t token) {
           const Vector weight = load(scores.data() + token * LANES);
@@ -774,23 +898,28 @@ void run(
 #else
   const int64_t threads = 1;  // what `parallel_for` comes to
 #endif
-  // So many that all threads get as many, unless that is too many to merge or too few tokens.
+  // So many that all threads get as many, unless that is too many to merge or too few tokens; then four times as many,
+  // of which a thread takes the next one when it is done: cores may be of unequal speed, or busy with other work.
   const int64_t even = threads / std::gcd(batch, threads), few = 4 * threads / std::max<int64_t>(1, batch) + 1;
-  const int64_t parts = std::clamp<int64_t>(tokens / PART_TOKENS, 1, std::min(even, few));
+  const int64_t least = std::clamp<int64_t>(tokens / PART_TOKENS, 1, std::min(even, few));
+  const int64_t most = threads > 1 ? std::max<int64_t>(1, 4 * threads / std::max<int64_t>(1, batch * least)) : 1;
+  const int64_t parts = least * std::clamp<int64_t>(tokens / (FURTHER_PART_TOKENS * least), 1, most);
   const int64_t part_tokens = ((tokens + parts - 1) / parts + TILE - 1) / TILE * TILE;
   const int64_t lanes = (rows + LANES - 1) / LANES * LANES;
+  const bool needs_lanes = !in_quads(width, rank) || (MULTIPLIES_BYTES && Source::quantised);
   Buffer<float> values(batch * parts * lanes * rank), total(batch * parts * lanes), top(batch * parts * lanes, HIDDEN);
 
-  at::parallel_for(0, batch * parts, 1, [&](int64_t first, int64_t last) {
-    Buffer<float> turned(lanes * width);  // [vectors, W, LANES]
-    for (int64_t task = first; task < last; task++) {
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, std::min(threads, batch * parts), 1, [&](int64_t, int64_t) {
+    Buffer<float> by_lane(needs_lanes ? lanes * width : 0), quads(in_quads(width, rank) ? lanes * width : 0);
+    for (int64_t task; (task = next++) < batch * parts;) {
       const int64_t sequence = task / parts, part = task % parts;
-      for (int64_t row = 0; row < rows; row++) {
-        for (int64_t i = 0; i < width; i++) {
-          turned.data()[(row / LANES * width + i) * LANES + row % LANES] =
-              query[(sequence * rows + row) * width + i] * scaling;
-        }
+      const float* of_sequence = query + sequence * rows * width;
+      for (int64_t row = 0; needs_lanes && row < rows; row++) {
+        float* to = by_lane.data() + row / LANES * LANES * width + row % LANES;
+        for (int64_t i = 0; i < width; i++) to[i * LANES] = of_sequence[row * width + i] * scaling;
       }
+      if (in_quads(width, rank)) make_quads(of_sequence, rows, width, scaling, quads.data());
       const Sums sums{top.data() + task * lanes, total.data() + task * lanes, values.data() + task * lanes * rank};
       const int64_t end = std::min(tokens, (part + 1) * part_tokens);
       for (int64_t start = part * part_tokens; start < end;) {
@@ -798,12 +927,12 @@ void run(
         if constexpr (MULTIPLIES_BYTES && Source::quantised) {
           stop = std::min(end, source.stop(start));
           if (source.has_codes(start, rank)) {
-            attend_codes(source, mask, turned.data(), sequence, start, stop, rows, width, rank, sums);
+            attend_codes(source, mask, by_lane.data(), sequence, start, stop, rows, width, rank, sums);
             start = stop;
             continue;
           }
         }
-        attend(source, mask, turned.data(), sequence, start, stop, rows, width, rank, sums);
+        attend(source, mask, {by_lane.data(), quads.data()}, sequence, start, stop, rows, width, rank, sums);
         start = stop;
       }
     }

@@ -78,6 +78,8 @@ def calls(folder, monkeypatch):
         (1, 7, 64, 32, 300),
         (1, 31, 36, 16, 100),
         (1, 3, 512, 64, 600),
+        (1, 16, 64, 32, 40),
+        (1, 13, 32, 16, 13001),  # more parts than threads
     ],
 )
 def test_attention_is_that_of_its_definition(calls, batch, heads, rank, rope, tokens, masked, dtype, threads):
