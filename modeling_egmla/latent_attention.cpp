@@ -676,7 +676,7 @@ struct Bytes {
 template <typename Row>
 inline void split(int64_t count, const Row& row, Bytes& to) {
   constexpr float LARGEST = 127 * 256;
-  const Vector magic = Vector{} + 12582912.0f;  // 1.5 * 2^23, as in `exponential`
+  const Vector magic = Vector{} + (12582912.0f + 128);  // as in `exponential`, with what rounds the high byte
   const Integers magic_bits = (Integers)magic;
   Integers largest_bits = {};  // of positive numbers they are in the numbers' order, and what is no number is larger
   for (int64_t i = 0; i < count; i++) {
@@ -692,9 +692,10 @@ inline void split(int64_t count, const Row& row, Bytes& to) {
     Integers high = {}, low = {};
 #pragma GCC unroll 4
     for (int64_t j = 0; j < filled; j++) {
-      const Integers number = (Integers)(row(i + j) * inverse + magic);  // above bits that are shifted or masked away
-      high |= ((number + 128) >> 8 & 255) << (8 * j);
-      low |= (number & 255) << (8 * j);
+      const Integers number = (Integers)(row(i + j) * inverse + magic);  // plus 128, below the bits of `magic`
+      const int32_t byte = 255u << (8 * j);
+      high |= (j ? number << (8 * j - 8) : number >> 8) & byte;
+      low |= (number << (8 * j) & byte) ^ (128u << (8 * j));
       sum += number - magic_bits;
     }
     store(to.high + i / 4 * LANES, high);
@@ -740,7 +741,7 @@ void score_codes(
       const uint8_t* tile = codes + token * layout.stride + group * layout.size;
       Integers high[TILE] = {}, low[TILE] = {};
       for (int64_t word = 0; word < layout.words; word++) {
-        __builtin_prefetch(reinterpret_cast<const void*>(ahead));
+        __builtin_prefetch(reinterpret_cast<const void*>(ahead), 0, 2);
         ahead += TILE * layout.WORD * Source::bits / 8;
         const Integers of_high = load(query[group].high + word * LANES), of_low = load(query[group].low + word * LANES);
 #pragma GCC unroll 8
