@@ -5,6 +5,7 @@ PyTorch's fused kernel takes longer, and none of its kernels reads quantised ent
 tests/benchmarks/README.md). It is opt-in, since it takes a C++ compiler and, once, half a minute; all works without.
 """
 
+import itertools
 import os
 import platform
 import shlex
@@ -150,10 +151,11 @@ def _check() -> None:
     """
     generator = torch.Generator().manual_seed(0)
     operators = torch.ops.egmla
-    # What is left beside whole vectors; a group of more tokens than a block.
-    B, S, W, R, group, scaling = 2, 41 * 76, 228, 152, 76, 0.02
+    B, scaling = 2, 0.02
+    # What is left beside whole vectors, and a group of more tokens than a block; whole vectors. Each number of heads.
+    shapes = itertools.product(((41 * 76, 228, 152, 76), (20 * 48, 144, 96, 48)), (3, 6, 12, 29))
     numbers = partial(torch.randn, generator=generator, dtype=torch.float32, device="cpu")
-    for H in (6, 12, 29):  # each kind of vector of heads
+    for (S, W, R, group), H in shapes:
         query = numbers(B, H, W)
         mask = torch.rand(B, S, generator=generator) > 0.3
         entries = numbers(B, S, W)

@@ -5,9 +5,10 @@
 // would be twenty small operations in each layer. Compiled and loaded by cpu_kernel.py.
 //
 // Tokens are taken in blocks that stay in the first caches: scores, running softmax, weighted sum. A vector of scores
-// has a head per lane, so that an element of the cache is one broadcast for all heads of a vector; with AVX-512 it has
-// four tokens of each of four heads, from products of four elements at a time. A vector of sums has elements of the
-// value. Threads share out sequences and parts of them; parts are merged by their sums of exponentials.
+// has a head per lane, so that an element of the cache is one broadcast for all heads of a vector; with AVX-512 and
+// widths that allow it (`in_quads`) four tokens of each of four heads, from products of four elements at a time. A
+// vector of sums has elements of the value. Threads share out sequences and parts of them; parts are merged by their
+// sums of exponentials.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -43,9 +44,9 @@ constexpr int64_t LANES = 8;
 #else
 constexpr int64_t LANES = 4;
 #endif
-// Tokens whose scores are held in registers at a time.
+// Tokens whose scores are held in registers at a time; of more than twelve heads in quads half as many.
 constexpr int64_t TILE = 8;
-// Elements of a block of tokens, at most: 12 KB, so that it, queries and sums share the first cache.
+// Elements of a block of tokens, unless a tile has more: 12 KB, so that it, queries and sums share the first cache.
 constexpr int64_t BLOCK_ELEMENTS = 3072;
 constexpr int64_t CACHE_LINE = 64;  // bytes
 // Fewer tokens than this are not worth a part of their own; or one beside those that keep all threads at work.
@@ -289,7 +290,7 @@ struct Mask {
 };
 
 // What a part of a sequence comes to: per head the highest score, the sum of exponentials relative to it (both with a
-// head per lane) and the sum of values weighted with them, [heads, R].
+// head per lane, within `attend` in quads with four) and the sum of values weighted with them, [heads, R].
 struct Sums {
   float *top, *total, *values;
 };
@@ -693,9 +694,9 @@ inline void split(int64_t count, const Row& row, Bytes& to) {
 #pragma GCC unroll 4
     for (int64_t j = 0; j < filled; j++) {
       const Integers number = (Integers)(row(i + j) * inverse + magic);  // plus 128, below the bits of `magic`
-      const int32_t byte = 255u << (8 * j);
+      const int32_t byte = 255u << (8 * j), sign = 128u << (8 * j);
       high |= (j ? number << (8 * j - 8) : number >> 8) & byte;
-      low |= (number << (8 * j) & byte) ^ (128u << (8 * j));
+      low |= (number << (8 * j) & byte) ^ sign;
       sum += number - magic_bits;
     }
     store(to.high + i / 4 * LANES, high);
@@ -899,8 +900,8 @@ void run(
 #else
   const int64_t threads = 1;  // what `parallel_for` comes to
 #endif
-  // So many that all threads get as many, unless that is too many to merge or too few tokens; then four times as many,
-  // of which a thread takes the next one when it is done: cores may be of unequal speed, or busy with other work.
+  // So many that all threads get as many, unless that is too many to merge or too few tokens; of many tokens
+  // about four for each thread, which takes the next one when it is done: a core may be slower than another, or busy.
   const int64_t even = threads / std::gcd(batch, threads), few = 4 * threads / std::max<int64_t>(1, batch) + 1;
   const int64_t least = std::clamp<int64_t>(tokens / PART_TOKENS, 1, std::min(even, few));
   const int64_t most = threads > 1 ? std::max<int64_t>(1, 4 * threads / std::max<int64_t>(1, batch * least)) : 1;
