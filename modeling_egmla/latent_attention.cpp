@@ -29,6 +29,7 @@
 #include <optional>
 #include <tuple>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #if defined(__AVX512F__)
@@ -914,14 +915,16 @@ void run(
   std::atomic<int64_t> next{0};
   at::parallel_for(0, std::min(threads, batch * parts), 1, [&](int64_t, int64_t) {
     Buffer<float> by_lane(needs_lanes ? lanes * width : 0), quads(in_quads(width, rank) ? lanes * width : 0);
+    int64_t held = -1;  // the sequence whose queries these are
     for (int64_t task; (task = next++) < batch * parts;) {
       const int64_t sequence = task / parts, part = task % parts;
       const float* of_sequence = query + sequence * rows * width;
-      for (int64_t row = 0; needs_lanes && row < rows; row++) {
+      const bool other = sequence != std::exchange(held, sequence);
+      for (int64_t row = 0; other && needs_lanes && row < rows; row++) {
         float* to = by_lane.data() + row / LANES * LANES * width + row % LANES;
         for (int64_t i = 0; i < width; i++) to[i * LANES] = of_sequence[row * width + i] * scaling;
       }
-      if (in_quads(width, rank)) make_quads(of_sequence, rows, width, scaling, quads.data());
+      if (other && in_quads(width, rank)) make_quads(of_sequence, rows, width, scaling, quads.data());
       const Sums sums{top.data() + task * lanes, total.data() + task * lanes, values.data() + task * lanes * rank};
       const int64_t end = std::min(tokens, (part + 1) * part_tokens);
       for (int64_t start = part * part_tokens; start < end;) {
