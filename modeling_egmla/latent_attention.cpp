@@ -6,9 +6,9 @@
 //
 // Tokens are taken in blocks that stay in the first caches: scores, running softmax, weighted sum. A vector of scores
 // has a head per lane, so that an element of the cache is one broadcast for all heads of a vector; with AVX-512 and
-// widths that allow it (`in_quads`) four tokens of each of four heads, from products of four elements at a time. A
-// vector of sums has elements of the value. Threads share out sequences and parts of them; parts are merged by their
-// sums of exponentials.
+// widths that allow it (`in_quads`) four tokens of each of four heads, from products of 16 bytes at a time: elements of
+// fp32, pairs of bf16 where the processor multiplies those, or codes as 16-bit integers. A vector of sums has elements
+// of the value. Threads share out sequences and parts of them; parts are merged by their sums of exponentials.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -21,6 +21,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -50,6 +51,13 @@ constexpr int64_t TILE = 8;
 // Elements of a block of tokens, unless a tile has more: 12 KB, so that it, queries and sums share the first cache.
 constexpr int64_t BLOCK_ELEMENTS = 3072;
 constexpr int64_t CACHE_LINE = 64;  // bytes
+// The cache that later entries are called for into: 3 the first, 2 the second. Into the first was 4 % faster with fp32
+// entries on Zen 4, and slower on Cascade Lake.
+#if defined(__AVX512BF16__)
+constexpr int INTO = 3;
+#else
+constexpr int INTO = 2;
+#endif
 // Fewer tokens than this are not worth a part of their own; or one beside those that keep all threads at work.
 constexpr int64_t PART_TOKENS = 256, FURTHER_PART_TOKENS = 2048;
 // Score of a hidden token; not infinite, so that differences are numbers.
@@ -63,28 +71,12 @@ inline void store(float* to, Vector value) { *reinterpret_cast<Vector*>(to) = va
 inline Integers load(const int32_t* from) { return *reinterpret_cast<const Integers*>(from); }
 inline void store(int32_t* to, Integers value) { *reinterpret_cast<Integers*>(to) = value; }
 
-// Whether the processor multiplies bytes: sum + the products of four unsigned and four signed ones in each lane.
-#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
-constexpr bool MULTIPLIES_BYTES = true;
-inline Integers multiply_bytes(Integers sum, Integers of_unsigned, Integers of_signed) {
-  return (Integers)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)of_unsigned, (__m512i)of_signed);
+// Weights as they are multiplied.
+inline void store_as(float* to, Vector value) { store(to, value); }
+#if defined(__AVX512BF16__)
+inline void store_as(c10::BFloat16* to, Vector value) {
+  _mm256_store_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh((__m512)value));
 }
-// Sixteen words with a byte of each of four rows.
-inline void interleave(int32_t* to, const uint8_t* rows, int64_t stride) {
-  const auto row = [&](int64_t i) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows + i * stride)); };
-  __m512i words = _mm512_castsi128_si512(row(0));
-  words = _mm512_inserti32x4(words, row(1), 1);
-  words = _mm512_inserti32x4(words, row(2), 2);
-  words = _mm512_inserti32x4(words, row(3), 3);
-  const __m512i across = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-  const __m128i within = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-  words = _mm512_shuffle_epi8(_mm512_permutexvar_epi32(across, words), _mm512_broadcast_i32x4(within));
-  _mm512_store_si512(to, words);
-}
-#else
-constexpr bool MULTIPLIES_BYTES = false;  // and these are never called
-inline Integers multiply_bytes(Integers sum, Integers, Integers) { return sum; }
-inline void interleave(int32_t*, const uint8_t*, int64_t) {}
 #endif
 
 // The larger one; of numbers that cannot be compared the second.
@@ -106,20 +98,30 @@ inline Vector largest_of_four(Vector x) {
 inline Vector largest_of_four(Vector x) { return x; }  // and this is never called
 #endif
 
-// exp(x) for x <= 0, to 2e-7 of its value near 0 and 4e-6 at -87: 2^n times a polynomial for the rest.
+// exp(x) for x <= 0, to 2e-7 of its value near 0 and 4e-6 at -87: 2^n times a polynomial for the rest. With `ROUGH` to
+// 1e-4, a twentieth of what rounding to bf16 changes.
+template <bool ROUGH = false>
 inline Vector exponential(Vector x) {
   const Vector lowest = Vector{} - 87.0f;
   const Vector magic = Vector{} + 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
   const Vector scaled = larger(lowest, x) * 1.44269504f;
   const Vector rounded = scaled + magic;
   const Vector rest = scaled - (rounded - magic);
-  Vector result = Vector{} + 1.535336188319500e-4f;
-  result = result * rest + 1.339887440266574e-3f;
-  result = result * rest + 9.618437357674640e-3f;
-  result = result * rest + 5.550332471162809e-2f;
-  result = result * rest + 2.402264791363012e-1f;
-  result = result * rest + 6.931472028550421e-1f;
-  result = result * rest + 1.0f;
+  Vector result;
+  if constexpr (ROUGH) {
+    result = Vector{} + 5.5171e-2f;
+    result = result * rest + 2.4261e-1f;
+    result = result * rest + 6.9326e-1f;
+    result = result * rest + 0.99993f;
+  } else {
+    result = Vector{} + 1.535336188319500e-4f;
+    result = result * rest + 1.339887440266574e-3f;
+    result = result * rest + 9.618437357674640e-3f;
+    result = result * rest + 5.550332471162809e-2f;
+    result = result * rest + 2.402264791363012e-1f;
+    result = result * rest + 6.931472028550421e-1f;
+    result = result * rest + 1.0f;
+  }
 #if defined(__AVX512F__)
   return (Vector)_mm512_scalef_ps((__m512)result, (__m512)(rounded - magic));
 #else
@@ -128,7 +130,7 @@ inline Vector exponential(Vector x) {
 #endif
 }
 
-typedef int32_t Word __attribute__((aligned(1), may_alias));
+typedef int32_t Word __attribute__((may_alias));  // a pair of 16-bit numbers
 
 // Memory that starts at a cache line: a vector that lies in two lines takes two reads.
 template <typename T>
@@ -155,8 +157,11 @@ struct Dense {
   int64_t sequence_stride, width;
   static constexpr int64_t bits = 8 * sizeof(T);
 
+  const T* at(int64_t sequence, int64_t start) const {
+    return entries + sequence * sequence_stride + start * width;
+  }
   const float* read(int64_t sequence, int64_t start, int64_t count, float* space, float*) const {
-    const T* from = entries + sequence * sequence_stride + start * width;
+    const T* from = at(sequence, start);
     if constexpr (std::is_same_v<T, float>) {
       return from;
     } else {
@@ -166,6 +171,7 @@ struct Dense {
     }
   }
   static constexpr bool quantised = false;
+  int64_t element_groups() const { return 1; }
   uintptr_t ahead(int64_t sequence, int64_t token) const {
     return reinterpret_cast<uintptr_t>(entries) + (sequence * sequence_stride + token * width) * sizeof(T);
   }
@@ -192,25 +198,33 @@ struct ElementGroups {
 
   static constexpr bool quantised = true, scales_by_token = true;
   int64_t element_groups() const { return groups; }
-  static constexpr float offset = 128;  // of codes that were made unsigned
-  // In groups of fewer it takes longer.
+  // Groups are whole vectors of a value, and of so few elements that sums of products fit into 32 bits.
   bool has_codes(int64_t, int64_t rank) const {
     const int64_t elements = width / groups;
-    return elements >= 16 && elements % 4 == 0 && rank % elements == 0;
+    return elements % LANES == 0 && rank % elements == 0 && elements <= 512;
   }
   int64_t stop(int64_t) const { return std::numeric_limits<int64_t>::max(); }
   int64_t together(int64_t, int64_t count) const { return count; }
+  int64_t group(int64_t) const { return 0; }
+  void typical_scales(int64_t, float* to) const { std::fill(to, to + width, 1.0f); }
+  // Codes [count, W], and scales [groups, `stride`].
   void read_codes(
-      int64_t sequence, int64_t start, int64_t count, uint8_t* to, int64_t stride, float* factors) const {
+      int64_t sequence, int64_t start, int64_t count, int16_t* __restrict to, float* factors, int64_t stride) const {
     const int8_t* code = codes + sequence * codes_stride + start * width;
-    for (int64_t token = 0; token < count; token++, code += width) {
-      uint8_t* __restrict row = to + token * stride;
-      for (int64_t i = 0; i < width; i++) row[i] = static_cast<uint8_t>(code[i]) ^ 128;
+    int64_t i = 0;
+#if defined(__AVX512BW__)
+    for (; i + 32 <= count * width; i += 32) {  // with 64 bytes at a time, as compilers do it, it takes longer
+      const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(code + i));
+      _mm512_storeu_si512(to + i, _mm512_cvtepi8_epi16(bytes));
     }
+#endif
+    for (; i < count * width; i++) to[i] = code[i];
     const c10::BFloat16* scale = scales + sequence * scales_stride + start * groups;
-    for (int64_t i = 0; i < count * groups; i++) {
-      const float factor = static_cast<float>(scale[i]);
-      factors[i] = factor + (factor - factor);  // no number where it is infinite, as of a code of 0 times that
+    for (int64_t group = 0; group < groups; group++) {
+      for (int64_t token = 0; token < count; token++) {
+        const float factor = static_cast<float>(scale[token * groups + group]);
+        factors[group * stride + token] = factor + (factor - factor);  // no number if infinite, as of 0 times that
+      }
     }
   }
   uintptr_t ahead(int64_t sequence, int64_t token) const {
@@ -257,7 +271,6 @@ struct TokenGroups {
 
   static constexpr bool quantised = true, scales_by_token = false;
   int64_t element_groups() const { return 1; }
-  static constexpr float offset = 0;
   // In groups of fewer it takes longer.
   bool has_codes(int64_t token, int64_t) const { return size >= 24 && token >= first && token - first < grouped; }
   // Where it ends that tokens are codes, or are none.
@@ -265,18 +278,31 @@ struct TokenGroups {
     if (token < first) return first;
     return token - first < grouped ? first + grouped : std::numeric_limits<int64_t>::max();
   }
+  int64_t group(int64_t token) const { return (token - first) / size; }
+  // About what a group's scales of elements are: those of the first group, none far smaller than the largest.
+  void typical_scales(int64_t sequence, float* to) const {
+    const c10::BFloat16* scale = scales + sequence * scales_stride;
+    float largest = 0;
+    for (int64_t i = 0; i < width; i++) {
+      to[i] = grouped ? std::abs(static_cast<float>(scale[i])) : 0;
+      largest = std::max(largest, std::isfinite(to[i]) ? to[i] : 0);
+    }
+    for (int64_t i = 0; i < width; i++) {
+      to[i] = largest > 0 ? std::clamp(std::isfinite(to[i]) ? to[i] : 0, largest / 32, largest) : 1;
+    }
+  }
   int64_t together(int64_t token, int64_t count) const { return std::min(count, size - (token - first) % size); }
+  // Codes [count, W], and their group's scales [W] and zero points [W].
   void read_codes(
-      int64_t sequence, int64_t start, int64_t count, uint8_t* to, int64_t stride, float* of_elements) const {
+      int64_t sequence, int64_t start, int64_t count, int16_t* __restrict to, float* factors, int64_t) const {
     const int64_t half = (width + 1) / 2, place = start - first;
     const uint8_t* code = codes + sequence * codes_stride + place * half;
-    for (int64_t token = 0; token < count; token++, code += half) {
-      uint8_t* __restrict row = to + token * stride;
-      for (int64_t i = 0; i < half; i++) row[i] = code[i] & 15;
-      for (int64_t i = half; i < width; i++) row[i] = code[i - half] >> 4;
+    for (int64_t token = 0; token < count; token++, code += half, to += width) {
+      for (int64_t i = 0; i < half; i++) to[i] = code[i] & 15;
+      for (int64_t i = half; i < width; i++) to[i] = code[i - half] >> 4;
     }
     const c10::BFloat16* scale = scales + sequence * scales_stride + place / size * 2 * width;
-    for (int64_t i = 0; i < 2 * width; i++) of_elements[i] = static_cast<float>(scale[i]);
+    for (int64_t i = 0; i < 2 * width; i++) factors[i] = static_cast<float>(scale[i]);
   }
   uintptr_t ahead(int64_t sequence, int64_t token) const {
     const int64_t place = std::clamp<int64_t>(token - first, 0, grouped);
@@ -304,7 +330,7 @@ struct Lines {
   uintptr_t next = 0, end = 0;
 
   inline void call() {
-    __builtin_prefetch(reinterpret_cast<const void*>(next), 0, 2);  // into the second cache
+    __builtin_prefetch(reinterpret_cast<const void*>(next), 0, INTO);
     next += CACHE_LINE;
   }
   inline void call_if_left() {
@@ -318,27 +344,32 @@ struct Softened {
   float shrink[VECTORS * LANES], sum[VECTORS * LANES];
 };
 
-// Turns scores [count, VECTORS, LANES] into weights relative to the highest score so far. A head has a lane of its own,
-// or `LANES_OF_HEAD` neighbouring ones, with one highest score and each with a part of the sum.
-template <int64_t VECTORS, int64_t LANES_OF_HEAD>
-inline Softened<VECTORS> soften(float* scores, int64_t count, float* top_so_far, float* total, Lines& left) {
+// Turns scores [count, VECTORS, LANES], times the scaling, into weights relative to the highest so far. A head has a
+// lane of its own, or `LANES_OF_HEAD` neighbouring ones, with one highest score and each with a part of the sum.
+// Weights take the place of scores; those of bf16 half of it, one behind the other.
+template <int64_t VECTORS, int64_t LANES_OF_HEAD, typename T = float>
+inline Softened<VECTORS> soften(
+    float* scores, int64_t count, float scaling, float* top_so_far, float* total, Lines& left) {
   Lines lines = left;  // which stays in registers
   Vector top[VECTORS], sum[VECTORS] = {};
 #pragma GCC unroll 4
-  for (int64_t k = 0; k < VECTORS; k++) top[k] = load(top_so_far + k * LANES);
-  for (int64_t i = 0; i < count; i++) {
+  for (int64_t k = 0; k < VECTORS; k++) top[k] = load(scores + k * LANES);
+  for (int64_t i = 1; i < count; i++) {
 #pragma GCC unroll 4
     for (int64_t k = 0; k < VECTORS; k++) top[k] = larger(load(scores + (i * VECTORS + k) * LANES), top[k]);
   }
 #pragma GCC unroll 4
-  for (int64_t k = 0; LANES_OF_HEAD == 4 && k < VECTORS; k++) top[k] = largest_of_four(top[k]);
+  for (int64_t k = 0; k < VECTORS; k++) {
+    if constexpr (LANES_OF_HEAD == 4) top[k] = largest_of_four(top[k]);
+    top[k] = larger(top[k] * scaling, load(top_so_far + k * LANES));
+  }
   for (int64_t i = 0; i < count; i++) {
 #pragma GCC unroll 4
     for (int64_t k = 0; k < VECTORS; k++) {
       lines.call_if_left();
-      float* place = scores + (i * VECTORS + k) * LANES;
-      const Vector weight = exponential(load(place) - top[k]);
-      store(place, weight);
+      const int64_t place = (i * VECTORS + k) * LANES;
+      const Vector weight = exponential<!std::is_same_v<T, float>>(load(scores + place) * scaling - top[k]);
+      store_as(reinterpret_cast<T*>(scores) + place, weight);
       sum[k] += weight;
     }
   }
@@ -459,15 +490,15 @@ bool none_seen(const bool* seen, int64_t token_stride, int64_t count) {
   return true;
 }
 
-// A block of tokens as fp32 rows. In quads tokens are a multiple of eight: behind the `valid` ones are hidden zeros.
+// A block of tokens as rows of fp32, or of bf16 where pairs of those are multiplied. In quads tokens are a multiple of
+// eight: behind the `valid` ones are hidden zeros.
+template <typename T>
 struct Block {
-  const float* entries;
+  const T* entries;
   int64_t count, valid;
   const bool* seen;
   int64_t token_stride;
   float* scores;  // or weights, with room for a vector per token
-
-  bool hidden(int64_t token) const { return token >= valid || (seen && !seen[token * token_stride]); }
 };
 
 // Scores [TILE, LANES] of a tile of entries, of queries [W, LANES]; with a line called for every `EVERY` elements, if
@@ -498,8 +529,8 @@ void score_tile(const float* query, const float* entries, int64_t width, Lines& 
 // entries, if any (0: none).
 template <int64_t PER_LINE>
 void add_block(
-    const Block& block, const float* query, int64_t rows, int64_t width, int64_t rank, const Sums& sums,
-    Lines& lines) {
+    const Block<float>& block, const float* query, float scaling, int64_t rows, int64_t width, int64_t rank,
+    const Sums& sums, Lines& lines) {
   int64_t token = 0;
   for (; token + TILE <= block.count; token += TILE) {
     score_tile<PER_LINE / TILE>(query, block.entries + token * width, width, lines, block.scores + token * LANES);
@@ -510,388 +541,618 @@ void add_block(
     store(block.scores + token * LANES, sum);
   }
   hide(block.scores, block.count, block.seen, block.token_stride);
-  const auto softened = soften<1, 1>(block.scores, block.count, sums.top, sums.total, lines);
+  const auto softened = soften<1, 1>(block.scores, block.count, scaling, sums.top, sums.total, lines);
   add_values<1>(
       sums.values, rows, rank, block.scores, LANES, softened.shrink, block.entries, width, block.count, lines);
 }
 
 #if defined(__AVX512F__)
-// With four elements of each of four heads in a vector fewer lanes are empty than with a head in each, of which there
-// are often twelve; and of sixteen heads they take as many products and fewer reads.
+// With 16 bytes of each of four heads in a vector fewer lanes are empty than with a head in each, of which there are
+// often twelve; and of sixteen heads they take as many products and fewer reads.
 constexpr int64_t QUAD = 4;
 
-bool in_quads(int64_t width, int64_t rank) { return width % QUAD == 0 && rank % LANES == 0; }
+// Elements of T that a head has in a vector, and that a vector has.
+template <typename T>
+constexpr int64_t OF_HEAD = 16 / sizeof(T);
+template <typename T>
+constexpr int64_t OF_VECTOR = CACHE_LINE / sizeof(T);
+
+template <typename T>
+bool in_quads(int64_t width, int64_t rank) {
+  return width % OF_HEAD<T> == 0 && rank % LANES == 0 && (rank % OF_VECTOR<T> == 0 || rank + LANES <= width);
+}
 
 int64_t quads_of(int64_t rows) { return (std::min(LANES, rows) + QUAD - 1) / QUAD; }
 
-// Queries [rows, W], times the scaling, as vectors [W / 4, quads, LANES] of up to sixteen heads at a time.
-void make_quads(const float* query, int64_t rows, int64_t width, float scaling, float* to) {
+// Queries [rows, W] as vectors [W / OF_HEAD, quads, OF_VECTOR] of up to sixteen heads at a time.
+template <typename T>
+void make_quads(const float* query, int64_t rows, int64_t width, T* to) {
+  constexpr int64_t OF = OF_HEAD<T>;
   for (int64_t row = 0; row < rows; row++) {
-    const int64_t first = row / LANES * LANES, stride = quads_of(rows - first) * LANES;
-    float* place = to + first * width + (row - first) * QUAD;
-    for (int64_t i = 0; i < width; i++) place[i / QUAD * stride + i % QUAD] = query[row * width + i] * scaling;
+    const int64_t first = row / LANES * LANES, stride = quads_of(rows - first) * OF_VECTOR<T>;
+    T* place = to + first * width + (row - first) * OF;
+    for (int64_t i = 0; i < width; i += OF, place += stride) {
+#pragma GCC unroll 8
+      for (int64_t j = 0; j < OF; j++) place[j] = query[row * width + i + j];
+    }
   }
+}
+
+inline __m512 multiply(__m512 sum, __m512i a, __m512i b, float) {
+  return _mm512_fmadd_ps((__m512)a, (__m512)b, sum);
+}
+// Sum + the products of two 16-bit numbers in each lane, where the processor has that.
+#if defined(__AVX512BF16__) && defined(__AVX512BW__)
+constexpr bool MULTIPLIES_BF16 = true;
+inline __m512 multiply(__m512 sum, __m512i a, __m512i b, c10::BFloat16) {
+  return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
+}
+#else
+constexpr bool MULTIPLIES_BF16 = false;
+#endif
+#if defined(__AVX512BW__)
+constexpr bool MULTIPLIES_INTEGERS = true;
+inline __m512i multiply(__m512i sum, __m512i a, __m512i b, int16_t) {
+#if defined(__AVX512VNNI__)
+  return _mm512_dpwssd_epi32(sum, a, b);
+#else
+  return _mm512_add_epi32(sum, _mm512_madd_epi16(a, b));
+#endif
+}
+#else
+constexpr bool MULTIPLIES_INTEGERS = false;
+#endif
+
+// Tokens whose scores are in registers at a time.
+template <int64_t QUADS>
+constexpr int64_t TILE_OF = QUADS < 4 ? TILE : TILE / 2;
+
+// Adds products of four lanes of each head with `elements` of so many tokens; `each` is called with every element.
+template <typename T, int64_t QUADS, typename Sum, typename Each>
+[[gnu::always_inline]] inline void multiply_quads(
+    const T* query, const T* entries, int64_t width, int64_t elements, const Each& each,
+    Sum (&sum)[TILE_OF<QUADS>][QUADS]) {
+  for (int64_t element = 0; element < elements; element += OF_HEAD<T>, query += QUADS * OF_VECTOR<T>) {
+    each(element);
+    __m512i heads[QUADS];
+#pragma GCC unroll 4
+    for (int64_t k = 0; k < QUADS; k++) heads[k] = _mm512_load_si512(query + k * OF_VECTOR<T>);
+#pragma GCC unroll 8
+    for (int64_t j = 0; j < TILE_OF<QUADS>; j++) {
+      const auto* place = reinterpret_cast<const __m128i*>(entries + j * width + element);
+      const __m512i four = _mm512_broadcast_i32x4(_mm_loadu_si128(place));
+#pragma GCC unroll 4
+      for (int64_t k = 0; k < QUADS; k++) sum[j][k] = multiply(sum[j][k], heads[k], four, T{});
+    }
+  }
+}
+
+// Of four tokens' sums [four heads, four lanes] those over lanes, [four heads, four tokens].
+template <typename V>
+inline V sum_lanes(V a, V b, V c, V d) {
+  const auto neighbours = [](V x, V y) {
+    return (V)_mm512_unpacklo_ps((__m512)x, (__m512)y) + (V)_mm512_unpackhi_ps((__m512)x, (__m512)y);
+  };
+  const auto pairs = [](V x, V y) {
+    return (V)_mm512_unpacklo_pd((__m512d)x, (__m512d)y) + (V)_mm512_unpackhi_pd((__m512d)x, (__m512d)y);
+  };
+  return pairs(neighbours(a, b), neighbours(c, d));
 }
 
 // Scores [tokens / 4, quads, four heads, four tokens].
-template <int64_t QUADS, int64_t PER_LINE>
+template <typename T, int64_t QUADS, int64_t PER_LINE>
 void score_quads(
-    const float* query, const float* entries, int64_t width, int64_t count, Lines& lines, float* scores) {
-  constexpr int64_t TOKENS = QUADS < 4 ? TILE : TILE / 2;  // so many that all sums are in registers
-  constexpr int64_t EVERY = PER_LINE / TOKENS;
-  static_assert(EVERY % QUAD == 0);
-  const auto add_neighbours = [](__m512 a, __m512 b) {
-    return _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
-  };
-  const auto add_pairs = [](__m512 a, __m512 b) {
-    const auto c = (__m512d)a, d = (__m512d)b;
-    return _mm512_add_ps((__m512)_mm512_unpacklo_pd(c, d), (__m512)_mm512_unpackhi_pd(c, d));
-  };
-  for (int64_t token = 0; token < count; token += TOKENS, entries += TOKENS * width) {
-    __m512 sum[TOKENS][QUADS] = {};
-    const float* of_heads = query;
-    for (int64_t element = 0; element < width; element += QUAD, of_heads += QUADS * LANES) {
-      if constexpr (EVERY > 0) {
-        if (element % EVERY == 0) lines.call();
-      }
-      __m512 heads[QUADS];
-#pragma GCC unroll 4
-      for (int64_t k = 0; k < QUADS; k++) heads[k] = _mm512_load_ps(of_heads + k * LANES);
-#pragma GCC unroll 8
-      for (int64_t j = 0; j < TOKENS; j++) {
-        const __m512 elements = _mm512_broadcast_f32x4(_mm_loadu_ps(entries + j * width + element));
-#pragma GCC unroll 4
-        for (int64_t k = 0; k < QUADS; k++) sum[j][k] = _mm512_fmadd_ps(heads[k], elements, sum[j][k]);
-      }
+    const T* query, const T* entries, int64_t width, int64_t count, Lines& lines, float* scores) {
+  constexpr int64_t EVERY = PER_LINE / TILE_OF<QUADS>;
+  static_assert(EVERY % OF_HEAD<T> == 0);
+  const auto call = [&](int64_t element) {
+    if constexpr (EVERY > 0) {
+      if (element % EVERY == 0) lines.call();
     }
+  };
+  for (int64_t token = 0; token < count; token += TILE_OF<QUADS>, entries += TILE_OF<QUADS> * width) {
+    __m512 sum[TILE_OF<QUADS>][QUADS] = {};
+    multiply_quads<T>(query, entries, width, width, call, sum);
 #pragma GCC unroll 2
-    for (int64_t j = 0; j < TOKENS; j += QUAD) {
+    for (int64_t j = 0; j < TILE_OF<QUADS>; j += QUAD) {
 #pragma GCC unroll 4
       for (int64_t k = 0; k < QUADS; k++, scores += LANES) {
-        const __m512 first = add_neighbours(sum[j][k], sum[j + 1][k]);
-        const __m512 second = add_neighbours(sum[j + 2][k], sum[j + 3][k]);
-        _mm512_store_ps(scores, add_pairs(first, second));
+        store(scores, sum_lanes<Vector>(sum[j][k], sum[j + 1][k], sum[j + 2][k], sum[j + 3][k]));
       }
     }
   }
 }
 
-// What `add_block` does, with heads in quads and four lanes of `top` and `total` per head.
-template <int64_t QUADS, int64_t PER_LINE>
-void add_block_in_quads(
-    const Block& block, const float* query, int64_t rows, int64_t width, int64_t rank, const Sums& sums,
-    Lines& lines) {
-  score_quads<QUADS, PER_LINE>(query, block.entries, width, block.count, lines, block.scores);
-  for (int64_t token = block.seen ? 0 : block.valid; token < block.count; token++) {
-    if (!block.hidden(token)) continue;
-    float* of_token = block.scores + token / QUAD * QUADS * LANES + token % QUAD;
+// Hides scores in quads of tokens that are not seen, and of those behind the `valid` ones.
+template <int64_t QUADS>
+inline void hide_in_quads(float* scores, int64_t count, int64_t valid, const bool* seen, int64_t token_stride) {
+  for (int64_t token = seen ? 0 : valid; token < count; token++) {
+    if (token < valid && (!seen || seen[token * token_stride])) continue;
+    float* of_token = scores + token / QUAD * QUADS * LANES + token % QUAD;
     for (int64_t head = 0; head < QUADS * QUAD; head++) of_token[head * QUAD] = HIDDEN;
   }
-  const auto softened = soften<QUADS, QUAD>(block.scores, block.count / QUAD, sums.top, sums.total, lines);
-  add_values<QUAD>(
-      sums.values, rows, rank, block.scores, QUADS * LANES, softened.shrink, block.entries, width, block.count, lines);
 }
 
-template <int64_t PER_LINE>
+template <int64_t QUADS>
+void add_values_of_quads(
+    float* values, int64_t rows, int64_t rank, const float* weights, const float* shrink, const Block<float>& block,
+    int64_t width, Lines& lines) {
+  add_values<QUAD>(
+      values, rows, rank, weights, QUADS * LANES, shrink, block.entries, width, block.count, lines);
+}
+
+#if defined(__AVX512BW__)
+// Adds to sums of `ROWS` heads products of pairs of tokens, of `COLUMNS` (two at most) vectors of elements. Weights are
+// pairs [tokens / 4, .., heads, 2], `stride` apart in the first.
+template <typename T, int64_t ROWS, int64_t COLUMNS, typename Sum>
+[[gnu::always_inline]] inline void multiply_pairs(
+    const Word* weights, int64_t stride, const T* entries, int64_t width, int64_t count, Lines& left,
+    Sum (&sum)[ROWS][COLUMNS]) {
+  Lines lines = left;
+  // Where in two rows the pairs of the first sixteen elements are; those of the others are behind them.
+  alignas(CACHE_LINE) int16_t places[2][2 * LANES];
+  for (int16_t i = 0; i < 2 * LANES; i++) {
+    places[0][i] = i / 2 + i % 2 * 2 * LANES;
+    places[1][i] = places[0][i] + LANES;
+  }
+  const __m512i of[2] = {_mm512_load_si512(places[0]), _mm512_load_si512(places[1])};
+  for (int64_t token = 0; token < count; token += 2, entries += 2 * width) {
+    lines.call_if_left();
+    lines.call_if_left();
+    const __m512i one = _mm512_loadu_si512(entries), other = _mm512_loadu_si512(entries + width);
+    __m512i pairs[COLUMNS];
+#pragma GCC unroll 2
+    for (int64_t j = 0; j < COLUMNS; j++) pairs[j] = _mm512_permutex2var_epi16(one, of[j], other);
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < ROWS; i++) {
+      const __m512i weight = _mm512_set1_epi32(weights[i * 2]);
+#pragma GCC unroll 2
+      for (int64_t j = 0; j < COLUMNS; j++) sum[i][j] = multiply(sum[i][j], weight, pairs[j], T{});
+    }
+    weights += token % QUAD ? stride - 1 : 1;
+  }
+  left = lines;
+}
+
+// Calls `add` with a row, an element, and how many rows and vectors of elements it is to take.
+template <int64_t QUADS, typename Add>
+inline void for_each_tile(int64_t rank, const Add& add) {
+  constexpr int64_t ROWS = QUADS == 3 ? 6 : std::min<int64_t>(QUADS, 2) * QUAD;
+  for (int64_t row = 0; row < QUADS * QUAD; row += ROWS) {
+    int64_t element = 0;
+    for (; element + 2 * LANES <= rank; element += 2 * LANES) add.template operator()<ROWS, 2>(row, element);
+    if (element < rank) add.template operator()<ROWS, 1>(row, element);
+  }
+}
+#endif
+
+#if defined(__AVX512BF16__) && defined(__AVX512BW__)
+template <int64_t QUADS>
+void add_values_of_quads(
+    float* values, int64_t, int64_t rank, const float* weights, const float* shrink, const Block<c10::BFloat16>& block,
+    int64_t width, Lines& lines) {
+  const auto* pairs = reinterpret_cast<const Word*>(weights);
+  for_each_tile<QUADS>(rank, [&]<int64_t ROWS, int64_t COLUMNS>(int64_t row, int64_t element) {
+    float* to = values + row * rank + element;
+    __m512 sum[ROWS][COLUMNS];
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < ROWS; i++) {
+#pragma GCC unroll 2
+      for (int64_t j = 0; j < COLUMNS; j++) sum[i][j] = load(to + i * rank + j * LANES) * shrink[(row + i) * QUAD];
+    }
+    multiply_pairs<c10::BFloat16>(
+        pairs + row * 2, QUADS * LANES / 2, block.entries + element, width, block.count, lines, sum);
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < ROWS; i++) {
+#pragma GCC unroll 2
+      for (int64_t j = 0; j < COLUMNS; j++) store(to + i * rank + j * LANES, sum[i][j]);
+    }
+  });
+}
+#endif
+
+// What `add_block` does, with heads in quads and four lanes of `top` and `total` per head.
+template <typename T, int64_t QUADS, int64_t PER_LINE>
 void add_block_in_quads(
-    const Block& block, const float* query, int64_t rows, int64_t width, int64_t rank, const Sums& sums,
+    const Block<T>& block, const T* query, float scaling, int64_t rows, int64_t width, int64_t rank, const Sums& sums,
     Lines& lines) {
+  score_quads<T, QUADS, PER_LINE>(query, block.entries, width, block.count, lines, block.scores);
+  hide_in_quads<QUADS>(block.scores, block.count, block.valid, block.seen, block.token_stride);
+  const auto softened = soften<QUADS, QUAD, T>(block.scores, block.count / QUAD, scaling, sums.top, sums.total, lines);
+  add_values_of_quads<QUADS>(sums.values, rows, rank, block.scores, softened.shrink, block, width, lines);
+}
+
+// Calls `add` with the number of quads that so many heads, or sixteen of them, are.
+template <typename Add>
+void with_quads(int64_t rows, const Add& add) {
   switch (quads_of(rows)) {
     case 1:
-      return add_block_in_quads<1, PER_LINE>(block, query, rows, width, rank, sums, lines);
+      return add.template operator()<1>();
     case 2:
-      return add_block_in_quads<2, PER_LINE>(block, query, rows, width, rank, sums, lines);
+      return add.template operator()<2>();
     case 3:
-      return add_block_in_quads<3, PER_LINE>(block, query, rows, width, rank, sums, lines);
+      return add.template operator()<3>();
     default:
-      return add_block_in_quads<4, PER_LINE>(block, query, rows, width, rank, sums, lines);
+      return add.template operator()<4>();
   }
+}
+
+template <typename T, int64_t PER_LINE>
+void add_block_in_quads(
+    const Block<T>& block, const T* query, float scaling, int64_t rows, int64_t width, int64_t rank, const Sums& sums,
+    Lines& lines) {
+  with_quads(rows, [&]<int64_t QUADS>() {
+    add_block_in_quads<T, QUADS, PER_LINE>(block, query, scaling, rows, width, rank, sums, lines);
+  });
 }
 #else
 constexpr int64_t QUAD = 1;
+constexpr bool MULTIPLIES_BF16 = false, MULTIPLIES_INTEGERS = false;
+template <typename T>
 bool in_quads(int64_t, int64_t) { return false; }
-void make_quads(const float*, int64_t, int64_t, float, float*) {}
-template <int64_t PER_LINE>
-void add_block_in_quads(const Block&, const float*, int64_t, int64_t, int64_t, const Sums&, Lines&) {}
+template <typename T>
+void make_quads(const float*, int64_t, int64_t, T*) {}
+template <typename T, int64_t PER_LINE>
+void add_block_in_quads(
+    const Block<T>&, const T*, float, int64_t, int64_t, int64_t, const Sums&, Lines&) {}
 #endif
 
-// Queries of a sequence, times the scaling: with a head per lane [vectors, W, LANES], and in quads. What is not needed
-// is empty.
+// Queries of a sequence: with a head per lane [vectors, W, LANES], and in quads. What is not needed is empty.
+template <typename T>
 struct Queries {
-  const float *by_lane, *quads;
+  const float* by_lane;
+  const T* quads;
+  float scaling;
 };
 
-template <typename Source>
+// Sums while tokens are added: `top` and `total` with so many lanes per head, each with a part of the sum.
+class Running {
+ public:
+  Running(const Sums& sums, int64_t lanes, int64_t of_head)
+      : sums_(sums), lanes_(lanes), of_head_(of_head), top_(lanes * of_head), total_(lanes * of_head) {
+    for (int64_t i = 0; i < lanes * of_head; i++) {
+      top_.data()[i] = sums.top[i / of_head];
+      total_.data()[i] = i % of_head ? 0 : sums.total[i / of_head];
+    }
+  }
+  // Those of a vector of heads, from `row` on.
+  Sums from(int64_t row, int64_t rank) {
+    return {top_.data() + row * of_head_, total_.data() + row * of_head_, sums_.values + row * rank};
+  }
+  void finish() {
+    for (int64_t row = 0; row < lanes_; row++) {
+      const float* of_row = total_.data() + row * of_head_;
+      sums_.top[row] = top_.data()[row * of_head_];
+      sums_.total[row] = std::accumulate(of_row, of_row + of_head_, 0.0f);
+    }
+  }
+
+ private:
+  const Sums sums_;
+  int64_t lanes_, of_head_;
+  Buffer<float> top_, total_;
+};
+
+// Adds tokens to the sums of all heads. T: what is multiplied, fp32 or what the cache holds.
+template <typename T, typename Source>
 void attend(
-    const Source& source, const Mask& mask, const Queries& queries, int64_t sequence, int64_t begin, int64_t end,
+    const Source& source, const Mask& mask, const Queries<T>& queries, int64_t sequence, int64_t begin, int64_t end,
     int64_t rows, int64_t width, int64_t rank, const Sums& sums) {
-  const bool quads = in_quads(width, rank);
-  const int64_t most = std::max(TILE, BLOCK_ELEMENTS / width / TILE * TILE);
+  constexpr bool as_cached = Source::bits == 8 * sizeof(T);
+  const bool quads = in_quads<T>(width, rank);
+  const int64_t most = std::max(TILE, BLOCK_ELEMENTS / width * 4 / static_cast<int64_t>(sizeof(T)) / TILE * TILE);
   const int64_t lanes = (rows + LANES - 1) / LANES * LANES, of_head = quads ? QUAD : 1;
   Buffer<float> space(most * LANES + most * width + 2 * width);
   float *copies = space.data() + most * LANES, *scratch = copies + most * width;
-  Buffer<float> top(lanes * of_head), total(lanes * of_head);
-  for (int64_t i = 0; i < lanes * of_head; i++) {
-    top.data()[i] = sums.top[i / of_head];
-    total.data()[i] = i % of_head ? 0 : sums.total[i / of_head];
-  }
-  // The first vector's scores call for the block after this one. In fp32, where reading takes as long as products, half
-  // of its lines are left to what follows the scores.
-  constexpr bool halves = Source::bits == 32;
-  constexpr int64_t per_line = CACHE_LINE * 8 / Source::bits * (halves ? 2 : 1);
+  Running running(sums, lanes, of_head);
+  // The first vector's scores call for the block after this one. Where reading takes as long as products, half of its
+  // lines are left to what follows the scores.
+  constexpr int64_t per_line = CACHE_LINE * 8 / Source::bits * (as_cached ? 2 : 1);
 
   for (int64_t start = begin; start < end; start += most) {
     const int64_t valid = std::min(most, end - start), count = quads ? (valid + TILE - 1) / TILE * TILE : valid;
     const bool* seen = mask.seen ? mask.seen + sequence * mask.sequence_stride + start * mask.token_stride : nullptr;
     if (seen && none_seen(seen, mask.token_stride, valid)) continue;
-    const float* entries = source.read(sequence, start, valid, copies, scratch);
-    if (count > valid) {
-      if (entries != copies) std::copy(entries, entries + valid * width, copies);
-      std::fill(copies + valid * width, copies + count * width, 0.0f);
-      entries = copies;
+    const T* entries;
+    if constexpr (as_cached) {
+      entries = source.at(sequence, start);
+    } else {
+      entries = source.read(sequence, start, valid, copies, scratch);
     }
-    const Block block{entries, count, valid, seen, mask.token_stride, space.data()};
+    if (count > valid) {
+      T* to = reinterpret_cast<T*>(copies);
+      if (entries != to) std::copy(entries, entries + valid * width, to);
+      std::fill(to + valid * width, to + count * width, T(0.0f));
+      entries = to;
+    }
+    const Block<T> block{entries, count, valid, seen, mask.token_stride, space.data()};
     Lines lines{source.ahead(sequence, start + most)};
-    if (halves) lines.end = source.ahead(sequence, std::min(start + 2 * most, end));
+    if (as_cached) lines.end = source.ahead(sequence, std::min(start + 2 * most, end));
     for (int64_t row = 0; row < rows; row += LANES) {
-      const Sums of_vector{top.data() + row * of_head, total.data() + row * of_head, sums.values + row * rank};
-      const auto add = quads ? (row ? add_block_in_quads<0> : add_block_in_quads<per_line>)
-                             : (row ? add_block<0> : add_block<per_line>);
-      add(block, (quads ? queries.quads : queries.by_lane) + row * width, std::min(LANES, rows - row), width, rank,
-          of_vector, lines);
+      const Sums of_vector = running.from(row, rank);
+      const int64_t some = std::min(LANES, rows - row);
+      if (quads) {
+        const auto add = row ? add_block_in_quads<T, 0> : add_block_in_quads<T, per_line>;
+        add(block, queries.quads + row * width, queries.scaling, some, width, rank, of_vector, lines);
+      } else if constexpr (std::is_same_v<T, float>) {
+        const auto add = row ? add_block<0> : add_block<per_line>;
+        add(block, queries.by_lane + row * width, queries.scaling, some, width, rank, of_vector, lines);
+      }
     }
     while (lines.next < lines.end) lines.call();  // few heads have too few sums to call for all
   }
-  for (int64_t row = 0; row < lanes; row++) {
-    sums.top[row] = top.data()[row * of_head];
-    sums.total[row] = std::accumulate(total.data() + row * of_head, total.data() + (row + 1) * of_head, 0.0f);
-  }
+  running.finish();
 }
 
-// Numbers of sixteen heads as two signed bytes each, number = step x (256 x high + low), four of a head in a lane.
-// Sixteen bits: next to the error of int8 codes they are exact.
-struct Bytes {
-  int32_t *high, *low;
-  Vector step, sum;  // sum: of the numbers
-};
+#if defined(__AVX512BW__)
+// Codes are multiplied as integers with queries and weights of 16 bits, number = step x integer: next to the error of
+// codes they are exact.
+constexpr float LARGEST = 32767;
 
-template <typename Row>
-inline void split(int64_t count, const Row& row, Bytes& to) {
-  constexpr float LARGEST = 127 * 256;
-  const Vector magic = Vector{} + (12582912.0f + 128);  // as in `exponential`, with what rounds the high byte
-  const Integers magic_bits = (Integers)magic;
-  Integers largest_bits = {};  // of positive numbers they are in the numbers' order, and what is no number is larger
-  for (int64_t i = 0; i < count; i++) {
-    const Integers bits = (Integers)row(i) & 0x7fffffff;
-    largest_bits = bits > largest_bits ? bits : largest_bits;
-  }
-  const Vector largest = (Vector)largest_bits;
-  to.step = (largest > 1e-30f ? largest : Vector{} + 1e-30f) * (1 / LARGEST) + (largest - largest);
-  const Vector inverse = 1 / to.step;
-  Integers sum = {};
-  int64_t i = 0;
-  const auto put = [&](int64_t filled) {
-    Integers high = {}, low = {};
-#pragma GCC unroll 4
-    for (int64_t j = 0; j < filled; j++) {
-      const Integers number = (Integers)(row(i + j) * inverse + magic);  // plus 128, below the bits of `magic`
-      const int32_t byte = 255u << (8 * j), sign = 128u << (8 * j);
-      high |= (j ? number << (8 * j - 8) : number >> 8) & byte;
-      low |= (number << (8 * j) & byte) ^ sign;
-      sum += number - magic_bits;
+// Of `count` numbers; no number if one of them is none.
+inline float largest_magnitude(const float* from, int64_t count) {
+  const auto* bits = reinterpret_cast<const Word*>(from);  // of positive ones they are in the numbers' order
+  int32_t largest = 0;
+  for (int64_t i = 0; i < count; i++) largest = std::max(largest, bits[i] & 0x7fffffff);
+  return std::bit_cast<float>(largest);
+}
+
+// No number if the largest is none, or infinite.
+inline float step_of(float largest) { return std::max(largest, 1e-30f) / LARGEST + (largest - largest); }
+
+// Queries of a sequence, times typical scales of elements, in quads and as integers; and as they are, with a head per
+// lane.
+class IntegerQueries {
+ public:
+  IntegerQueries(int64_t lanes, int64_t width, int64_t groups)
+      : width_(width), groups_(groups), integers_(lanes * width), typical_(width), products_(width),
+        steps_(lanes * groups * QUAD) {}
+
+  template <typename Source>
+  void make(const Source& source, int64_t sequence, const float* query, int64_t rows, const float* by_lane) {
+    constexpr int64_t OF = OF_HEAD<int16_t>;
+    const int64_t size = width_ / groups_;
+    by_lane_ = by_lane;
+    source.typical_scales(sequence, typical_.data());
+    for (int64_t row = 0; row < rows; row++) {
+      const int64_t first = row / LANES * LANES, quads = quads_of(rows - first);
+      float* product = products_.data();
+      for (int64_t i = 0; i < width_; i++) product[i] = query[row * width_ + i] * typical_.data()[i];
+      for (int64_t group = 0; group < groups_; group++) {
+        const float step = step_of(largest_magnitude(product + group * size, size)), inverse = 1 / step;
+        for (int64_t i = group * size; i < (group + 1) * size; i++) {
+          int16_t* to = integers_.data() + first * width_ + i / OF * quads * OF_VECTOR<int16_t> + i % OF;
+          to[(row - first) * OF] = static_cast<int16_t>(std::nearbyint(product[i] * inverse));
+        }
+        float* of_head = steps_.data() + first * groups_ * QUAD + (group * quads * QUAD + row - first) * QUAD;
+        std::fill(of_head, of_head + QUAD, step);
+      }
     }
-    store(to.high + i / 4 * LANES, high);
-    store(to.low + i / 4 * LANES, low);
-  };
-  for (; i + 4 <= count; i += 4) put(4);
-  if (i < count) put(count - i);
-  to.sum = __builtin_convertvector(sum, Vector) * to.step;
-}
-
-// How codes are multiplied. Groups of elements have a scale per token (int8); where elements have scales that all
-// tokens of a block share (int4), all elements are one group.
-template <typename Source>
-struct CodeLayout {
-  static constexpr bool by_token = Source::scales_by_token;
-  static constexpr int64_t BLOCK = 64, WORD = 4;  // tokens, at most; bytes
-
-  CodeLayout(const Source& source, int64_t width_, int64_t rank_) : width(width_), rank(rank_) {
-    groups = source.element_groups();
-    size = width / groups;
-    words = (size + WORD - 1) / WORD;
-    value_groups = by_token ? rank / size : 1;
-    value_size = by_token ? size : rank;
-    columns = (value_size + LANES - 1) / LANES;
-    stride = (width + LANES) / CACHE_LINE * CACHE_LINE + CACHE_LINE;
   }
 
-  int64_t width, rank;
-  int64_t groups, size, words;  // of an entry: groups, elements of each, words of each
-  int64_t value_groups, value_size, columns;  // of a value: groups, elements of each, vectors of each
-  int64_t stride;  // bytes between unsigned codes of two tokens
+  // Those of up to sixteen heads from `row` on: integers [W / 8, quads, 32] and steps [groups, quads, four heads, 4],
+  // and in fp32 [W, LANES].
+  int16_t* integers(int64_t row) { return integers_.data() + row * width_; }
+  float* steps(int64_t row) { return steps_.data() + row * groups_ * QUAD; }
+  const float* by_lane(int64_t row) const { return by_lane_ + row * width_; }
+  const float* typical_scales() { return typical_.data(); }
+
+ private:
+  int64_t width_, groups_;
+  const float* by_lane_ = nullptr;
+  Buffer<int16_t> integers_;
+  Buffer<float> typical_, products_, steps_;
 };
 
-// scores [tokens, LANES] of `count` unsigned codes, `ahead` being where later ones are that will be needed.
-template <typename Source>
+// Adds to scores in quads, which they start from, products of queries and codes. `factors` [groups, `stride`] are
+// scales of tokens, if those have some. `ahead` is where later codes are that will be needed.
+template <typename Source, int64_t QUADS>
 void score_codes(
-    const CodeLayout<Source>& layout, const Bytes* query, Vector bias, const uint8_t* codes, const float* scales,
-    int64_t count, uintptr_t ahead, float* scores) {
-  for (int64_t token = 0; token < count; token += TILE) {
-    Vector sum[TILE];
-    for (int64_t j = 0; j < TILE; j++) sum[j] = bias;
-    for (int64_t group = 0; group < layout.groups; group++) {
-      const uint8_t* tile = codes + token * layout.stride + group * layout.size;
-      Integers high[TILE] = {}, low[TILE] = {};
-      for (int64_t word = 0; word < layout.words; word++) {
-        __builtin_prefetch(reinterpret_cast<const void*>(ahead), 0, 2);
-        ahead += TILE * layout.WORD * Source::bits / 8;
-        const Integers of_high = load(query[group].high + word * LANES), of_low = load(query[group].low + word * LANES);
-#pragma GCC unroll 8
-        for (int64_t j = 0; j < TILE; j++) {
-          const Integers four = Integers{} + reinterpret_cast<const Word*>(tile + j * layout.stride)[word];
-          high[j] = multiply_bytes(high[j], four, of_high);
-          low[j] = multiply_bytes(low[j], four, of_low);
+    const int16_t* query, const float* steps, const int16_t* codes, const float* factors, int64_t stride,
+    int64_t width, int64_t groups, int64_t count, uintptr_t ahead, float* scores) {
+  const int64_t size = width / groups;
+  const auto call = [&](int64_t) {
+    __builtin_prefetch(reinterpret_cast<const void*>(ahead), 0, INTO);
+    ahead += TILE_OF<QUADS> * OF_HEAD<int16_t> * Source::bits / 8;
+  };
+  for (int64_t token = 0; token < count; token += TILE_OF<QUADS>) {
+    for (int64_t group = 0; group < groups; group++) {
+      __m512i sum[TILE_OF<QUADS>][QUADS] = {};
+      const int16_t* of_group = query + group * size / OF_HEAD<int16_t> * QUADS * OF_VECTOR<int16_t>;
+      multiply_quads<int16_t>(of_group, codes + token * width + group * size, width, size, call, sum);
+#pragma GCC unroll 2
+      for (int64_t j = 0; j < TILE_OF<QUADS>; j += QUAD) {
+        Vector factor = Vector{} + 1.0f;
+        if constexpr (Source::scales_by_token) {
+          factor = (Vector)_mm512_broadcast_f32x4(_mm_loadu_ps(factors + group * stride + token + j));
+        }
+#pragma GCC unroll 4
+        for (int64_t k = 0; k < QUADS; k++) {
+          float* place = scores + ((token + j) / QUAD * QUADS + k) * LANES;
+          const auto total = sum_lanes<Integers>(
+              (Integers)sum[j][k], (Integers)sum[j + 1][k], (Integers)sum[j + 2][k], (Integers)sum[j + 3][k]);
+          const Vector product = __builtin_convertvector(total, Vector) * load(steps + (group * QUADS + k) * LANES);
+          store(place, load(place) + product * factor);
         }
       }
-      const Vector step = query[group].step, large_step = step * 256, offset = query[group].sum * Source::offset;
-#pragma GCC unroll 8
-      for (int64_t j = 0; j < TILE; j++) {
-        const Vector product = __builtin_convertvector(high[j], Vector) * large_step +
-            (__builtin_convertvector(low[j], Vector) * step - offset);
-        sum[j] += layout.by_token ? product * scales[(token + j) * layout.groups + group] : product;
-      }
     }
-#pragma GCC unroll 8
-    for (int64_t j = 0; j < TILE; j++) store(scores + (token + j) * LANES, sum[j]);
   }
 }
 
-// values [2 heads, R], from `column` of a group on, = shrink x values + weights x codes. `codes` are words of four
-// tokens, `head` the first of the two among the lanes.
-template <int64_t COLUMNS, typename Source>
-inline void add_codes(
-    const CodeLayout<Source>& layout, const Bytes& weights, const Softened<1>& softened, const int32_t* codes,
-    const float* scales, int64_t count, int64_t group, int64_t column, int64_t head, float* values) {
-  const int64_t step_between = layout.value_groups * layout.columns * LANES;
-  codes += (group * layout.columns + column) * LANES;
-  Integers high[2][COLUMNS] = {}, low[2][COLUMNS] = {};
-  for (int64_t word = 0; word * layout.WORD < count; word++, codes += step_between) {
-#pragma GCC unroll 2
-    for (int64_t i = 0; i < 2; i++) {
-      const Integers of_high = Integers{} + weights.high[word * LANES + head + i];
-      const Integers of_low = Integers{} + weights.low[word * LANES + head + i];
+// Weights [tokens / 4, QUADS, four heads, four tokens], times factors of tokens if there are some, as integers; and
+// their steps [QUADS, four heads, 4].
+template <int64_t QUADS>
+void make_integers(const float* weights, const float* factors, int64_t tokens, int16_t* to, float* steps) {
+  const auto products = [&](int64_t token, int64_t k) {
+    const Vector weight = load(weights + (token / QUAD * QUADS + k) * LANES);
+    return factors ? weight * (Vector)_mm512_broadcast_f32x4(_mm_loadu_ps(factors + token)) : weight;
+  };
+  __m512i largest[QUADS] = {};  // bits, as in `largest_magnitude`
+  for (int64_t token = 0; token < tokens; token += QUAD) {
 #pragma GCC unroll 4
-      for (int64_t j = 0; j < COLUMNS; j++) {
-        const Integers four = load(codes + j * LANES);
-        high[i][j] = multiply_bytes(high[i][j], four, of_high);
-        low[i][j] = multiply_bytes(low[i][j], four, of_low);
-      }
+    for (int64_t k = 0; k < QUADS; k++) {
+      const __m512i bits = _mm512_and_si512((__m512i)products(token, k), _mm512_set1_epi32(0x7fffffff));
+      largest[k] = _mm512_max_epi32(largest[k], bits);
     }
   }
-#pragma GCC unroll 2
-  for (int64_t i = 0; i < 2; i++) {
-    const float step = weights.step[head + i], factor = softened.shrink[head + i];
-    const float offset = Source::offset * weights.sum[head + i];  // of rounded weights, which codes are multiplied with
-    const float whole = softened.sum[head + i];  // of exact ones: no rounding is to be multiplied with a zero point
+  Vector inverse[QUADS];
 #pragma GCC unroll 4
+  for (int64_t k = 0; k < QUADS; k++) {
+    largest[k] = _mm512_max_epi32(largest[k], _mm512_shuffle_epi32(largest[k], (_MM_PERM_ENUM)0b01001110));
+    largest[k] = _mm512_max_epi32(largest[k], _mm512_shuffle_epi32(largest[k], (_MM_PERM_ENUM)0b10110001));
+    const auto of_head = (Vector)largest[k];
+    const Vector step = larger(Vector{} + 1e-30f, of_head) / LARGEST + (of_head - of_head);
+    inverse[k] = 1 / step;
+    store(steps + k * LANES, step);
+  }
+  for (int64_t token = 0; token < tokens; token += QUAD) {
+#pragma GCC unroll 4
+    for (int64_t k = 0; k < QUADS; k++, to += LANES) {
+      const __m512i integers = _mm512_cvtps_epi32((__m512)(products(token, k) * inverse[k]));
+      _mm256_store_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(integers));
+    }
+  }
+}
+
+// values [ROWS, COLUMNS vectors] = shrink x values + step x weights x codes; `steps`, `shrink` and `parts`, of sums of
+// weights, have four numbers per head. A function of its own: within another one sums were kept in memory.
+template <typename Source, int64_t ROWS, int64_t COLUMNS>
+[[gnu::noinline]] void add_code_tile(
+    const Word* weights, int64_t stride, const float* steps, const float* shrink, const float* parts,
+    const int16_t* codes, const float* of_elements, int64_t width, int64_t count, int64_t rank, float* values) {
+  __m512i sum[ROWS][COLUMNS] = {};
+  Lines none;
+  multiply_pairs<int16_t>(weights, stride, codes, width, count, none, sum);
+#pragma GCC unroll 8
+  for (int64_t i = 0; i < ROWS; i++, parts += QUAD) {
+    const float whole = (parts[0] + parts[1]) + (parts[2] + parts[3]);  // no rounding is multiplied with zero points
+#pragma GCC unroll 2
     for (int64_t j = 0; j < COLUMNS; j++) {
-      const int64_t first = (column + j) * LANES, valid = std::min(LANES, layout.value_size - first);
-      float* to = values + i * layout.rank + group * layout.value_size + first;
-      const Vector product = __builtin_convertvector(high[i][j], Vector) * (256 * step) +
-          (__builtin_convertvector(low[i][j], Vector) * step - offset);
-      if constexpr (CodeLayout<Source>::by_token) {
-        if (valid < LANES) {
-          for (int64_t k = 0; k < valid; k++) to[k] = to[k] * factor + product[k];
-        } else {
-          store(to, load(to) * factor + product);
-        }
-      } else {
-        const float *scale = scales + first, *zero = scale + layout.width;
-        if (valid < LANES) {
-          for (int64_t k = 0; k < valid; k++) to[k] = to[k] * factor + (product[k] * scale[k] + zero[k] * whole);
-        } else {
-          store(to, load(to) * factor + (product * load(scale) + load(zero) * whole));
-        }
+      float* to = values + i * rank + j * LANES;
+      Vector product = __builtin_convertvector((Integers)sum[i][j], Vector) * steps[i * QUAD];
+      if constexpr (!Source::scales_by_token) {
+        const float* scale = of_elements + j * LANES;
+        product = product * load(scale) + load(scale + width) * whole;
       }
+      store(to, load(to) * shrink[i * QUAD] + product);
     }
   }
 }
 
-// What `attend` does, of codes as they are: no entry is turned into floating point, but queries and weights into bytes.
+// Queries times scales of elements, which tokens of a group share, and products with their zero points.
+struct Folded {
+  Buffer<int16_t> quads, integers;  // integers and ratios: to typical scales
+  Buffer<float> ratios, steps, biases;  // the latter two [lanes, 4]
+
+  Folded(int64_t lanes, int64_t width)
+      : quads(lanes * width), integers(width), ratios(width), steps(lanes * QUAD), biases(lanes * QUAD) {}
+  void fold(IntegerQueries& queries, const float* of_elements, int64_t rows, int64_t width) {
+    constexpr int64_t OF = OF_HEAD<int16_t>;
+    for (int64_t i = 0; i < width; i++) ratios.data()[i] = of_elements[i] / queries.typical_scales()[i];
+    const float step = step_of(largest_magnitude(ratios.data(), width)), inverse = 1 / step;
+    for (int64_t i = 0; i < width; i++) {
+      integers.data()[i] = static_cast<int16_t>(std::nearbyint(ratios.data()[i] * inverse));
+    }
+    const float* zero = of_elements + width;
+    for (int64_t row = 0; row < rows; row += LANES) {
+      const int64_t vectors = quads_of(rows - row);
+      const int16_t* from = queries.integers(row);
+      int16_t* to = quads.data() + row * width;
+      for (int64_t i = 0; i < width; i += OF) {
+        const auto* place = reinterpret_cast<const __m128i*>(integers.data() + i);
+        const __m512i ratio = _mm512_broadcast_i32x4(_mm_loadu_si128(place));
+        for (int64_t k = 0; k < vectors; k++, from += OF_VECTOR<int16_t>, to += OF_VECTOR<int16_t>) {
+          _mm512_store_si512(to, _mm512_mulhrs_epi16(_mm512_load_si512(from), ratio));  // the product / 2^15
+        }
+      }
+      Vector bias[4] = {};
+      for (int64_t i = 0; i < width; i += 4) {
+#pragma GCC unroll 4
+        for (int64_t j = 0; j < 4; j++) {
+          bias[j] += load(queries.by_lane(row) + (i + j) * LANES) * zero[i + j];
+        }
+      }
+      bias[0] = (bias[0] + bias[1]) + (bias[2] + bias[3]);
+      for (int64_t i = 0; i < vectors * LANES; i++) {
+        steps.data()[row * QUAD + i] = queries.steps(row)[i] * step * 32768;
+        biases.data()[row * QUAD + i] = bias[0][i / QUAD];
+      }
+    }
+  }
+};
+
+// What `attend` does, of codes as they are.
 template <typename Source>
 void attend_codes(
-    const Source& source, const Mask& mask, const float* queries, int64_t sequence, int64_t begin, int64_t end,
-    int64_t rows, int64_t width, int64_t rank, const Sums& sums) {
-  const CodeLayout<Source> layout(source, width, rank);
-  constexpr int64_t BLOCK = layout.BLOCK, WORD = layout.WORD;
-  constexpr bool by_token = layout.by_token;
-  const int64_t groups = layout.groups, words = layout.words, columns = layout.columns;
-  const int64_t vectors = (rows + LANES - 1) / LANES;
-  Buffer<uint8_t> codes(BLOCK * layout.stride);
-  Buffer<int32_t> words_of_four(BLOCK / WORD * layout.value_groups * columns * LANES);  // codes of four tokens each
-  Buffer<float> scores(BLOCK * LANES), scales(by_token ? BLOCK * groups : 2 * width);
-  Buffer<int32_t> query_bytes(2 * vectors * groups * words * LANES), weight_bytes(2 * BLOCK / WORD * LANES);
-  Bytes weights{weight_bytes.data(), weight_bytes.data() + BLOCK / WORD * LANES, {}, {}};
-  std::vector<Bytes> query(vectors * groups);
-  Buffer<float> biases(vectors * LANES);
+    const Source& source, const Mask& mask, IntegerQueries& queries, float scaling, int64_t sequence, int64_t begin,
+    int64_t end, int64_t rows, int64_t width, int64_t rank, const Sums& sums) {
+  constexpr bool by_token = Source::scales_by_token;
+  const int64_t groups = source.element_groups(), lanes = (rows + LANES - 1) / LANES * LANES;
+  const int64_t value_size = by_token ? width / groups : rank;
+  const int64_t most = std::clamp<int64_t>(8192 / width / TILE * TILE, 32, 64);
+  Buffer<int16_t> codes(most * width + LANES), weights(most * LANES);  // behind the last value's codes some are read
+  Buffer<float> scores(most * LANES), factors(by_token ? groups * most : 2 * width), steps(LANES * QUAD);
+  Folded folded(by_token ? 0 : lanes, width);
+  Running running(sums, lanes, QUAD);
   Lines none;
-  for (int64_t i = 0; i < vectors * groups; i++) {
-    query[i].high = query_bytes.data() + 2 * i * words * LANES;
-    query[i].low = query[i].high + words * LANES;
-    const float* from = queries + i * layout.size * LANES;
-    if constexpr (by_token) split(layout.size, [&](int64_t j) { return load(from + j * LANES); }, query[i]);
-  }
-
-  int64_t count;
-  for (int64_t start = begin; start < end; start += count) {
-    count = source.together(start, std::min(BLOCK, end - start));
+  int64_t valid, held = -1;
+  for (int64_t start = begin; start < end; start += valid) {
+    valid = source.together(start, std::min(most, end - start));
+    const int64_t count = (valid + TILE - 1) / TILE * TILE;
     const bool* seen = mask.seen ? mask.seen + sequence * mask.sequence_stride + start * mask.token_stride : nullptr;
-    if (seen && none_seen(seen, mask.token_stride, count)) continue;
-    source.read_codes(sequence, start, count, codes.data(), layout.stride, scales.data());
-    for (int64_t token = 0; token < count; token += WORD) {
-      for (int64_t group = 0; group < layout.value_groups; group++) {
-        int32_t* to = words_of_four.data() + (token / WORD * layout.value_groups + group) * columns * LANES;
-        const uint8_t* from = codes.data() + token * layout.stride + group * layout.size;
-        for (int64_t i = 0; i < columns * LANES; i += LANES) interleave(to + i, from + i, layout.stride);
-      }
+    if (seen && none_seen(seen, mask.token_stride, valid)) continue;
+    source.read_codes(sequence, start, valid, codes.data(), factors.data(), most);
+    std::fill(codes.data() + valid * width, codes.data() + count * width, 0);
+    for (int64_t group = 0; by_token && group < groups; group++) {
+      std::fill(factors.data() + group * most + valid, factors.data() + group * most + count, 0.0f);
     }
-    for (int64_t vector = 0; vector < vectors; vector++) {
-      const int64_t row = vector * LANES;
-      if constexpr (!by_token) {
-        const float *from = queries + row * width, *scale = scales.data(), *zero = scale + width;
-        split(width, [&](int64_t i) { return load(from + i * LANES) * scale[i]; }, query[vector]);
-        Vector sum[4] = {};
-        for (int64_t i = 0; i < width; i++) sum[i % 4] += load(from + i * LANES) * zero[i];
-        store(biases.data() + row, (sum[0] + sum[1]) + (sum[2] + sum[3]));
-      }
-      score_codes(
-          layout, query.data() + vector * groups, load(biases.data() + row), codes.data(), scales.data(), count,
-          source.ahead(sequence, start + BLOCK), scores.data());
-      hide(scores.data(), count, seen, mask.token_stride);
-      const auto softened = soften<1, 1>(scores.data(), count, sums.top + row, sums.total + row, none);
-      for (int64_t group = 0; group < layout.value_groups; group++) {
-        const auto weight = [&](int64_t token) {
-          const Vector weight = load(scores.data() + token * LANES);
-          return by_token ? weight * scales.data()[token * groups + group] : weight;
-        };
-        split(count, weight, weights);
-        for (int64_t head = 0; head < std::min(LANES, rows - row); head += 2) {
-          float* values = sums.values + (row + head) * rank;
-          const auto add = [&](auto number, int64_t column) {
-            add_codes<number>(
-                layout, weights, softened, words_of_four.data(), scales.data(), count, group, column, head, values);
-          };
-          int64_t column = 0;
-          for (; column + 4 <= columns; column += 4) add(std::integral_constant<int64_t, 4>{}, column);
-          for (; column < columns; column++) add(std::integral_constant<int64_t, 1>{}, column);
+    if (!by_token && std::exchange(held, source.group(start)) != source.group(start)) {
+      folded.fold(queries, factors.data(), rows, width);
+    }
+    for (int64_t row = 0; row < rows; row += LANES) {
+      with_quads(rows - row, [&]<int64_t QUADS>() {
+        const Sums of_vector = running.from(row, rank);
+        for (int64_t i = 0; i < count / QUAD * QUADS; i++) {
+          const Vector first = by_token ? Vector{} : load(folded.biases.data() + row * QUAD + i % QUADS * LANES);
+          store(scores.data() + i * LANES, first);
         }
-      }
+        score_codes<Source, QUADS>(
+            by_token ? queries.integers(row) : folded.quads.data() + row * width,
+            by_token ? queries.steps(row) : folded.steps.data() + row * QUAD, codes.data(), factors.data(), most, width,
+            groups, count, source.ahead(sequence, start + most), scores.data());
+        hide_in_quads<QUADS>(scores.data(), count, valid, seen, mask.token_stride);
+        const auto softened = soften<QUADS, QUAD>(
+            scores.data(), count / QUAD, scaling, of_vector.top, of_vector.total, none);
+        for (int64_t element = 0; element < rank; element += value_size) {
+          const float* of_tokens = by_token ? factors.data() + element / value_size * most : nullptr;
+          make_integers<QUADS>(scores.data(), of_tokens, count, weights.data(), steps.data());
+          for_each_tile<QUADS>(value_size, [&]<int64_t ROWS, int64_t COLUMNS>(int64_t head, int64_t further) {
+            const int64_t first = element + further;
+            add_code_tile<Source, ROWS, COLUMNS>(
+                reinterpret_cast<const Word*>(weights.data()) + head * 2, QUADS * LANES / 2, steps.data() + head * QUAD,
+                softened.shrink + head * QUAD, softened.sum + head * QUAD, codes.data() + first, factors.data() + first,
+                width, count, rank, of_vector.values + head * rank + first);
+          });
+        }
+      });
     }
   }
+  running.finish();
 }
-
-// Queries [B, rows, W], output [B, rows, R], both contiguous fp32; `tokens` of each sequence.
+#else
+struct IntegerQueries {
+  IntegerQueries(int64_t, int64_t, int64_t) {}
+  template <typename Source>
+  void make(const Source&, int64_t, const float*, int64_t, const float*) {}
+};
 template <typename Source>
+void attend_codes(
+    const Source&, const Mask&, IntegerQueries&, float, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t,
+    const Sums&) {}
+#endif
+
+// Queries [B, rows, W], output [B, rows, R], both contiguous fp32; `tokens` of each sequence. T: what is multiplied.
+template <typename T, typename Source>
 void run(
     const Source& source, const Mask& mask, const float* query, float* output, int64_t batch, int64_t rows,
     int64_t all_tokens, int64_t width, int64_t rank, float scaling) {
@@ -909,12 +1170,16 @@ void run(
   const int64_t parts = least * std::clamp<int64_t>(tokens / (FURTHER_PART_TOKENS * least), 1, most);
   const int64_t part_tokens = ((tokens + parts - 1) / parts + TILE - 1) / TILE * TILE;
   const int64_t lanes = (rows + LANES - 1) / LANES * LANES;
-  const bool needs_lanes = !in_quads(width, rank) || (MULTIPLIES_BYTES && Source::quantised);
+  const bool quads = in_quads<T>(width, rank);
+  const bool has_integers = MULTIPLIES_INTEGERS && Source::quantised && in_quads<float>(width, rank) && width % 8 == 0;
+  const bool needs_lanes = !quads || has_integers;
   Buffer<float> values(batch * parts * lanes * rank), total(batch * parts * lanes), top(batch * parts * lanes, HIDDEN);
 
   std::atomic<int64_t> next{0};
   at::parallel_for(0, std::min(threads, batch * parts), 1, [&](int64_t, int64_t) {
-    Buffer<float> by_lane(needs_lanes ? lanes * width : 0), quads(in_quads(width, rank) ? lanes * width : 0);
+    Buffer<float> by_lane(needs_lanes ? lanes * width : 0);
+    Buffer<T> by_quad(quads ? lanes * width : 0, T(0.0f));
+    IntegerQueries integers(has_integers ? lanes : 0, width, source.element_groups());
     int64_t held = -1;  // the sequence whose queries these are
     for (int64_t task; (task = next++) < batch * parts;) {
       const int64_t sequence = task / parts, part = task % parts;
@@ -922,22 +1187,26 @@ void run(
       const bool other = sequence != std::exchange(held, sequence);
       for (int64_t row = 0; other && needs_lanes && row < rows; row++) {
         float* to = by_lane.data() + row / LANES * LANES * width + row % LANES;
-        for (int64_t i = 0; i < width; i++) to[i * LANES] = of_sequence[row * width + i] * scaling;
+        for (int64_t i = 0; i < width; i++) to[i * LANES] = of_sequence[row * width + i];
       }
-      if (other && in_quads(width, rank)) make_quads(of_sequence, rows, width, scaling, quads.data());
+      if (other && quads) make_quads(of_sequence, rows, width, by_quad.data());
+      if constexpr (MULTIPLIES_INTEGERS && Source::quantised) {
+        if (other && has_integers) integers.make(source, sequence, of_sequence, rows, by_lane.data());
+      }
       const Sums sums{top.data() + task * lanes, total.data() + task * lanes, values.data() + task * lanes * rank};
       const int64_t end = std::min(tokens, (part + 1) * part_tokens);
       for (int64_t start = part * part_tokens; start < end;) {
         int64_t stop = end;
-        if constexpr (MULTIPLIES_BYTES && Source::quantised) {
-          stop = std::min(end, source.stop(start));
-          if (source.has_codes(start, rank)) {
-            attend_codes(source, mask, by_lane.data(), sequence, start, stop, rows, width, rank, sums);
+        if constexpr (MULTIPLIES_INTEGERS && Source::quantised) {
+          if (has_integers) stop = std::min(end, source.stop(start));
+          if (has_integers && source.has_codes(start, rank)) {
+            attend_codes(source, mask, integers, scaling, sequence, start, stop, rows, width, rank, sums);
             start = stop;
             continue;
           }
         }
-        attend(source, mask, {by_lane.data(), quads.data()}, sequence, start, stop, rows, width, rank, sums);
+        const Queries<T> queries{by_lane.data(), by_quad.data(), scaling};
+        attend(source, mask, queries, sequence, start, stop, rows, width, rank, sums);
         start = stop;
       }
     }
@@ -990,8 +1259,19 @@ at::Tensor compute(
   const int64_t batch = query.size(0), rows = query.size(1), width = query.size(2);
   const at::Tensor queries = query.to(at::kFloat).contiguous();
   at::Tensor output = at::empty({batch, rows, rank}, queries.options());
-  run(source, read_mask(mask, batch, tokens), queries.const_data_ptr<float>(), output.mutable_data_ptr<float>(), batch,
-      rows, tokens, width, rank, static_cast<float>(scaling));
+  const auto multiplying = [&]<typename T>() {
+    run<T>(
+        source, read_mask(mask, batch, tokens), queries.const_data_ptr<float>(), output.mutable_data_ptr<float>(),
+        batch, rows, tokens, width, rank, static_cast<float>(scaling));
+  };
+  if constexpr (MULTIPLIES_BF16 && std::is_same_v<Source, Dense<c10::BFloat16>>) {
+    // Queries of bf16 lose nothing; weights are rounded as in PyTorch's fused kernel.
+    if (query.scalar_type() == at::kBFloat16 && in_quads<c10::BFloat16>(width, rank)) {
+      multiplying.template operator()<c10::BFloat16>();
+      return output.to(query.scalar_type());
+    }
+  }
+  multiplying.template operator()<float>();
   return output.to(query.scalar_type());
 }
 

@@ -26,7 +26,7 @@ from egmla.quantization_egmla import quantize_elements, rotation
 
 pytestmark = needs_compiler
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
-# Queries and weights are rounded to sixteen bits where codes are multiplied as bytes. Codes differ from what they
+# Queries and weights are rounded to sixteen bits where codes are multiplied as integers. Codes differ from what they
 # stand for by 4e-3.
 OF_CODES = TOLERANCE | {torch.float32: 2e-4}
 LAYERS = {"full": GrowingLatentLayer, "int8": Int8LatentLayer, "int4": Int4LatentLayer}
@@ -80,6 +80,7 @@ def calls(folder, monkeypatch):
         (1, 3, 512, 64, 600),
         (1, 16, 64, 32, 40),
         (1, 13, 32, 16, 13001),  # more parts than threads
+        (2, 21, 48, 16, 333),  # a vector of sixteen elements beside one of 32
     ],
 )
 def test_attention_is_that_of_its_definition(calls, batch, heads, rank, rope, tokens, masked, dtype, threads):
@@ -111,7 +112,7 @@ def test_attention_is_that_of_its_definition(calls, batch, heads, rank, rope, to
 def test_quantised_entries_are_read_as_they_are(calls, tokens, heads, rank, rope, masked, kind, dtype):
     """int4: kept tokens before and behind the groups, no group at all; an odd width has half a byte to spare.
 
-    Groups of 64, 48, 40 and 32 elements are multiplied as bytes where the processor can, those of 4 and 6 are not.
+    Groups of 64, 48 and 32 elements are multiplied as integers where the processor can, those of 40, 4 and 6 are not.
     """
     if kind == "int8" and rank == 7:
         pytest.skip("groups of one element")
@@ -133,6 +134,7 @@ def test_quantised_entries_are_read_as_they_are(calls, tokens, heads, rank, rope
     [
         ("int8", 24, 48, 24),
         ("int8", 8, 64, 64),
+        ("int8", 16, 80, 48),
         ("int8", None, 512, 64),
         ("int4", 2, 64, 64),
         ("int4", 24, 48, 24),
@@ -158,6 +160,44 @@ def test_other_groups_and_parts_that_begin_inside_one(calls, kind, group, rank, 
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("scaling", [0.02, 0.5])
+def test_in_bf16_it_is_as_exact_as_pytorchs_kernel(calls, scaling):
+    query, entries = torch.randn(2, 12, 1, 128).bfloat16(), torch.randn(2, 1, 4001, 128).bfloat16()
+    expected = plain_attention(query, entries, None, scaling)[..., :64]
+    packed = query.transpose(1, 2)
+    theirs = torch.nn.functional.scaled_dot_product_attention(packed, entries, entries, scale=scaling)
+    error, their_error = (
+        (found.double() - expected).pow(2).mean().sqrt()
+        for found in (latent_attention(query, entries, None, scaling, 64), theirs.transpose(1, 2)[..., :64])
+    )
+    assert calls["latent_attention"] == 1 and error <= 1.1 * their_error
+
+
+@torch.no_grad()
+def test_a_large_token_that_gets_no_attention_costs_others_no_precision(calls):
+    """int8: weights are rounded relative to what they are multiplied with, not to the largest scale."""
+    latent, rope_key = torch.randn(1, 1, 300, 64), torch.randn(1, 1, 300, 64)
+    latent[:, :, 100] *= 1000
+    query = torch.cat((torch.zeros(1, 12, 1, 64), torch.ones(1, 12, 1, 64)), dim=-1)
+    rope_key[:, :, 100] = -10
+    layer = LAYERS["int8"](64, 64)
+    layer.append(latent, rope_key)
+    expected = plain_attention(query, exact_entries(layer), None, 0.1)[..., :64]
+    assert difference(latent_attention(query, layer.entries, None, 0.1, 64), expected) <= OF_CODES[torch.float32]
+
+
+@torch.no_grad()
+def test_elements_of_many_sizes(calls):
+    """int4: scales of elements are rounded relative to what they usually are, not to the largest."""
+    sizes = torch.logspace(-1, 1, 64)
+    layer = LAYERS["int4"](64, 64)
+    layer.append(torch.randn(1, 1, 400, 64) * sizes, torch.randn(1, 1, 400, 64) * sizes.flip(0))
+    query = torch.randn(1, 12, 1, 128) / torch.cat((sizes, sizes.flip(0)))
+    expected = plain_attention(query, exact_entries(layer), None, 0.1)[..., :64]
+    assert difference(latent_attention(query, layer.entries, None, 0.1, 64) / sizes, expected / sizes) <= 2e-4
+
+
+@torch.no_grad()
 def test_zero_points_are_not_multiplied_by_the_rounding_of_weights(calls):
     layer = LAYERS["int4"](64, 64)
     layer.append(1000 + torch.randn(1, 1, 68, 64), torch.randn(1, 1, 68, 64))
@@ -175,10 +215,11 @@ NUMBERS = {
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", ["full", "int8", "int4"])
 @pytest.mark.parametrize("number", list(NUMBERS))
 @pytest.mark.parametrize("place", ["latent", "rotary key", "query"])
-def test_what_is_no_number_shows_in_its_sequence_alone(calls, place, number, kind):
+def test_what_is_no_number_shows_in_its_sequence_alone(calls, place, number, kind, dtype):
     if kind == "full" and "inf" in number:
         pytest.skip("a weight may be zero")
     latent, rope_key, query = torch.randn(2, 1, 300, 64), torch.randn(2, 1, 300, 64), torch.randn(2, 12, 1, 128)
@@ -186,20 +227,21 @@ def test_what_is_no_number_shows_in_its_sequence_alone(calls, place, number, kin
     given_to, token = {"latent": (latent, 99), "rotary key": (rope_key, 99), "query": (query, 0)}[place]
     given_to[0, 0, token, 5] = NUMBERS[number]
     layer = LAYERS[kind](64, 64)
-    layer.append(latent, rope_key)
-    given = latent_attention(query, layer.entries, None, 0.1, 64)
+    layer.append(latent.to(dtype), rope_key.to(dtype))
+    given = latent_attention(query.to(dtype), layer.entries, None, 0.1, 64)
     heads = [0] if place == "query" else list(range(12))
     assert not given[0, heads].isfinite().any()
     assert given[1].isfinite().all() and (place != "query" or given[0, 1:].isfinite().all())
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("heads", [12, 14, 20])
 @pytest.mark.parametrize("number", ["inf", "-inf"])
-def test_a_query_without_end_shows_in_its_head_alone(calls, number, heads):
-    query = torch.randn(1, heads, 1, 128)
+def test_a_query_without_end_shows_in_its_head_alone(calls, number, heads, dtype):
+    query = torch.randn(1, heads, 1, 128).to(dtype)
     query[0, heads - 2, 0, 7] = NUMBERS[number]
-    given = latent_attention(query, torch.randn(1, 1, 300, 128), None, 0.1, 64)
+    given = latent_attention(query, torch.randn(1, 1, 300, 128).to(dtype), None, 0.1, 64)
     others = [head for head in range(heads) if head != heads - 2]
     assert not given[0, heads - 2].isfinite().any() and given[0, others].isfinite().all()
 
