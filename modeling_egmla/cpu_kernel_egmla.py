@@ -1,5 +1,5 @@
 # Copyright 2026 The egmla authors. Licensed under the Apache License, Version 2.0.
-"""Where attention and caches find the operators of `latent_attention.cpp`, once the package has loaded them.
+"""Where attention and caches find the operators of `kernel/latent_attention.cpp`, once the package has loaded them.
 
 The package's `egmla.load_cpu_kernel()` compiles, loads and checks them; code that came with a checkpoint finds them if
 that was done before.

@@ -26,9 +26,10 @@ from egmla.quantization_egmla import quantize_elements, rotation
 
 pytestmark = needs_compiler
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
-# Queries and weights are rounded to sixteen bits where codes are multiplied as integers. Codes differ from what they
-# stand for by 4e-3.
-OF_CODES = TOLERANCE | {torch.float32: 2e-4}
+# Weights are rounded to sixteen bits where codes are multiplied as integers, and queries to bytes: int8's as `in_bytes`
+# has them, int4's times the scales of each group.
+OF_INT8 = TOLERANCE | {torch.float32: 2e-4}
+OF_INT4 = dict.fromkeys(TOLERANCE, 4e-2)
 LAYERS = {"full": GrowingLatentLayer, "int8": Int8LatentLayer, "int4": Int4LatentLayer}
 
 
@@ -57,6 +58,24 @@ def calls(folder, monkeypatch):
 
     monkeypatch.setattr(cpu_kernel_egmla, "OPERATORS", Counting())
     return counts
+
+
+def in_bytes(query, layer):
+    """Rotated queries of int8 codes as signed bytes, each group with a scale; turned back."""
+    groups = (query.float() @ layer.matrix).unflatten(-1, (-1, layer.group_size))
+    steps = groups.abs().amax(-1, keepdim=True).clamp(min=1e-30) / 127
+    return ((groups / steps).round() * steps).flatten(-2) @ layer.matrix
+
+
+def check_codes(given, query, layer, seen, scaling, rank, factor=1):
+    """That attention is that of the codes, with the queries' rounding or, where bytes are not multiplied, without."""
+    entries = exact_entries(layer)
+    exact = difference(given, plain_attention(query, entries, seen, scaling)[..., :rank])
+    if isinstance(layer, Int4LatentLayer):
+        assert exact <= factor * OF_INT4[query.dtype]
+        return
+    rounded = difference(given, plain_attention(in_bytes(query, layer), entries, seen, scaling)[..., :rank])
+    assert min(exact, rounded) <= factor * OF_INT8[query.dtype]
 
 
 # --- operators ---
@@ -122,8 +141,7 @@ def test_quantised_entries_are_read_as_they_are(calls, tokens, heads, rank, rope
     seen = torch.rand(2, 1, 1, tokens) > 0.3 if masked else None
     if masked:
         seen[..., -1] = True
-    expected = plain_attention(query, exact_entries(layer), seen, 0.1)[..., :rank]
-    assert difference(latent_attention(query, entries, seen, 0.1, rank), expected) <= OF_CODES[dtype]
+    check_codes(latent_attention(query, entries, seen, 0.1, rank), query, layer, seen, 0.1, rank)
     assert calls["latent_attention_" + kind] == 1
 
 
@@ -154,8 +172,7 @@ def test_other_groups_and_parts_that_begin_inside_one(calls, kind, group, rank, 
         given = latent_attention(query, layer.entries, seen, 0.05, rank)
     finally:
         torch.set_num_threads(1)
-    expected = plain_attention(query, exact_entries(layer), seen, 0.05)[..., :rank]
-    assert difference(given, expected) <= 5 * OF_CODES[torch.float32]  # entries are five times as large
+    check_codes(given, query, layer, seen, 0.05, rank, factor=5)  # entries are five times as large
     assert calls["latent_attention_" + kind] == 1
 
 
@@ -182,8 +199,7 @@ def test_a_large_token_that_gets_no_attention_costs_others_no_precision(calls):
     rope_key[:, :, 100] = -10
     layer = LAYERS["int8"](64, 64)
     layer.append(latent, rope_key)
-    expected = plain_attention(query, exact_entries(layer), None, 0.1)[..., :64]
-    assert difference(latent_attention(query, layer.entries, None, 0.1, 64), expected) <= OF_CODES[torch.float32]
+    check_codes(latent_attention(query, layer.entries, None, 0.1, 64), query, layer, None, 0.1, 64)
 
 
 @torch.no_grad()
@@ -191,19 +207,23 @@ def test_elements_of_many_sizes(calls):
     """int4: scales of elements are rounded relative to what they usually are, not to the largest."""
     sizes = torch.logspace(-1, 1, 64)
     layer = LAYERS["int4"](64, 64)
-    layer.append(torch.randn(1, 1, 400, 64) * sizes, torch.randn(1, 1, 400, 64) * sizes.flip(0))
+    latent, rope_key = torch.randn(1, 1, 400, 64) * sizes, torch.randn(1, 1, 400, 64) * sizes.flip(0)
+    layer.append(latent, rope_key)
     query = torch.randn(1, 12, 1, 128) / torch.cat((sizes, sizes.flip(0)))
     expected = plain_attention(query, exact_entries(layer), None, 0.1)[..., :64]
-    assert difference(latent_attention(query, layer.entries, None, 0.1, 64) / sizes, expected / sizes) <= 2e-4
+    unrounded = plain_attention(query, torch.cat((latent, rope_key), dim=-1), None, 0.1)[..., :64]
+    error = difference(latent_attention(query, layer.entries, None, 0.1, 64) / sizes, expected / sizes)
+    assert error <= 0.25 * difference(expected / sizes, unrounded / sizes)
 
 
 @torch.no_grad()
 def test_zero_points_are_not_multiplied_by_the_rounding_of_weights(calls):
+    """That of 68 weights to sixteen bits, times zero points, would come to 3; that of queries comes to 0.06."""
     layer = LAYERS["int4"](64, 64)
-    layer.append(1000 + torch.randn(1, 1, 68, 64), torch.randn(1, 1, 68, 64))
+    layer.append(1e5 + torch.randn(1, 1, 68, 64), torch.randn(1, 1, 68, 64))
     query = torch.cat((torch.zeros(1, 12, 1, 64), 5 * torch.randn(1, 12, 1, 64)), dim=-1)
     expected = plain_attention(query, exact_entries(layer), None, 0.1)[..., :64]
-    assert difference(latent_attention(query, layer.entries, None, 0.1, 64), expected) <= 1e-3
+    assert difference(latent_attention(query, layer.entries, None, 0.1, 64), expected) <= 0.3
 
 
 NUMBERS = {

@@ -2,7 +2,8 @@
 
     python tests/benchmarks/quantized_cache.py FOLDER --text wiki.test.raw --windows 4 --window 2048
 
-Each window goes through the cache in chunks, so that every token reads its past as the cache holds it. The last line
+Each window goes through the cache in chunks, so that every token reads its past as the cache holds it; with
+`--chunk 1 --cpu-kernel` by decode steps with the compiled kernel, which rounds queries and weights too. The last line
 of the output is one JSON object.
 """
 
@@ -16,7 +17,7 @@ import time
 import torch
 from transformers import AutoTokenizer
 
-from egmla import EGMLACache, EGMLAConfig, EGMLAForCausalLM
+from egmla import EGMLACache, EGMLAConfig, EGMLAForCausalLM, load_cpu_kernel
 from egmla.evaluation.perplexity import token_windows
 from egmla.latent_attention_egmla import latent_attention
 
@@ -90,7 +91,10 @@ def main() -> int:
     parser.add_argument("--attention", type=int, nargs="*", default=[], help="contexts to time attention alone at")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--cpu-kernel", action="store_true", help="decode with the compiled kernel")
     options = parser.parse_args()
+    if options.cpu_kernel:
+        load_cpu_kernel()
     model = EGMLAForCausalLM.from_pretrained(options.folder, dtype=getattr(torch, options.dtype)).eval()
     bf16_bytes = model.config.cache_bytes_per_token()
     result: dict = {"window": options.window, "chunk": options.chunk, "dtype": options.dtype}

@@ -1,0 +1,191 @@
+// Copyright 2026 The egmla authors. Licensed under the Apache License, Version 2.0.
+//
+// Cache entries as they are cached: in floating point, int8 and int4.
+
+#pragma once
+
+#include <c10/util/BFloat16.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <type_traits>
+
+#include "vectors.h"
+
+namespace {
+
+// Where entries come from. `read` gives `count` tokens from `start` on as fp32 rows, in `space` or where they lie;
+// `ahead` is where the bytes of a token are, for prefetching, if tokens lie one behind the other.
+
+template <typename T>
+struct Dense {
+  const T* entries;
+  int64_t sequence_stride, width;
+  static constexpr int64_t bits = 8 * sizeof(T);
+
+  const T* at(int64_t sequence, int64_t start) const {
+    return entries + sequence * sequence_stride + start * width;
+  }
+  const float* read(int64_t sequence, int64_t start, int64_t count, float* space, float*) const {
+    const T* from = at(sequence, start);
+    if constexpr (std::is_same_v<T, float>) {
+      return from;
+    } else {
+      float* __restrict to = space;
+      for (int64_t i = 0; i < count * width; i++) to[i] = static_cast<float>(from[i]);
+      return space;
+    }
+  }
+  static constexpr bool quantised = false;
+  int64_t element_groups() const { return 1; }
+  uintptr_t ahead(int64_t sequence, int64_t token) const {
+    return reinterpret_cast<uintptr_t>(entries) + (sequence * sequence_stride + token * width) * sizeof(T);
+  }
+};
+
+// Bytes as 16-bit integers.
+inline void widen(const int8_t* from, int64_t count, int16_t* to) {
+  int64_t i = 0;
+#if defined(__AVX512BW__)
+  for (; i + 32 <= count; i += 32) {  // of 64 bytes at a time, as compilers do it, each half is moved before
+    const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i));
+    _mm512_storeu_si512(to + i, _mm512_cvtepi8_epi16(bytes));
+  }
+#endif
+  for (; i < count; i++) to[i] = from[i];
+}
+
+// int8 codes, each group of neighbouring elements of a token with a scale.
+struct ElementGroups {
+  const int8_t* codes;
+  const c10::BFloat16* scales;
+  int64_t codes_stride, scales_stride, width, groups;
+  static constexpr int64_t bits = 8;
+
+  const float* read(int64_t sequence, int64_t start, int64_t count, float* space, float*) const {
+    const int8_t* code = codes + sequence * codes_stride + start * width;
+    const c10::BFloat16* scale = scales + sequence * scales_stride + start * groups;
+    const int64_t size = width / groups;
+    for (int64_t group = 0; group < count * groups; group++) {
+      const float factor = static_cast<float>(scale[group]);
+      float* __restrict to = space + group * size;
+      for (int64_t i = 0; i < size; i++) to[i] = factor * code[group * size + i];
+    }
+    return space;
+  }
+
+  static constexpr bool quantised = true, scales_by_token = true;
+  int64_t element_groups() const { return groups; }
+  // Where groups are whole vectors of a value.
+  bool has_codes(int64_t, int64_t rank) const {
+    const int64_t elements = width / groups;
+    return elements % LANES == 0 && rank % elements == 0;
+  }
+  int64_t stop(int64_t) const { return std::numeric_limits<int64_t>::max(); }
+  int64_t together(int64_t, int64_t count) const { return count; }
+  int64_t group(int64_t) const { return 0; }
+  static constexpr int64_t offset = 128;  // of codes that were made unsigned
+  // Codes [count, W], made unsigned; those of values [count, R]; and scales [groups, `stride`].
+  void read_codes(
+      int64_t sequence, int64_t start, int64_t count, int64_t rank, uint8_t* __restrict to, int16_t* __restrict values,
+      float* factors, int64_t stride) const {
+    const int8_t* code = codes + sequence * codes_stride + start * width;
+    for (int64_t i = 0; i < count * width; i++) to[i] = static_cast<uint8_t>(code[i]) ^ 128;
+    for (int64_t token = 0; token < count; token++, code += width, values += rank) widen(code, rank, values);
+    const c10::BFloat16* scale = scales + sequence * scales_stride + start * groups;
+    for (int64_t group = 0; group < groups; group++) {
+      for (int64_t token = 0; token < count; token++) {
+        const float factor = static_cast<float>(scale[token * groups + group]);
+        factors[group * stride + token] = factor + (factor - factor);  // no number if infinite, as of 0 times that
+      }
+    }
+  }
+  uintptr_t ahead(int64_t sequence, int64_t token) const {
+    return reinterpret_cast<uintptr_t>(codes) + sequence * codes_stride + token * width;
+  }
+};
+
+// int4 codes, each group of neighbouring tokens of an element with a scale and a zero point, between tokens that are
+// kept as they are: the first few, and those behind the last whole group.
+template <typename T>
+struct TokenGroups {
+  Dense<T> kept;
+  const uint8_t* codes;
+  const c10::BFloat16* scales;
+  int64_t codes_stride, scales_stride, width, first, grouped, size;
+  static constexpr int64_t bits = 4;
+
+  // `space` has room for the block, `scratch` for two rows.
+  const float* read(int64_t sequence, int64_t start, int64_t count, float* space, float* scratch) const {
+    const int64_t half = (width + 1) / 2;
+    int64_t held = -1;  // the group whose scales are in `scratch`
+    for (int64_t token = start; token < start + count; token++) {
+      float* row = space + (token - start) * width;
+      const int64_t place = token - first;
+      if (place < 0 || place >= grouped) {
+        const float* found = kept.read(sequence, place < 0 ? token : token - grouped, 1, row, nullptr);
+        if (found != row) std::copy(found, found + width, row);
+        continue;
+      }
+      const int64_t group = place / size;
+      if (group != held) {
+        const c10::BFloat16* from = scales + sequence * scales_stride + group * 2 * width;
+        for (int64_t i = 0; i < 2 * width; i++) scratch[i] = static_cast<float>(from[i]);
+        held = group;
+      }
+      const uint8_t* code = codes + sequence * codes_stride + place * half;
+      const float *scale = scratch, *zero = scratch + width;
+      float* __restrict to = row;
+      for (int64_t i = 0; i < half; i++) to[i] = static_cast<float>(code[i] & 15) * scale[i] + zero[i];
+      for (int64_t i = half; i < width; i++) to[i] = static_cast<float>(code[i - half] >> 4) * scale[i] + zero[i];
+    }
+    return space;
+  }
+
+  static constexpr bool quantised = true, scales_by_token = false;
+  int64_t element_groups() const { return 1; }
+  // In groups of fewer it takes longer.
+  bool has_codes(int64_t token, int64_t) const { return size >= 24 && token >= first && token - first < grouped; }
+  // Where it ends that tokens are codes, or are none.
+  int64_t stop(int64_t token) const {
+    if (token < first) return first;
+    return token - first < grouped ? first + grouped : std::numeric_limits<int64_t>::max();
+  }
+  int64_t group(int64_t token) const { return (token - first) / size; }
+  // About what a group's scales of elements are: those of the first group, none far smaller than the largest.
+  void typical_scales(int64_t sequence, float* to) const {
+    const c10::BFloat16* scale = scales + sequence * scales_stride;
+    float largest = 0;
+    for (int64_t i = 0; i < width; i++) {
+      to[i] = grouped ? std::abs(static_cast<float>(scale[i])) : 0;
+      largest = std::max(largest, std::isfinite(to[i]) ? to[i] : 0);
+    }
+    for (int64_t i = 0; i < width; i++) {
+      to[i] = largest > 0 ? std::clamp(std::isfinite(to[i]) ? to[i] : 0, largest / 32, largest) : 1;
+    }
+  }
+  int64_t together(int64_t token, int64_t count) const { return std::min(count, size - (token - first) % size); }
+  static constexpr int64_t offset = 8;  // in the middle of codes: less of the rounding of queries is multiplied
+  // Codes [count, W]; those of values [count, R]; and their group's scales [W] and zero points [W].
+  void read_codes(
+      int64_t sequence, int64_t start, int64_t count, int64_t rank, uint8_t* __restrict to, int16_t* __restrict values,
+      float* factors, int64_t) const {
+    const int64_t half = (width + 1) / 2, place = start - first;
+    const uint8_t* code = codes + sequence * codes_stride + place * half;
+    for (int64_t token = 0; token < count; token++, code += half, to += width, values += rank) {
+      for (int64_t i = 0; i < half; i++) to[i] = code[i] & 15;
+      for (int64_t i = half; i < width; i++) to[i] = code[i - half] >> 4;
+      widen(reinterpret_cast<const int8_t*>(to), rank, values);
+    }
+    const c10::BFloat16* scale = scales + sequence * scales_stride + place / size * 2 * width;
+    for (int64_t i = 0; i < 2 * width; i++) factors[i] = static_cast<float>(scale[i]);
+  }
+  uintptr_t ahead(int64_t sequence, int64_t token) const {
+    const int64_t place = std::clamp<int64_t>(token - first, 0, grouped);
+    return reinterpret_cast<uintptr_t>(codes) + sequence * codes_stride + place * ((width + 1) / 2);
+  }
+};
+
+}  // namespace

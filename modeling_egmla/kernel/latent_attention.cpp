@@ -1,0 +1,307 @@
+// Copyright 2026 The egmla authors. Licensed under the Apache License, Version 2.0.
+//
+// Decode attention of all heads over one shared latent, on a CPU: each cache entry is read once for all heads, in the
+// format it is cached in, and its first R elements serve as the value. And int8 quantisation of new entries, which
+// would be twenty small operations in each layer. Compiled and loaded by cpu_kernel.py.
+//
+// Tokens are taken in blocks that stay in the first caches: scores, running softmax, weighted sum. A vector of scores
+// has a head per lane, so that an element of the cache is one broadcast for all heads of a vector; with AVX-512 and
+// widths that allow it (`in_quads`) four tokens of each of four heads, from products of 16 bytes of each head at a
+// time: of fp32, bf16 or codes, where the processor multiplies those. A vector of sums has elements of the value.
+//
+// Here threads share out sequences and parts of them, and parts are merged by their sums of exponentials. What a part
+// comes to is in floating_point.h and, of int8 and int4 codes, in codes.h; how entries are cached in cache_entries.h.
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/matmul.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <numeric>
+#include <optional>
+#include <tuple>
+#include <type_traits>
+#include <utility>
+
+#include "cache_entries.h"
+#include "codes.h"
+#include "floating_point.h"
+#include "vectors.h"
+
+namespace {
+
+// Fewer tokens than this are not worth a part of their own; or one beside those that keep all threads at work.
+constexpr int64_t PART_TOKENS = 256, FURTHER_PART_TOKENS = 2048;
+
+// Queries [B, rows, W], output [B, rows, R], both contiguous fp32; `tokens` of each sequence. T: what is multiplied.
+template <typename T, typename Source>
+void run(
+    const Source& source, const Mask& mask, const float* query, float* output, int64_t batch, int64_t rows,
+    int64_t all_tokens, int64_t width, int64_t rank, float scaling) {
+  const int64_t tokens = tokens_to_last_seen(mask, batch, all_tokens);
+#ifdef _OPENMP
+  const int64_t threads = at::get_num_threads();
+#else
+  const int64_t threads = 1;  // what `parallel_for` comes to
+#endif
+  // So many that all threads get as many, unless that is too many to merge or too few tokens; of many tokens
+  // about four for each thread, which takes the next one when it is done: a core may be slower than another, or busy.
+  const int64_t even = threads / std::gcd(batch, threads), few = 4 * threads / std::max<int64_t>(1, batch) + 1;
+  const int64_t least = std::clamp<int64_t>(tokens / PART_TOKENS, 1, std::min(even, few));
+  const int64_t most = threads > 1 ? std::max<int64_t>(1, 4 * threads / std::max<int64_t>(1, batch * least)) : 1;
+  const int64_t parts = least * std::clamp<int64_t>(tokens / (FURTHER_PART_TOKENS * least), 1, most);
+  const int64_t part_tokens = ((tokens + parts - 1) / parts + TILE - 1) / TILE * TILE;
+  const int64_t lanes = (rows + LANES - 1) / LANES * LANES;
+  const bool quads = in_quads<T>(width, rank);
+  const bool has_integers = MULTIPLIES_INTEGERS && Source::quantised && in_quads<float>(width, rank) && width % 16 == 0;
+  const bool needs_lanes = !quads || has_integers;
+  Buffer<float> values(batch * parts * lanes * rank), total(batch * parts * lanes), top(batch * parts * lanes, HIDDEN);
+
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, std::min(threads, batch * parts), 1, [&](int64_t, int64_t) {
+    Buffer<float> by_lane(needs_lanes ? lanes * width : 0);
+    Buffer<T> by_quad(quads ? lanes * width : 0, T(0.0f));
+    std::optional<std::conditional_t<Source::quantised, CodeQueries<Source>, int>> code_queries;
+    if constexpr (MULTIPLIES_INTEGERS && Source::quantised) {
+      if (has_integers) code_queries.emplace(source, lanes, width);
+    }
+    int64_t held = -1;  // the sequence whose queries these are
+    for (int64_t task; (task = next++) < batch * parts;) {
+      const int64_t sequence = task / parts, part = task % parts;
+      const float* of_sequence = query + sequence * rows * width;
+      const bool other = sequence != std::exchange(held, sequence);
+      for (int64_t row = 0; other && needs_lanes && row < rows; row++) {
+        float* to = by_lane.data() + row / LANES * LANES * width + row % LANES;
+        for (int64_t i = 0; i < width; i++) to[i * LANES] = of_sequence[row * width + i];
+      }
+      if (other && quads) make_quads(of_sequence, rows, width, by_quad.data());
+      if constexpr (MULTIPLIES_INTEGERS && Source::quantised) {
+        if (other && has_integers) code_queries->make(source, sequence, of_sequence, rows, width, by_lane.data());
+      }
+      const Sums sums{top.data() + task * lanes, total.data() + task * lanes, values.data() + task * lanes * rank};
+      const int64_t end = std::min(tokens, (part + 1) * part_tokens);
+      for (int64_t start = part * part_tokens; start < end;) {
+        int64_t stop = end;
+        if constexpr (MULTIPLIES_INTEGERS && Source::quantised) {
+          if (has_integers) stop = std::min(end, source.stop(start));
+          if (has_integers && source.has_codes(start, rank)) {
+            attend_codes(source, mask, *code_queries, scaling, sequence, start, stop, rows, width, rank, sums);
+            start = stop;
+            continue;
+          }
+        }
+        const Queries<T> queries{by_lane.data(), by_quad.data(), scaling};
+        attend(source, mask, queries, sequence, start, stop, rows, width, rank, sums);
+        start = stop;
+      }
+    }
+  });
+
+  at::parallel_for(0, batch * rows, std::max<int64_t>(1, 16384 / (rank * parts)), [&](int64_t first, int64_t last) {
+    for (int64_t place_of_row = first; place_of_row < last; place_of_row++) {
+      const int64_t sequence = place_of_row / rows, row = place_of_row % rows;
+      float* to = output + (sequence * rows + row) * rank;
+      std::fill(to, to + rank, 0.0f);
+      float highest = HIDDEN, whole = 0;
+      const int64_t place = sequence * parts * lanes + row;
+      for (int64_t part = 0; part < parts; part++) highest = std::max(highest, top.data()[place + part * lanes]);
+      for (int64_t part = 0; part < parts; part++) {
+        const int64_t from = place + part * lanes;
+        const float share = std::exp(top.data()[from] - highest);
+        whole += share * total.data()[from];
+        for (int64_t i = 0; i < rank; i++) to[i] += share * values.data()[from * rank + i];
+      }
+      // Nothing is seen: 0, as a mean of nothing.
+      for (int64_t i = 0; i < rank && whole != 0; i++) to[i] /= whole;
+    }
+  });
+}
+
+Mask read_mask(const std::optional<at::Tensor>& mask, int64_t batch, int64_t tokens) {
+  if (!mask) return {};
+  TORCH_CHECK(
+      mask->dim() == 2 && mask->scalar_type() == at::kBool && (mask->size(0) == batch || mask->size(0) == 1) &&
+          mask->size(1) == tokens,
+      "egmla: the mask must be boolean [B or 1, S]");
+  return {mask->const_data_ptr<bool>(), mask->size(0) == 1 ? 0 : mask->stride(0), mask->stride(1)};
+}
+
+// Checks that [B, S, ...] has tokens one behind the other.
+void check_rows(const at::Tensor& tensor, int64_t batch, const char* name, int64_t dimensions = 3) {
+  bool packed = tensor.dim() == dimensions && tensor.size(0) == batch;
+  int64_t expected = 1;
+  for (int64_t i = tensor.dim() - 1; packed && i > 0; i--) {
+    packed = tensor.size(i) < 2 || tensor.stride(i) == expected;
+    expected *= tensor.size(i);
+  }
+  TORCH_CHECK(packed, "egmla: ", name, " must be [B, S, ...] with tokens one behind the other");
+}
+
+template <typename Source>
+at::Tensor compute(
+    const Source& source, const at::Tensor& query, const std::optional<at::Tensor>& mask, int64_t tokens,
+    double scaling, int64_t rank) {
+  const int64_t batch = query.size(0), rows = query.size(1), width = query.size(2);
+  const at::Tensor queries = query.to(at::kFloat).contiguous();
+  at::Tensor output = at::empty({batch, rows, rank}, queries.options());
+  const auto multiplying = [&]<typename T>() {
+    run<T>(
+        source, read_mask(mask, batch, tokens), queries.const_data_ptr<float>(), output.mutable_data_ptr<float>(),
+        batch, rows, tokens, width, rank, static_cast<float>(scaling));
+  };
+  if constexpr (MULTIPLIES_BF16 && std::is_same_v<Source, Dense<c10::BFloat16>>) {
+    // Queries of bf16 lose nothing; weights are rounded as in PyTorch's fused kernel.
+    if (query.scalar_type() == at::kBFloat16 && in_quads<c10::BFloat16>(width, rank)) {
+      multiplying.template operator()<c10::BFloat16>();
+      return output.to(query.scalar_type());
+    }
+  }
+  multiplying.template operator()<float>();
+  return output.to(query.scalar_type());
+}
+
+template <typename Make>
+at::Tensor by_format(at::ScalarType format, const Make& make) {
+  switch (format) {
+    case at::kFloat:
+      return make(float{});
+    case at::kBFloat16:
+      return make(c10::BFloat16{});
+    case at::kHalf:
+      return make(c10::Half{});
+    default:
+      TORCH_CHECK(false, "egmla: cache entries must be of float32, bfloat16 or float16");
+  }
+}
+
+template <typename T>
+Dense<T> dense(const at::Tensor& entries) {
+  return {entries.const_data_ptr<T>(), entries.stride(0), entries.size(2)};
+}
+
+void check_query(const at::Tensor& query, int64_t width, int64_t rank) {
+  TORCH_CHECK(
+      query.dim() == 3 && query.size(2) == width && rank > 0 && rank <= width,
+      "egmla: queries must be [B, rows, W] as wide as entries, and the latent no wider");
+}
+
+at::Tensor attention(
+    const at::Tensor& query, const at::Tensor& entries, const std::optional<at::Tensor>& mask, double scaling,
+    int64_t rank) {
+  check_rows(entries, query.size(0), "entries");
+  check_query(query, entries.size(2), rank);
+  return by_format(entries.scalar_type(), [&](auto zero) {
+    return compute(dense<decltype(zero)>(entries), query, mask, entries.size(1), scaling, rank);
+  });
+}
+
+void check_rotation(const at::Tensor& rotation, int64_t width) {
+  TORCH_CHECK(
+      rotation.dim() == 2 && rotation.size(0) == width && rotation.size(1) == width &&
+          rotation.scalar_type() == at::kFloat,
+      "egmla: the rotation must be an fp32 matrix as wide as entries");
+}
+
+// Entries are rotated ones; the rotation is symmetric, orthogonal and mixes no latent with rotary elements.
+at::Tensor attention_int8(
+    const at::Tensor& query, const at::Tensor& codes, const at::Tensor& scales, const at::Tensor& rotation,
+    const std::optional<at::Tensor>& mask, double scaling, int64_t rank) {
+  check_rows(codes, query.size(0), "codes");
+  check_rows(scales, query.size(0), "scales");
+  check_query(query, codes.size(2), rank);
+  TORCH_CHECK(
+      scales.size(1) == codes.size(1) && scales.size(2) > 0 && codes.size(2) % scales.size(2) == 0,
+      "egmla: scales must be [B, S, groups] for codes [B, S, W]");
+  const int64_t width = codes.size(2);
+  check_rotation(rotation, width);
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);  // products of fp32 are fp32
+  const ElementGroups source{
+      codes.const_data_ptr<int8_t>(), scales.const_data_ptr<c10::BFloat16>(), codes.stride(0), scales.stride(0),
+      width, scales.size(2)};
+  const at::Tensor turned = at::matmul(query.to(at::kFloat), rotation);
+  const at::Tensor found = compute(source, turned, mask, codes.size(1), scaling, rank);
+  return at::matmul(found, rotation.narrow(0, 0, rank).narrow(1, 0, rank)).to(query.scalar_type());
+}
+
+// What quantization_egmla.quantize_elements gives for entries [n, W] that are rotated first: codes [n, W] and scales
+// [n, groups], an element being scale x code.
+std::tuple<at::Tensor, at::Tensor> quantize_int8(
+    const at::Tensor& entries, const at::Tensor& rotation, int64_t groups) {
+  TORCH_CHECK(
+      entries.dim() == 2 && groups > 0 && entries.size(1) % groups == 0,
+      "egmla: entries must be [n, W], and groups divide W");
+  const int64_t n = entries.size(0), width = entries.size(1), size = width / groups;
+  check_rotation(rotation, width);
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  const at::Tensor rotated = at::matmul(entries.to(at::kFloat), rotation).contiguous();
+  at::Tensor codes = at::empty({n, width}, rotated.options().dtype(at::kChar));
+  at::Tensor scales = at::empty({n, groups}, rotated.options().dtype(at::kBFloat16));
+  const float* from = rotated.const_data_ptr<float>();
+  int8_t* code = codes.mutable_data_ptr<int8_t>();
+  c10::BFloat16* scale = scales.mutable_data_ptr<c10::BFloat16>();
+  at::parallel_for(0, n * groups, PART_TOKENS, [&](int64_t first, int64_t last) {
+    for (int64_t group = first; group < last; group++) {
+      const float* element = from + group * size;
+      float extreme = element[0];
+      for (int64_t i = 1; i < size; i++) extreme = std::abs(element[i]) > std::abs(extreme) ? element[i] : extreme;
+      scale[group] = extreme / -128;
+      const float rounded = static_cast<float>(scale[group]), divisor = rounded == 0 ? 1.0f : rounded;
+      for (int64_t i = 0; i < size; i++) {
+        // From numbers only: of infinite entries scales are not finite, so that the result is none either.
+        const float quotient = element[i] / divisor, number = quotient == quotient ? quotient : 0.0f;
+        code[group * size + i] = static_cast<int8_t>(std::clamp(std::nearbyint(number), -128.0f, 127.0f));
+      }
+    }
+  });
+  return {codes, scales};
+}
+
+at::Tensor attention_int4(
+    const at::Tensor& query, const at::Tensor& kept, int64_t first, const at::Tensor& codes, const at::Tensor& scales,
+    const std::optional<at::Tensor>& mask, double scaling, int64_t rank) {
+  check_rows(kept, query.size(0), "kept entries");
+  check_rows(codes, query.size(0), "codes", 4);
+  check_rows(scales, query.size(0), "scales", 4);
+  const int64_t width = kept.size(2);
+  check_query(query, width, rank);
+  TORCH_CHECK(
+      codes.size(3) == (width + 1) / 2 && scales.size(1) == codes.size(1) &&
+          scales.size(2) == 2 && scales.size(3) == width && 0 <= first &&
+          (first <= kept.size(1) || codes.size(1) == 0),
+      "egmla: codes must be [B, groups, g, W / 2] and scales [B, groups, 2, W]");
+  const int64_t grouped = codes.size(1) * codes.size(2);
+  return by_format(kept.scalar_type(), [&](auto zero) {
+    const TokenGroups<decltype(zero)> source{
+        dense<decltype(zero)>(kept), codes.const_data_ptr<uint8_t>(), scales.const_data_ptr<c10::BFloat16>(),
+        codes.stride(0), scales.stride(0), width, first, grouped, codes.size(2)};
+    return compute(source, query, mask, kept.size(1) + grouped, scaling, rank);
+  });
+}
+
+}  // namespace
+
+TORCH_LIBRARY(egmla, library) {
+  library.def("latent_attention(Tensor query, Tensor entries, Tensor? mask, float scaling, int rank) -> Tensor");
+  library.def(
+      "latent_attention_int8(Tensor query, Tensor codes, Tensor scales, Tensor rotation, Tensor? mask, float scaling, "
+      "int rank) -> Tensor");
+  library.def(
+      "latent_attention_int4(Tensor query, Tensor kept, int first, Tensor codes, Tensor scales, Tensor? mask, float "
+      "scaling, int rank) -> Tensor");
+  library.def("quantize_int8(Tensor entries, Tensor rotation, int groups) -> (Tensor, Tensor)");
+}
+
+TORCH_LIBRARY_IMPL(egmla, CPU, library) {
+  library.impl("latent_attention", &attention);
+  library.impl("latent_attention_int8", &attention_int8);
+  library.impl("latent_attention_int4", &attention_int4);
+  library.impl("quantize_int8", &quantize_int8);
+}

@@ -1,0 +1,126 @@
+// Copyright 2026 The egmla authors. Licensed under the Apache License, Version 2.0.
+//
+// Vectors of the processor, what is done with them, and memory for them.
+
+#pragma once
+
+#include <c10/util/BFloat16.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int64_t LANES = 16;
+#elif defined(__AVX__)
+constexpr int64_t LANES = 8;
+#else
+constexpr int64_t LANES = 4;
+#endif
+// Tokens whose scores are held in registers at a time; of more than twelve heads in quads half as many.
+constexpr int64_t TILE = 8;
+// Elements of a block of tokens, unless a tile has more: 12 KB, so that it, queries and sums share the first cache.
+constexpr int64_t BLOCK_ELEMENTS = 3072;
+constexpr int64_t CACHE_LINE = 64;  // bytes
+// The cache that later entries are called for into: 3 the first, 2 the second. Into the first was 4 % faster with fp32
+// entries on Zen 4, and slower on Cascade Lake.
+#if defined(__AVX512BF16__)
+constexpr int INTO = 3;
+#else
+constexpr int INTO = 2;
+#endif
+// Score of a hidden token; not infinite, so that differences are numbers.
+constexpr float HIDDEN = -1e30f;
+
+typedef float Vector __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+typedef int32_t Integers __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+
+inline Vector load(const float* from) { return *reinterpret_cast<const Vector*>(from); }
+inline void store(float* to, Vector value) { *reinterpret_cast<Vector*>(to) = value; }
+inline Integers load(const int32_t* from) { return *reinterpret_cast<const Integers*>(from); }
+inline void store(int32_t* to, Integers value) { *reinterpret_cast<Integers*>(to) = value; }
+
+// Weights as they are multiplied.
+inline void store_as(float* to, Vector value) { store(to, value); }
+#if defined(__AVX512BF16__)
+inline void store_as(c10::BFloat16* to, Vector value) {
+  _mm256_store_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh((__m512)value));
+}
+#endif
+
+// The larger one; of numbers that cannot be compared the second.
+inline Vector larger(Vector a, Vector b) {
+#if defined(__AVX512F__)
+  return (Vector)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+#if defined(__AVX512F__)
+// In each of four neighbouring lanes the largest of them.
+inline Vector largest_of_four(Vector x) {
+  x = larger((Vector)_mm512_permute_ps((__m512)x, 0b01001110), x);
+  return larger((Vector)_mm512_permute_ps((__m512)x, 0b10110001), x);
+}
+#else
+inline Vector largest_of_four(Vector x) { return x; }  // and this is never called
+#endif
+
+// exp(x) for x <= 0, to 2e-7 of its value near 0 and 4e-6 at -87: 2^n times a polynomial for the rest. With `ROUGH` to
+// 1e-4, a twentieth of what rounding to bf16 changes.
+template <bool ROUGH = false>
+inline Vector exponential(Vector x) {
+  const Vector lowest = Vector{} - 87.0f;
+  const Vector magic = Vector{} + 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
+  const Vector scaled = larger(lowest, x) * 1.44269504f;
+  const Vector rounded = scaled + magic;
+  const Vector rest = scaled - (rounded - magic);
+  Vector result;
+  if constexpr (ROUGH) {
+    result = Vector{} + 5.5171e-2f;
+    result = result * rest + 2.4261e-1f;
+    result = result * rest + 6.9326e-1f;
+    result = result * rest + 0.99993f;
+  } else {
+    result = Vector{} + 1.535336188319500e-4f;
+    result = result * rest + 1.339887440266574e-3f;
+    result = result * rest + 9.618437357674640e-3f;
+    result = result * rest + 5.550332471162809e-2f;
+    result = result * rest + 2.402264791363012e-1f;
+    result = result * rest + 6.931472028550421e-1f;
+    result = result * rest + 1.0f;
+  }
+#if defined(__AVX512F__)
+  return (Vector)_mm512_scalef_ps((__m512)result, (__m512)(rounded - magic));
+#else
+  result = (Vector)(((Integers)rounded << 23) + (Integers)result);
+  return x == x ? result : x;  // of what is no number the bits, added up, may be those of one
+#endif
+}
+
+typedef int32_t Word __attribute__((may_alias));  // a pair of 16-bit numbers
+
+// Memory that starts at a cache line: a vector that lies in two lines takes two reads.
+template <typename T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t count, T value = 0) : memory_(count + CACHE_LINE / sizeof(T), value) {
+    const auto address = reinterpret_cast<uintptr_t>(memory_.data());
+    start_ = memory_.data() + (CACHE_LINE - address % CACHE_LINE) % CACHE_LINE / sizeof(T);
+  }
+  Buffer(const Buffer&) = delete;
+  T* data() { return start_; }
+
+ private:
+  std::vector<T> memory_;
+  T* start_;
+};
+
+}  // namespace
