@@ -26,8 +26,8 @@ from egmla.quantization_egmla import quantize_elements, rotation
 
 pytestmark = needs_compiler
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
-# Weights are rounded to sixteen bits where codes are multiplied as integers, and queries to bytes: int8's as `in_bytes`
-# has them, int4's times the scales of each group.
+# Where codes are multiplied as integers, weights are rounded to sixteen bits and queries to bytes: int8's as in
+# `in_bytes`, int4's times the scales of each group.
 OF_INT8 = TOLERANCE | {torch.float32: 2e-4}
 OF_INT4 = dict.fromkeys(TOLERANCE, 4e-2)
 LAYERS = {"full": GrowingLatentLayer, "int8": Int8LatentLayer, "int4": Int4LatentLayer}
