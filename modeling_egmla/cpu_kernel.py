@@ -41,6 +41,9 @@ def load_cpu_kernel() -> None:
     Further calls do nothing. Models whose code came with a checkpoint (`trust_remote_code`) use it too, if they are
     loaded afterwards.
 
+    Its results are PyTorch's but for rounding: with AVX-512 BF16 weights of bf16 entries are rounded to bf16, as in
+    PyTorch's own kernel; with AVX-512 VNNI queries on int8 and int4 codes are rounded to bytes.
+
     It serves steps of one new token per sequence, without gradients, in fp32, bf16 and fp16, with no mask or a boolean
     one, from each cache of this package, and turns new tokens into int8. All else stays with PyTorch's kernels, as do
     `attn_implementation="eager"`, exported and traced programs. Written for g++ on Linux; with clang it runs
@@ -145,7 +148,7 @@ def _processor() -> str:
 
 
 def _check() -> None:
-    """Compares the kernel with PyTorch's attention, three times: threads in each other's way may not show at once.
+    """Compares the kernel with PyTorch's attention, several times: threads in each other's way may not show at once.
 
     Raises:
         ImportError: when they differ.
@@ -153,8 +156,11 @@ def _check() -> None:
     generator = torch.Generator().manual_seed(0)
     operators = torch.ops.egmla
     B, scaling = 2, 0.02
-    # What is left beside whole vectors, and a group of more tokens than a block; whole vectors. Each number of heads.
-    shapes = itertools.product(((41 * 76, 228, 152, 76), (20 * 48, 144, 96, 48)), (3, 6, 12, 29))
+    # What is left beside whole vectors; vectors in pairs, and one alone, with groups of more tokens than a block. Each
+    # number of heads.
+    shapes = itertools.product(
+        ((41 * 76, 228, 152, 76), (20 * 48, 144, 96, 48), (12 * 80, 160, 80, 80)), (3, 6, 12, 29)
+    )
     numbers = partial(torch.randn, generator=generator, dtype=torch.float32, device="cpu")
     for (S, W, R, group), H in shapes:
         query = numbers(B, H, W)

@@ -57,7 +57,7 @@ def latent_attention(
     Returns:
         `torch.Tensor`: `[B, H, T, R]`, mean latents.
     """
-    if cpu_operators() is not None and _is_for_cpu_kernel(query, entries, attention_mask):
+    if cpu_operators() is not None and scaling > 0 and _is_for_cpu_kernel(query, entries, attention_mask):
         return _compiled_attention(query[:, :, 0], entries, attention_mask, scaling, kv_lora_rank).unsqueeze(2)
     return _attention(query, entries, attention_mask, scaling)[..., :kv_lora_rank]
 

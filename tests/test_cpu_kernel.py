@@ -64,7 +64,7 @@ def in_bytes(query, layer):
     """Rotated queries of int8 codes as signed bytes, each group with a scale; turned back."""
     groups = (query.float() @ layer.matrix).unflatten(-1, (-1, layer.group_size))
     steps = groups.abs().amax(-1, keepdim=True).clamp(min=1e-30) / 127
-    return ((groups / steps).round() * steps).flatten(-2) @ layer.matrix
+    return ((groups * (1 / steps)).round() * steps).flatten(-2) @ layer.matrix
 
 
 def check_codes(given, query, layer, seen, scaling, rank, factor=1):
@@ -100,6 +100,9 @@ def check_codes(given, query, layer, seen, scaling, rank, factor=1):
         (1, 16, 64, 32, 40),
         (1, 13, 32, 16, 13001),  # more parts than threads
         (2, 21, 48, 16, 333),  # a vector of sixteen elements beside one of 32
+        (1, 3, 80, 24, 100),
+        (1, 12, 48, 24, 100),
+        (1, 12, 48, 0, 100),
     ],
 )
 def test_attention_is_that_of_its_definition(calls, batch, heads, rank, rope, tokens, masked, dtype, threads):
@@ -154,7 +157,11 @@ def test_quantised_entries_are_read_as_they_are(calls, tokens, heads, rank, rope
         ("int8", 8, 64, 64),
         ("int8", 16, 80, 48),
         ("int8", None, 512, 64),
+        ("int8", 48, 48, 48),
         ("int4", 2, 64, 64),
+        ("int4", 28, 48, 16),
+        ("int4", 100, 64, 64),
+        ("int4", 200, 80, 48),
         ("int4", 24, 48, 24),
         ("int4", 200, 80, 40),
         ("int4", None, 512, 64),
@@ -174,6 +181,24 @@ def test_other_groups_and_parts_that_begin_inside_one(calls, kind, group, rank, 
         torch.set_num_threads(1)
     check_codes(given, query, layer, seen, 0.05, rank, factor=5)  # entries are five times as large
     assert calls["latent_attention_" + kind] == 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("group, rank, rope", [(28, 48, 16), (64, 64, 64), (100, 80, 48), (200, 64, 0)])
+def test_no_token_of_a_group_is_lost(calls, group, rank, rope, threads):
+    """int4 with scales and queries of one size each, which bytes hold without rounding."""
+    layer = LAYERS["int4"](rank, rope, group_size=group)
+    layer.append(torch.randn(2, 1, 1999, rank), torch.randn(2, 1, 1999, rope))
+    layer.scales[..., : rank + rope] = 1 / 8
+    query, seen = torch.randn(2, 21, 1, rank + rope).sign(), torch.rand(2, 1, 1, 1999) > 0.2
+    torch.set_num_threads(threads)
+    try:
+        given = latent_attention(query, layer.entries, seen, 0.1, rank)
+    finally:
+        torch.set_num_threads(1)
+    expected = plain_attention(query, exact_entries(layer), seen, 0.1)[..., :rank]
+    assert difference(given, expected) <= 3e-4
 
 
 @torch.no_grad()
@@ -205,7 +230,7 @@ def test_a_large_token_that_gets_no_attention_costs_others_no_precision(calls):
 @torch.no_grad()
 def test_elements_of_many_sizes(calls):
     """int4: scales of elements are rounded relative to what they usually are, not to the largest."""
-    sizes = torch.logspace(-1, 1, 64)
+    sizes = torch.logspace(-1.5, 1.5, 64)
     layer = LAYERS["int4"](64, 64)
     latent, rope_key = torch.randn(1, 1, 400, 64) * sizes, torch.randn(1, 1, 400, 64) * sizes.flip(0)
     layer.append(latent, rope_key)
@@ -264,6 +289,17 @@ def test_a_query_without_end_shows_in_its_head_alone(calls, number, heads, dtype
     given = latent_attention(query, torch.randn(1, 1, 300, 128).to(dtype), None, 0.1, 64)
     others = [head for head in range(heads) if head != heads - 2]
     assert not given[0, heads - 2].isfinite().any() and given[0, others].isfinite().all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("scaling", [0.0, -0.1])
+def test_scores_that_are_not_scaled_upwards_are_pytorchs(calls, scaling):
+    query, entries = torch.randn(1, 12, 1, 128), torch.randn(1, 1, 300, 128)
+    expected = plain_attention(query, entries, None, scaling)[..., :64]
+    assert difference(latent_attention(query, entries, None, scaling, 64), expected) <= 1e-5
+    assert not calls
+    with pytest.raises(RuntimeError, match="scaling must be positive"):
+        torch.ops.egmla.latent_attention(query[:, :, 0], entries[:, 0], None, scaling, 64)
 
 
 @torch.no_grad()

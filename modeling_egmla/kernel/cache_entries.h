@@ -39,7 +39,6 @@ struct Dense {
     }
   }
   static constexpr bool quantised = false;
-  int64_t element_groups() const { return 1; }
   uintptr_t ahead(int64_t sequence, int64_t token) const {
     return reinterpret_cast<uintptr_t>(entries) + (sequence * sequence_stride + token * width) * sizeof(T);
   }

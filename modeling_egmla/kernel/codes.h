@@ -5,9 +5,9 @@
 #pragma once
 
 #include <algorithm>
-#include <bit>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <utility>
 
 #include "cache_entries.h"
@@ -16,17 +16,19 @@
 
 namespace {
 
-#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512CD__)
 // Codes are multiplied as integers, number = step x integer: for scores with queries of a byte, whose rounding is like
 // that of int8 codes and small beside int4's; for values with weights of 16 bits, of which many may be small.
 constexpr float LARGEST_BYTE = 127, LARGEST = 32767;
 
 // Of `count` numbers; no number if one of them is none.
 inline float largest_magnitude(const float* from, int64_t count) {
-  const auto* bits = reinterpret_cast<const Word*>(from);  // of positive ones they are in the numbers' order
+  const Word* bits = reinterpret_cast<const Word*>(from);  // of positive ones they are in the numbers' order
   int32_t largest = 0;
   for (int64_t i = 0; i < count; i++) largest = std::max(largest, bits[i] & 0x7fffffff);
-  return std::bit_cast<float>(largest);
+  float magnitude;
+  std::memcpy(&magnitude, &largest, sizeof(float));
+  return magnitude;
 }
 
 // No number if the largest is none, or infinite.
@@ -34,8 +36,14 @@ inline float step_of(float largest, float integer) {
   return std::max(largest, 1e-30f) / integer + (largest - largest);
 }
 
+// A number in steps; 0 if it or the step is none, as what it is multiplied with later is no number then.
+inline int32_t in_steps(float number, float inverse) {
+  const float steps = number * inverse;
+  return steps == steps ? static_cast<int32_t>(std::clamp(std::nearbyint(steps), -LARGEST, LARGEST)) : 0;
+}
+
 // Queries in quads, as bytes: of up to sixteen heads from a row on [W / 16, quads, 64]; their steps [groups, quads,
-// four heads, 4]; and what takes back an offset of codes, a quarter in each lane of a head [groups, quads, LANES].
+// four heads, 4]; and what takes back an offset of codes, in four parts for the lanes of a head [groups, quads, LANES].
 struct ByteQueries {
   Buffer<int8_t> bytes;
   Buffer<float> steps;
@@ -55,7 +63,7 @@ struct ByteQueries {
         int8_t* to = bytes.data() + first * width + (group * size / OF * quads * QUAD + row - first) * OF;
         int32_t sum = 0;
         for (int64_t i = 0; i < size; i++) {
-          const auto integer = static_cast<int32_t>(std::nearbyint(from[i] * inverse));
+          const int32_t integer = in_steps(from[i], inverse);
           to[i / OF * quads * OF_VECTOR<int8_t> + i % OF] = static_cast<int8_t>(integer);
           sum += integer;
         }
@@ -76,13 +84,13 @@ class ScaledQueries {
 
   ScaledQueries(int64_t lanes, int64_t width, int32_t offset)
       : scaled(lanes, width, 1), biases(lanes * QUAD), width_(width), offset_(offset), integers_(lanes * width),
-        products_(LANES * width), ratios_(width), typical_(width), ratio_(width), steps_(lanes * QUAD) {}
+        products_(LANES * width), ratios_(width), of_typical_(width), ratio_(width), steps_(lanes * QUAD) {}
 
   void make(const float* query, int64_t rows, const float* typical, const float* by_lane) {
     constexpr int64_t OF = OF_HEAD<int16_t>;
     rows_ = rows;
     by_lane_ = by_lane;
-    std::copy(typical, typical + width_, typical_.data());
+    for (int64_t i = 0; i < width_; i++) of_typical_.data()[i] = 1 / typical[i];
     for (int64_t row = 0; row < rows; row++) {
       const int64_t first = row / LANES * LANES, stride = quads_of(rows - first) * OF_VECTOR<int16_t>;
       float* product = ratio_.data();
@@ -90,7 +98,7 @@ class ScaledQueries {
       const float step = step_of(largest_magnitude(product, width_), LARGEST), inverse = 1 / step;
       int16_t* to = integers_.data() + first * width_ + (row - first) * OF;
       for (int64_t i = 0; i < width_; i++) {
-        to[i / OF * stride + i % OF] = static_cast<int16_t>(std::nearbyint(product[i] * inverse));
+        to[i / OF * stride + i % OF] = static_cast<int16_t>(in_steps(product[i], inverse));
       }
       std::fill_n(steps_.data() + row * QUAD, QUAD, step);
     }
@@ -98,10 +106,10 @@ class ScaledQueries {
 
   // `of_elements`: scales [W] and zero points [W].
   void scale(const float* of_elements) {
-    for (int64_t i = 0; i < width_; i++) ratio_.data()[i] = of_elements[i] / typical_.data()[i];
+    for (int64_t i = 0; i < width_; i++) ratio_.data()[i] = of_elements[i] * of_typical_.data()[i];
     const float step = step_of(largest_magnitude(ratio_.data(), width_), LARGEST), inverse = 1 / step;
     for (int64_t i = 0; i < width_; i++) {
-      ratios_.data()[i] = static_cast<int16_t>(std::nearbyint(ratio_.data()[i] * inverse));
+      ratios_.data()[i] = static_cast<int16_t>(in_steps(ratio_.data()[i], inverse));
     }
     for (int64_t row = 0; row < rows_; row += LANES) {
       with_quads(rows_ - row, [&]<int64_t QUADS>() { scale_bytes<QUADS>(row, step * 32768); });
@@ -150,13 +158,13 @@ class ScaledQueries {
       const auto shifted = (Vector)_mm512_cvtepi32_ps(_mm512_sllv_epi32(all, left));
       const Vector gain = 127 * 256 * 32768.0f / shifted - 32768;
       __m512i parts = _mm512_cvtps_epi32((__m512)gain);
-      parts = _mm512_min_epi32(_mm512_max_epi32(parts, _mm512_setzero_si512()), _mm512_set1_epi32(32767));
+      parts = _mm512_min_epi32(_mm512_max_epi32(parts, _mm512_set1_epi32(-32767)), _mm512_set1_epi32(32767));
       const int64_t place = row * QUAD + k * LANES;
       const auto bits = _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_set1_epi32(8), left));
       const auto of_byte = (Vector)_mm512_scalef_ps((__m512)(load(steps_.data() + place) * step), bits);
       store(scaled.steps.data() + place, of_byte / (1 + (Vector)_mm512_cvtepi32_ps(parts) / 32768));
       shifts[k] = _mm512_or_si512(left, _mm512_slli_epi32(left, 16));
-      missing[k] = _mm512_or_si512(parts, _mm512_slli_epi32(parts, 16));
+      missing[k] = _mm512_or_si512(_mm512_and_si512(parts, _mm512_set1_epi32(0xffff)), _mm512_slli_epi32(parts, 16));
     }
     int8_t* to = scaled.bytes.data() + row * width_;
     __m512i sums[QUADS] = {};
@@ -184,7 +192,7 @@ class ScaledQueries {
   int32_t offset_;
   const float* by_lane_ = nullptr;
   Buffer<int16_t> integers_, products_, ratios_;  // integers: queries times typical scales
-  Buffer<float> typical_, ratio_, steps_;
+  Buffer<float> of_typical_, ratio_, steps_;
 };
 
 // Adds to scores in quads, which they start from, products of queries and codes. `factors` [groups, `stride`] are

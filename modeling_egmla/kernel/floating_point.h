@@ -298,7 +298,7 @@ inline __m512 multiply(__m512 sum, __m512i a, __m512i b, c10::BFloat16) {
 constexpr bool MULTIPLIES_BF16 = false;
 #endif
 // Sum + the products of two 16-bit integers in each lane, or of four signed bytes and four unsigned ones.
-#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512CD__)
 constexpr bool MULTIPLIES_INTEGERS = true;
 inline __m512i multiply(__m512i sum, __m512i a, __m512i b, int16_t) { return _mm512_dpwssd_epi32(sum, a, b); }
 inline __m512i multiply(__m512i sum, __m512i a, __m512i b, int8_t) { return _mm512_dpbusd_epi32(sum, b, a); }
@@ -434,7 +434,7 @@ template <int64_t QUADS>
 void add_values_of_quads(
     float* values, int64_t, int64_t rank, const float* weights, const float* shrink, const Block<c10::BFloat16>& block,
     int64_t width, Lines& lines) {
-  const auto* pairs = reinterpret_cast<const Word*>(weights);
+  const Word* pairs = reinterpret_cast<const Word*>(weights);
   for_each_tile<QUADS>(rank, [&]<int64_t ROWS, int64_t COLUMNS>(int64_t row, int64_t element) {
     float* to = values + row * rank + element;
     __m512 sum[ROWS][COLUMNS];

@@ -6,7 +6,6 @@
 
 #include <c10/util/BFloat16.h>
 
-#include <algorithm>
 #include <cstdint>
 #include <vector>
 
@@ -35,7 +34,7 @@ constexpr int INTO = 3;
 #else
 constexpr int INTO = 2;
 #endif
-// Score of a hidden token; not infinite, so that differences are numbers.
+// Score of a hidden token, before it is scaled; not infinite, so that differences are numbers.
 constexpr float HIDDEN = -1e30f;
 
 typedef float Vector __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
@@ -43,8 +42,6 @@ typedef int32_t Integers __attribute__((vector_size(LANES * 4), aligned(4), may_
 
 inline Vector load(const float* from) { return *reinterpret_cast<const Vector*>(from); }
 inline void store(float* to, Vector value) { *reinterpret_cast<Vector*>(to) = value; }
-inline Integers load(const int32_t* from) { return *reinterpret_cast<const Integers*>(from); }
-inline void store(int32_t* to, Integers value) { *reinterpret_cast<Integers*>(to) = value; }
 
 // Weights as they are multiplied.
 inline void store_as(float* to, Vector value) { store(to, value); }
