@@ -84,7 +84,6 @@ struct ElementGroups {
   }
   int64_t stop(int64_t) const { return std::numeric_limits<int64_t>::max(); }
   int64_t together(int64_t, int64_t count) const { return count; }
-  int64_t group(int64_t) const { return 0; }
   static constexpr int64_t offset = 128;  // of codes that were made unsigned
   // Codes [count, W], made unsigned; those of values [count, R]; and scales [groups, `stride`].
   void read_codes(

@@ -21,6 +21,9 @@ namespace {
 // that of int8 codes and small beside int4's; for values with weights of 16 bits, of which many may be small.
 constexpr float LARGEST_BYTE = 127, LARGEST = 32767;
 
+// Four numbers, four times.
+inline Vector load_four(const float* from) { return (Vector)_mm512_broadcast_f32x4(_mm_loadu_ps(from)); }
+
 // Of `count` numbers; no number if one of them is none.
 inline float largest_magnitude(const float* from, int64_t count) {
   const Word* bits = reinterpret_cast<const Word*>(from);  // of positive ones they are in the numbers' order
@@ -203,10 +206,10 @@ void score_codes(
     int64_t stride, int64_t width, int64_t groups, int64_t count, uintptr_t ahead, float* scores) {
   const int64_t size = width / groups;
   constexpr int64_t BYTES = TILE_OF<QUADS> * OF_HEAD<int8_t> * Source::bits / 8;
-  const auto call = [&](int64_t) {
-    __builtin_prefetch(reinterpret_cast<const void*>(ahead), 0, INTO);
-    if constexpr (BYTES > CACHE_LINE) __builtin_prefetch(reinterpret_cast<const void*>(ahead + CACHE_LINE), 0, INTO);
-    ahead += BYTES;
+  Lines lines{ahead};
+  const auto call = [&](int64_t element) {
+    if (BYTES >= CACHE_LINE || element % (2 * OF_HEAD<int8_t>) == 0) lines.call();
+    if constexpr (BYTES > CACHE_LINE) lines.call();
   };
   for (int64_t token = 0; token < count; token += TILE_OF<QUADS>) {
     for (int64_t group = 0; group < groups; group++) {
@@ -223,7 +226,7 @@ void score_codes(
       for (int64_t j = 0; j < TILE_OF<QUADS>; j += QUAD) {
         Vector factor = Vector{} + 1.0f;
         if constexpr (Source::scales_by_token) {
-          factor = (Vector)_mm512_broadcast_f32x4(_mm_loadu_ps(factors + group * stride + token + j));
+          factor = load_four(factors + group * stride + token + j);
         }
 #pragma GCC unroll 4
         for (int64_t k = 0; k < QUADS; k++) {
@@ -244,7 +247,7 @@ template <int64_t QUADS>
 void make_integers(const float* weights, const float* factors, int64_t tokens, int16_t* to, float* steps) {
   const auto products = [&](int64_t token, int64_t k) {
     const Vector weight = load(weights + (token / QUAD * QUADS + k) * LANES);
-    return factors ? weight * (Vector)_mm512_broadcast_f32x4(_mm_loadu_ps(factors + token)) : weight;
+    return factors ? weight * load_four(factors + token) : weight;
   };
   __m512i largest[QUADS] = {};  // bits, as in `largest_magnitude`
   for (int64_t token = 0; token < tokens; token += QUAD) {
@@ -335,7 +338,8 @@ void attend_codes(
   ByteQueries& bytes = by_token ? queries.bytes : queries.scaled.scaled;
   Running running(sums, lanes, QUAD);
   Lines none;
-  int64_t valid, held = -1;  // the group whose scales queries are multiplied with
+  int64_t valid;
+  [[maybe_unused]] int64_t held = -1;  // the group whose scales queries are multiplied with
   for (int64_t start = begin; start < end; start += valid) {
     valid = source.together(start, std::min(most, end - start));
     const int64_t count = (valid + TILE - 1) / TILE * TILE;
@@ -347,8 +351,9 @@ void attend_codes(
     for (int64_t group = 0; by_token && group < groups; group++) {
       std::fill(factors.data() + group * most + valid, factors.data() + group * most + count, 0.0f);
     }
-    if (!by_token && std::exchange(held, source.group(start)) != source.group(start)) {
-      queries.scaled.scale(factors.data());
+    if constexpr (!by_token) {
+      const int64_t group = source.group(start);
+      if (std::exchange(held, group) != group) queries.scaled.scale(factors.data());
     }
     for (int64_t row = 0; row < rows; row += LANES) {
       with_quads(rows - row, [&]<int64_t QUADS>() {

@@ -62,10 +62,11 @@ void run(
   const int64_t lanes = (rows + LANES - 1) / LANES * LANES;
   const bool quads = in_quads<T>(width, rank);
   const bool has_integers = MULTIPLIES_INTEGERS && Source::quantised && in_quads<float>(width, rank) && width % 16 == 0;
-  // Where all tokens are codes, and those of int4 apart, queries are needed in no other form.
-  bool codes_alone = false, needs_lanes = !quads;
+  bool needs_quads = quads, needs_lanes = !quads;
   if constexpr (Source::quantised) {
-    codes_alone = has_integers && Source::scales_by_token && source.has_codes(0, rank);
+    // int8's codes need queries in no other form than their own; int4's have kept tokens beside them, and zero points.
+    const bool codes_alone = has_integers && Source::scales_by_token && source.has_codes(0, rank);
+    needs_quads = quads && !codes_alone;
     needs_lanes = !codes_alone && (!quads || has_integers);
   }
   Buffer<float> values(batch * parts * lanes * rank), total(batch * parts * lanes), top(batch * parts * lanes, HIDDEN);
@@ -73,7 +74,7 @@ void run(
   std::atomic<int64_t> next{0};
   at::parallel_for(0, std::min(threads, batch * parts), 1, [&](int64_t, int64_t) {
     Buffer<float> by_lane(needs_lanes ? lanes * width : 0);
-    Buffer<T> by_quad(quads && !codes_alone ? lanes * width : 0, T(0.0f));
+    Buffer<T> by_quad(needs_quads ? lanes * width : 0, T(0.0f));
     std::optional<std::conditional_t<Source::quantised, CodeQueries<Source>, int>> code_queries;
     if constexpr (MULTIPLIES_INTEGERS && Source::quantised) {
       if (has_integers) code_queries.emplace(source, lanes, width);
@@ -87,7 +88,7 @@ void run(
         float* to = by_lane.data() + row / LANES * LANES * width + row % LANES;
         for (int64_t i = 0; i < width; i++) to[i * LANES] = of_sequence[row * width + i];
       }
-      if (other && quads && !codes_alone) make_quads(of_sequence, rows, width, by_quad.data());
+      if (other && needs_quads) make_quads(of_sequence, rows, width, by_quad.data());
       if constexpr (MULTIPLIES_INTEGERS && Source::quantised) {
         if (other && has_integers) code_queries->make(source, sequence, of_sequence, rows, width, by_lane.data());
       }
