@@ -19,10 +19,10 @@ from .quantization_egmla import (
     QuantizedEntries,
     TokenGroups,
     element_group_size,
-    quantize_elements,
     quantize_tokens,
     rotation,
     token_group_size,
+    write_int8,
 )
 
 
@@ -299,12 +299,10 @@ class Int8LatentLayer(QuantizedLatentLayer):
     def append(self, latent: torch.Tensor, rope_key: torch.Tensor) -> ElementGroups:
         if not self.is_initialized:
             self.lazy_initialization(latent, rope_key)
-        codes, scales = quantize_elements(torch.cat((latent, rope_key), dim=-1), self.matrix, self.group_size)
         start, self.length = self.length, self.length + latent.shape[2]
         self.buffer = with_room(self.buffer, start, self.length, self.tokens_to_come)
         self.scales = with_room(self.scales, start, self.length, self.tokens_to_come)
-        self.buffer[:, :, start : self.length] = codes
-        self.scales[:, :, start : self.length] = scales
+        write_int8(latent, rope_key, self.buffer[:, :, start : self.length], self.scales[:, :, start : self.length])
         return self.entries
 
 

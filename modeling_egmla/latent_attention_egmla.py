@@ -141,7 +141,7 @@ def _compiled_attention(
     if entries.rotation is None:
         kept = entries.kept, entries.first
         return operators.latent_attention_int4(query, *kept, *stored, mask, scaling, rank)
-    return operators.latent_attention_int8(query, *stored, entries.rotation, mask, scaling, rank)
+    return operators.latent_attention_int8(query, *stored, mask, scaling, rank)
 
 
 def _continued_attention(query: torch.Tensor, entries: torch.Tensor, scaling: float) -> torch.Tensor:

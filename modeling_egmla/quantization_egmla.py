@@ -20,6 +20,7 @@ import torch
 from transformers.utils import is_torchdynamo_compiling
 
 from .cpu_kernel_egmla import cpu_operators
+from .linear_egmla import is_traced
 
 
 # Elements (int8) or tokens (int4) per group by default. A group takes 2 and 4 bytes beside its codes, 3.1 and 12.5 %.
@@ -89,14 +90,9 @@ def quantize_elements(
     """int8 codes `[..., W]` and bf16 scales `[..., W / group_size]` of entries `[..., W]` times a matrix `[W, W]`.
 
     An element is scale x code. The one of largest magnitude gets the code -128, which has no positive counterpart, and
-    the scale its opposite sign: all codes are used. Errors are up to half a scale, or 1.25 where both signs occur at
+    the scale its opposite sign: all codes are used. Errors are up to half a scale, or 1.5 where both signs occur at
     full magnitude.
     """
-    operators, tokens = cpu_operators(), entries.shape[:-1]
-    if operators is not None and entries.device.type == "cpu":
-        rows = entries.detach().reshape(-1, entries.shape[-1])
-        codes, scales = operators.quantize_int8(rows, matrix, rows.shape[1] // group_size)
-        return codes.view(*tokens, codes.shape[1]), scales.view(*tokens, scales.shape[1])
     with torch.autocast(entries.device.type, enabled=False):  # the product is as exact as the codes are to be
         groups = (entries.float() @ matrix).unflatten(-1, (-1, group_size))
     extremes = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
@@ -105,6 +101,21 @@ def quantize_elements(
     divisors = torch.where(scales == 0, 1.0, scales.float())
     codes = (groups / divisors).round().clamp(-128, 127).to(torch.int8)
     return codes.flatten(-2), scales.squeeze(-1)
+
+
+def write_int8(latent: torch.Tensor, rope_key: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> None:
+    """Writes entries `[B, 1, n, R]` and `[B, 1, n, P]`, rotated, as codes `[B, 1, n, R + P]` and scales
+    `[B, 1, n, groups]`, parts of a cache's storages; by the compiled kernel where it is loaded.
+    """
+    operators = cpu_operators()
+    if operators is not None and codes.device.type == "cpu" and not is_traced():
+        operators.write_int8(latent, rope_key, codes, scales)
+        return
+    matrix = rotation(latent.shape[-1], rope_key.shape[-1], codes.device)
+    entries = torch.cat((latent, rope_key), dim=-1)
+    new_codes, new_scales = quantize_elements(entries, matrix, entries.shape[-1] // scales.shape[-1])
+    codes.copy_(new_codes)
+    scales.copy_(new_scales)
 
 
 def quantize_tokens(entries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

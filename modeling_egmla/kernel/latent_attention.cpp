@@ -15,8 +15,6 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/matmul.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 #include <torch/library.h>
@@ -27,13 +25,13 @@
 #include <cstdint>
 #include <numeric>
 #include <optional>
-#include <tuple>
 #include <type_traits>
 #include <utility>
 
 #include "cache_entries.h"
 #include "codes.h"
 #include "floating_point.h"
+#include "quantize_int8.h"
 #include "vectors.h"
 
 namespace {
@@ -210,16 +208,20 @@ at::Tensor attention(
   });
 }
 
-void check_rotation(const at::Tensor& rotation, int64_t width) {
-  TORCH_CHECK(
-      rotation.dim() == 2 && rotation.size(0) == width && rotation.size(1) == width &&
-          rotation.scalar_type() == at::kFloat,
-      "egmla: the rotation must be an fp32 matrix as wide as entries");
+// Rotates rows [rows, W] in place, latent and rotary elements each by themselves.
+void rotate_rows(float* data, int64_t rows, int64_t width, int64_t rank) {
+  at::parallel_for(0, rows, 256, [&](int64_t first, int64_t last) {
+    Buffer<float> space(width);
+    for (float *row = data + first * width, *end = data + last * width; row < end; row += width) {
+      rotate(row, rank, space.data());
+      rotate(row + rank, width - rank, space.data());
+    }
+  });
 }
 
-// Entries are rotated ones; the rotation is symmetric, orthogonal and mixes no latent with rotary elements.
+// Entries are rotated ones, so queries are rotated too, and what comes out once more: the rotation is its own inverse.
 at::Tensor attention_int8(
-    const at::Tensor& query, const at::Tensor& codes, const at::Tensor& scales, const at::Tensor& rotation,
+    const at::Tensor& query, const at::Tensor& codes, const at::Tensor& scales,
     const std::optional<at::Tensor>& mask, double scaling, int64_t rank) {
   check_rows(codes, query.size(0), "codes");
   check_rows(scales, query.size(0), "scales");
@@ -227,48 +229,55 @@ at::Tensor attention_int8(
   TORCH_CHECK(
       scales.size(1) == codes.size(1) && scales.size(2) > 0 && codes.size(2) % scales.size(2) == 0,
       "egmla: scales must be [B, S, groups] for codes [B, S, W]");
-  const int64_t width = codes.size(2);
-  check_rotation(rotation, width);
-  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);  // products of fp32 are fp32
+  const int64_t width = codes.size(2), rows = query.size(0) * query.size(1);
   const ElementGroups source{
       codes.const_data_ptr<int8_t>(), scales.const_data_ptr<c10::BFloat16>(), codes.stride(0), scales.stride(0),
       width, scales.size(2)};
-  const at::Tensor turned = at::matmul(query.to(at::kFloat), rotation);
-  const at::Tensor found = compute(source, turned, mask, codes.size(1), scaling, rank);
-  return at::matmul(found, rotation.narrow(0, 0, rank).narrow(1, 0, rank)).to(query.scalar_type());
+  const at::Tensor rotated = at::empty(query.sizes(), query.options().dtype(at::kFloat));
+  rotated.copy_(query);
+  rotate_rows(rotated.mutable_data_ptr<float>(), rows, width, rank);
+  const at::Tensor output = compute(source, rotated, mask, codes.size(1), scaling, rank);
+  rotate_rows(output.mutable_data_ptr<float>(), rows, rank, rank);
+  return output.to(query.scalar_type());
 }
 
-// What quantization_egmla.quantize_elements gives for entries [n, W] that are rotated first: codes [n, W] and scales
-// [n, groups], an element being scale x code.
-std::tuple<at::Tensor, at::Tensor> quantize_int8(
-    const at::Tensor& entries, const at::Tensor& rotation, int64_t groups) {
+// Writes new entries [B, 1, n, R] and [B, 1, n, P], rotated, as codes [B, 1, n, W] and scales [B, 1, n, groups], which
+// may be parts of larger tensors.
+void write_int8(
+    const at::Tensor& latent, const at::Tensor& rope_key, const at::Tensor& codes, const at::Tensor& scales) {
+  const auto has_shape = [&](const at::Tensor& tensor, int64_t width) {
+    return tensor.dim() == 4 && tensor.size(0) == codes.size(0) && tensor.size(1) == 1 &&
+        tensor.size(2) == codes.size(2) && tensor.size(3) == width;
+  };
+  TORCH_CHECK(codes.dim() == 4 && scales.dim() == 4, "egmla: codes must be [B, 1, n, W] and scales [B, 1, n, groups]");
+  const int64_t n = codes.size(2), width = codes.size(3), groups = scales.size(3), rank = latent.size(-1);
   TORCH_CHECK(
-      entries.dim() == 2 && groups > 0 && entries.size(1) % groups == 0,
-      "egmla: entries must be [n, W], and groups divide W");
-  const int64_t n = entries.size(0), width = entries.size(1), size = width / groups;
-  check_rotation(rotation, width);
-  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-  const at::Tensor rotated = at::matmul(entries.to(at::kFloat), rotation).contiguous();
-  at::Tensor codes = at::empty({n, width}, rotated.options().dtype(at::kChar));
-  at::Tensor scales = at::empty({n, groups}, rotated.options().dtype(at::kBFloat16));
-  const float* from = rotated.const_data_ptr<float>();
-  int8_t* code = codes.mutable_data_ptr<int8_t>();
-  c10::BFloat16* scale = scales.mutable_data_ptr<c10::BFloat16>();
-  at::parallel_for(0, n * groups, PART_TOKENS, [&](int64_t first, int64_t last) {
-    for (int64_t group = first; group < last; group++) {
-      const float* element = from + group * size;
-      float extreme = element[0];
-      for (int64_t i = 1; i < size; i++) extreme = std::abs(element[i]) > std::abs(extreme) ? element[i] : extreme;
-      scale[group] = extreme / -128;
-      const float rounded = static_cast<float>(scale[group]), divisor = rounded == 0 ? 1.0f : rounded;
-      for (int64_t i = 0; i < size; i++) {
-        // From numbers only: of infinite entries scales are not finite, so that the result is none either.
-        const float quotient = element[i] / divisor, number = quotient == quotient ? quotient : 0.0f;
-        code[group * size + i] = static_cast<int8_t>(std::clamp(std::nearbyint(number), -128.0f, 127.0f));
+      has_shape(codes, width) && has_shape(latent, rank) && has_shape(rope_key, width - rank) &&
+          has_shape(scales, groups) && groups > 0 && width % groups == 0,
+      "egmla: latents must be [B, 1, n, R], rotary keys [B, 1, n, P], codes [B, 1, n, R + P] and groups divide R + P");
+  check_rows(codes.squeeze(1), codes.size(0), "codes");
+  check_rows(scales.squeeze(1), codes.size(0), "scales");
+  const at::Tensor latents = latent.to(at::kFloat).contiguous(), rope_keys = rope_key.to(at::kFloat).contiguous();
+  const float *from_latent = latents.const_data_ptr<float>(), *from_key = rope_keys.const_data_ptr<float>();
+  int8_t* to_codes = codes.mutable_data_ptr<int8_t>();
+  c10::BFloat16* to_scales = scales.mutable_data_ptr<c10::BFloat16>();
+  const int64_t size = width / groups, rope = width - rank;
+  at::parallel_for(0, codes.size(0) * n, PART_TOKENS, [&](int64_t first, int64_t last) {
+    Buffer<float> space(2 * width);
+    float* row = space.data();
+    for (int64_t place = first; place < last; place++) {
+      const int64_t sequence = place / n, token = place % n;
+      std::copy_n(from_latent + place * rank, rank, row);
+      std::copy_n(from_key + place * rope, rope, row + rank);
+      rotate(row, rank, row + width);
+      rotate(row + rank, rope, row + width);
+      int8_t* code = to_codes + sequence * codes.stride(0) + token * width;
+      c10::BFloat16* scale = to_scales + sequence * scales.stride(0) + token * groups;
+      for (int64_t group = 0; group < groups; group++) {
+        quantize(row + group * size, size, code + group * size, scale + group);
       }
     }
   });
-  return {codes, scales};
 }
 
 at::Tensor attention_int4(
@@ -298,17 +307,17 @@ at::Tensor attention_int4(
 TORCH_LIBRARY(egmla, library) {
   library.def("latent_attention(Tensor query, Tensor entries, Tensor? mask, float scaling, int rank) -> Tensor");
   library.def(
-      "latent_attention_int8(Tensor query, Tensor codes, Tensor scales, Tensor rotation, Tensor? mask, float scaling, "
-      "int rank) -> Tensor");
+      "latent_attention_int8(Tensor query, Tensor codes, Tensor scales, Tensor? mask, float scaling, int rank) -> "
+      "Tensor");
   library.def(
       "latent_attention_int4(Tensor query, Tensor kept, int first, Tensor codes, Tensor scales, Tensor? mask, float "
       "scaling, int rank) -> Tensor");
-  library.def("quantize_int8(Tensor entries, Tensor rotation, int groups) -> (Tensor, Tensor)");
+  library.def("write_int8(Tensor latent, Tensor rope_key, Tensor(a!) codes, Tensor(b!) scales) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(egmla, CPU, library) {
   library.impl("latent_attention", &attention);
   library.impl("latent_attention_int8", &attention_int8);
   library.impl("latent_attention_int4", &attention_int4);
-  library.impl("quantize_int8", &quantize_int8);
+  library.impl("write_int8", &write_int8);
 }
