@@ -44,18 +44,6 @@ struct Dense {
   }
 };
 
-// Bytes as 16-bit integers.
-inline void widen(const int8_t* from, int64_t count, int16_t* to) {
-  int64_t i = 0;
-#if defined(__AVX512BW__)
-  for (; i + 32 <= count; i += 32) {  // of 64 bytes at a time, as compilers do it, each half is moved before
-    const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i));
-    _mm512_storeu_si512(to + i, _mm512_cvtepi8_epi16(bytes));
-  }
-#endif
-  for (; i < count; i++) to[i] = from[i];
-}
-
 // int8 codes, each group of neighbouring elements of a token with a scale.
 struct ElementGroups {
   const int8_t* codes;
@@ -84,18 +72,23 @@ struct ElementGroups {
   }
   int64_t stop(int64_t) const { return std::numeric_limits<int64_t>::max(); }
   int64_t together(int64_t, int64_t count) const { return count; }
-  static constexpr int64_t offset = 128;  // of codes that were made unsigned
-  // Codes [count, W], made unsigned; those of values [count, R]; and scales [groups, `stride`].
+  // Of codes that were made unsigned; and of values, which are multiplied with weights instead of queries.
+  static constexpr int32_t offset = 128, value_offset = 128;
+  // Codes [count, W], made unsigned, and scales [groups, `stride`].
   void read_codes(
-      int64_t sequence, int64_t start, int64_t count, int64_t rank, uint8_t* __restrict to, int16_t* __restrict values,
-      float* factors, int64_t stride) const {
+      int64_t sequence, int64_t start, int64_t count, uint8_t* __restrict to, float* factors, int64_t stride) const {
     const int8_t* code = codes + sequence * codes_stride + start * width;
     for (int64_t i = 0; i < count * width; i++) to[i] = static_cast<uint8_t>(code[i]) ^ 128;
-    for (int64_t token = 0; token < count; token++, code += width, values += rank) widen(code, rank, values);
     const c10::BFloat16* scale = scales + sequence * scales_stride + start * groups;
-    for (int64_t group = 0; group < groups; group++) {
+    // Two groups are what widths of two powers of two come to; of so many known ahead the loops are vectors.
+    groups == 2 ? read_scales<2>(scale, count, factors, stride) : read_scales<0>(scale, count, factors, stride);
+  }
+  template <int64_t GROUPS>
+  void read_scales(const c10::BFloat16* scale, int64_t count, float* __restrict factors, int64_t stride) const {
+    const int64_t every = GROUPS ? GROUPS : groups;
+    for (int64_t group = 0; group < every; group++) {
       for (int64_t token = 0; token < count; token++) {
-        const float factor = static_cast<float>(scale[token * groups + group]);
+        const float factor = static_cast<float>(scale[token * every + group]);
         factors[group * stride + token] = factor + (factor - factor);  // no number if infinite, as of 0 times that
       }
     }
@@ -165,17 +158,16 @@ struct TokenGroups {
     }
   }
   int64_t together(int64_t token, int64_t count) const { return std::min(count, size - (token - first) % size); }
-  static constexpr int64_t offset = 8;  // in the middle of codes: less of the rounding of queries is multiplied
-  // Codes [count, W]; those of values [count, R]; and their group's scales [W] and zero points [W].
+  // In the middle of codes: less of the rounding of queries is multiplied. Weights have less of it.
+  static constexpr int32_t offset = 8, value_offset = 0;
+  // Codes [count, W], and their group's scales [W] and zero points [W].
   void read_codes(
-      int64_t sequence, int64_t start, int64_t count, int64_t rank, uint8_t* __restrict to, int16_t* __restrict values,
-      float* factors, int64_t) const {
+      int64_t sequence, int64_t start, int64_t count, uint8_t* __restrict to, float* factors, int64_t) const {
     const int64_t half = (width + 1) / 2, place = start - first;
     const uint8_t* code = codes + sequence * codes_stride + place * half;
-    for (int64_t token = 0; token < count; token++, code += half, to += width, values += rank) {
+    for (int64_t token = 0; token < count; token++, code += half, to += width) {
       for (int64_t i = 0; i < half; i++) to[i] = code[i] & 15;
       for (int64_t i = half; i < width; i++) to[i] = code[i - half] >> 4;
-      widen(reinterpret_cast<const int8_t*>(to), rank, values);
     }
     const c10::BFloat16* scale = scales + sequence * scales_stride + place / size * 2 * width;
     for (int64_t i = 0; i < 2 * width; i++) factors[i] = static_cast<float>(scale[i]);

@@ -87,7 +87,8 @@ class ScaledQueries {
 
   ScaledQueries(int64_t lanes, int64_t width, int32_t offset)
       : scaled(lanes, width, 1), biases(lanes * QUAD), width_(width), offset_(offset), integers_(lanes * width),
-        products_(LANES * width), ratios_(width), of_typical_(width), ratio_(width), steps_(lanes * QUAD) {}
+        products_(LANES * width), ratios_(width), of_typical_(width), ratio_(width), middle_(width),
+        steps_(lanes * QUAD) {}
 
   void make(const float* query, int64_t rows, const float* typical, const float* by_lane) {
     constexpr int64_t OF = OF_HEAD<int16_t>;
@@ -109,23 +110,28 @@ class ScaledQueries {
 
   // `of_elements`: scales [W] and zero points [W].
   void scale(const float* of_elements) {
-    for (int64_t i = 0; i < width_; i++) ratio_.data()[i] = of_elements[i] * of_typical_.data()[i];
+    for (int64_t i = 0; i < width_; i++) {
+      ratio_.data()[i] = of_elements[i] * of_typical_.data()[i];
+      middle_.data()[i] = of_elements[width_ + i] + offset_ * of_elements[i];
+    }
+    const __m512i four_times = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
     const float step = step_of(largest_magnitude(ratio_.data(), width_), LARGEST), inverse = 1 / step;
     for (int64_t i = 0; i < width_; i++) {
       ratios_.data()[i] = static_cast<int16_t>(in_steps(ratio_.data()[i], inverse));
     }
     for (int64_t row = 0; row < rows_; row += LANES) {
       with_quads(rows_ - row, [&]<int64_t QUADS>() { scale_bytes<QUADS>(row, step * 32768); });
-      const float *zero = of_elements + width_, *lane = by_lane_ + row * width_;
+      const float* lane = by_lane_ + row * width_;
       Vector bias[4] = {};
       for (int64_t i = 0; i < width_; i += 4) {
 #pragma GCC unroll 4
-        for (int64_t j = 0; j < 4; j++) {
-          bias[j] += load(lane + (i + j) * LANES) * (zero[i + j] + offset_ * of_elements[i + j]);
-        }
+        for (int64_t j = 0; j < 4; j++) bias[j] += load(lane + (i + j) * LANES) * middle_.data()[i + j];
       }
-      bias[0] = (bias[0] + bias[1]) + (bias[2] + bias[3]);
-      for (int64_t i = 0; i < LANES * QUAD; i++) biases.data()[row * QUAD + i] = bias[0][i / QUAD];
+      const auto whole = (__m512)((bias[0] + bias[1]) + (bias[2] + bias[3]));
+      for (int32_t k = 0; k < QUAD; k++) {
+        const __m512i of_four = _mm512_add_epi32(_mm512_set1_epi32(k * QUAD), four_times);
+        store(biases.data() + row * QUAD + k * LANES, (Vector)_mm512_permutexvar_ps(of_four, whole));
+      }
     }
   }
 
@@ -195,21 +201,20 @@ class ScaledQueries {
   int32_t offset_;
   const float* by_lane_ = nullptr;
   Buffer<int16_t> integers_, products_, ratios_;  // integers: queries times typical scales
-  Buffer<float> of_typical_, ratio_, steps_;
+  Buffer<float> of_typical_, ratio_, middle_, steps_;
 };
 
-// Adds to scores in quads, which they start from, products of queries and codes. `factors` [groups, `stride`] are
-// scales of tokens, if those have some. `ahead` is where later codes are that will be needed.
+// Scores in quads: products of queries and codes, and `bias` [QUADS, LANES] if there is one. `factors` [groups,
+// `stride`] are scales of tokens, if those have some.
 template <typename Source, int64_t QUADS>
 void score_codes(
     const int8_t* query, const float* steps, const int32_t* corrections, const uint8_t* codes, const float* factors,
-    int64_t stride, int64_t width, int64_t groups, int64_t count, uintptr_t ahead, float* scores) {
+    int64_t stride, int64_t width, int64_t groups, int64_t count, const float* bias, Lines& left, float* scores) {
   const int64_t size = width / groups;
   constexpr int64_t BYTES = TILE_OF<QUADS> * OF_HEAD<int8_t> * Source::bits / 8;
-  Lines lines{ahead};
-  const auto call = [&](int64_t element) {
-    if (BYTES >= CACHE_LINE || element % (2 * OF_HEAD<int8_t>) == 0) lines.call();
-    if constexpr (BYTES > CACHE_LINE) lines.call();
+  Lines lines = left;
+  const auto call = [&](int64_t element) {  // for half of the lines; what follows calls for the others
+    if (BYTES > CACHE_LINE || element % (2 * OF_HEAD<int8_t>) == 0) lines.call();
   };
   for (int64_t token = 0; token < count; token += TILE_OF<QUADS>) {
     for (int64_t group = 0; group < groups; group++) {
@@ -234,17 +239,21 @@ void score_codes(
           const auto total = sum_lanes<Integers>(
               (Integers)sum[j][k], (Integers)sum[j + 1][k], (Integers)sum[j + 2][k], (Integers)sum[j + 3][k]);
           const Vector product = __builtin_convertvector(total, Vector) * load(steps + (group * QUADS + k) * LANES);
-          store(place, load(place) + product * factor);
+          const Vector before = group ? load(place) : bias ? load(bias + k * LANES) : Vector{};
+          store(place, before + product * factor);
         }
       }
     }
   }
+  left = lines;
 }
 
-// Weights [tokens / 4, QUADS, four heads, four tokens], times factors of tokens if there are some, as integers; and
-// their steps [QUADS, four heads, 4].
+// Weights [tokens / 4, QUADS, four heads, four tokens], times factors of tokens if there are some, as integers; their
+// steps [QUADS, four heads, 4]; and what takes back an offset of codes, of the same shape.
 template <int64_t QUADS>
-void make_integers(const float* weights, const float* factors, int64_t tokens, int16_t* to, float* steps) {
+void make_integers(
+    const float* weights, const float* factors, int64_t tokens, int32_t offset, int16_t* to, float* steps,
+    int32_t* corrections) {
   const auto products = [&](int64_t token, int64_t k) {
     const Vector weight = load(weights + (token / QUAD * QUADS + k) * LANES);
     return factors ? weight * load_four(factors + token) : weight;
@@ -267,27 +276,46 @@ void make_integers(const float* weights, const float* factors, int64_t tokens, i
     inverse[k] = 1 / step;
     store(steps + k * LANES, step);
   }
+  __m512i sums[QUADS] = {};
   for (int64_t token = 0; token < tokens; token += QUAD) {
 #pragma GCC unroll 4
     for (int64_t k = 0; k < QUADS; k++, to += LANES) {
       const __m512i integers = _mm512_cvtps_epi32((__m512)(products(token, k) * inverse[k]));
       _mm256_store_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(integers));
+      sums[k] = _mm512_add_epi32(sums[k], integers);
     }
+  }
+#pragma GCC unroll 4
+  for (int64_t k = 0; k < QUADS; k++) {
+    sums[k] = _mm512_add_epi32(sums[k], _mm512_shuffle_epi32(sums[k], (_MM_PERM_ENUM)0b01001110));
+    sums[k] = _mm512_add_epi32(sums[k], _mm512_shuffle_epi32(sums[k], (_MM_PERM_ENUM)0b10110001));
+    _mm512_store_si512(corrections + k * LANES, _mm512_mullo_epi32(sums[k], _mm512_set1_epi32(-offset)));
   }
 }
 
-// values [ROWS, COLUMNS vectors] = shrink x values + step x weights x codes; `steps`, `shrink` and `parts`, of sums of
-// weights, have four numbers per head. A function of its own: within another one sums were kept in memory.
+// values [ROWS, COLUMNS vectors] = shrink x values + step x weights x codes; `steps`, `corrections`, `shrink` and
+// `parts`, of sums of weights, have four numbers per head. A function of its own: within another one sums were kept in
+// memory.
 template <typename Source, int64_t ROWS, int64_t COLUMNS>
 [[gnu::noinline]] void add_code_tile(
-    const Word* weights, int64_t stride, const float* steps, const float* shrink, const float* parts,
-    const int16_t* codes, const float* of_elements, int64_t width, int64_t count, int64_t rank, float* values) {
-  __m512i sum[ROWS][COLUMNS] = {};
-  Lines none;
-  multiply_pairs<int16_t>(weights, stride, codes, rank, count, none, sum);
+    const Word* weights, int64_t stride, const float* steps, const int32_t* corrections, const float* shrink,
+    const float* parts, const uint8_t* codes, const float* of_elements, int64_t width, int64_t count, int64_t rank,
+    float* values, Lines& lines) {
+  __m512i sum[ROWS][COLUMNS];
+#pragma GCC unroll 8
+  for (int64_t i = 0; i < ROWS; i++) {
+#pragma GCC unroll 2
+    for (int64_t j = 0; j < COLUMNS; j++) sum[i][j] = _mm512_set1_epi32(corrections[i * QUAD]);
+  }
+  multiply_pairs<int16_t>(weights, stride, codes, width, count, lines, sum);
 #pragma GCC unroll 8
   for (int64_t i = 0; i < ROWS; i++, parts += QUAD) {
     const float whole = (parts[0] + parts[1]) + (parts[2] + parts[3]);  // no rounding is multiplied with zero points
+    if constexpr (COLUMNS == 2) {  // the order of elements
+      const __m512i first = sum[i][0];
+      sum[i][0] = _mm512_shuffle_i32x4(first, sum[i][1], 0b01000100);
+      sum[i][1] = _mm512_shuffle_i32x4(first, sum[i][1], 0b11101110);
+    }
 #pragma GCC unroll 2
     for (int64_t j = 0; j < COLUMNS; j++) {
       float* to = values + i * rank + j * LANES;
@@ -333,11 +361,11 @@ void attend_codes(
   const int64_t value_size = by_token ? width / groups : rank;
   const int64_t most = std::clamp<int64_t>(8192 / width / TILE * TILE, 32, 64);
   Buffer<uint8_t> codes(most * width);
-  Buffer<int16_t> values(most * rank + LANES), weights(most * LANES);  // behind the last value some are read
+  Buffer<int16_t> weights(most * LANES);
+  Buffer<int32_t> corrections(LANES * QUAD);
   Buffer<float> scores(most * LANES), factors(by_token ? groups * most : 2 * width), steps(LANES * QUAD);
   ByteQueries& bytes = by_token ? queries.bytes : queries.scaled.scaled;
   Running running(sums, lanes, QUAD);
-  Lines none;
   int64_t valid;
   [[maybe_unused]] int64_t held = -1;  // the group whose scales queries are multiplied with
   for (int64_t start = begin; start < end; start += valid) {
@@ -345,9 +373,8 @@ void attend_codes(
     const int64_t count = (valid + TILE - 1) / TILE * TILE;
     const bool* seen = mask.seen ? mask.seen + sequence * mask.sequence_stride + start * mask.token_stride : nullptr;
     if (seen && none_seen(seen, mask.token_stride, valid)) continue;
-    source.read_codes(sequence, start, valid, rank, codes.data(), values.data(), factors.data(), most);
+    source.read_codes(sequence, start, valid, codes.data(), factors.data(), most);
     std::fill(codes.data() + valid * width, codes.data() + count * width, 0);
-    std::fill(values.data() + valid * rank, values.data() + count * rank, 0);
     for (int64_t group = 0; by_token && group < groups; group++) {
       std::fill(factors.data() + group * most + valid, factors.data() + group * most + count, 0.0f);
     }
@@ -355,29 +382,28 @@ void attend_codes(
       const int64_t group = source.group(start);
       if (std::exchange(held, group) != group) queries.scaled.scale(factors.data());
     }
+    Lines lines{source.ahead(sequence, start + most), source.ahead(sequence, std::min(start + 2 * most, end))};
     for (int64_t row = 0; row < rows; row += LANES) {
       with_quads(rows - row, [&]<int64_t QUADS>() {
         const Sums of_vector = running.from(row, rank);
-        for (int64_t i = 0; i < count / QUAD * QUADS; i++) {
-          const float* bias = queries.scaled.biases.data() + row * QUAD + i % QUADS * LANES;
-          store(scores.data() + i * LANES, by_token ? Vector{} : load(bias));
-        }
         score_codes<Source, QUADS>(
             bytes.bytes.data() + row * width, bytes.steps.data() + row * groups * QUAD,
             bytes.corrections.data() + row * groups * QUAD, codes.data(), factors.data(), most, width, groups, count,
-            source.ahead(sequence, start + most), scores.data());
+            by_token ? nullptr : queries.scaled.biases.data() + row * QUAD, lines, scores.data());
         hide_in_quads<QUADS>(scores.data(), count, valid, seen, mask.token_stride);
-        const auto softened = soften<QUADS, QUAD>(
-            scores.data(), count / QUAD, scaling, of_vector.top, of_vector.total, none);
+        const auto softened = soften<QUADS, QUAD, float, true>(
+            scores.data(), count / QUAD, scaling, of_vector.top, of_vector.total, lines);
         for (int64_t element = 0; element < rank; element += value_size) {
           const float* of_tokens = by_token ? factors.data() + element / value_size * most : nullptr;
-          make_integers<QUADS>(scores.data(), of_tokens, count, weights.data(), steps.data());
+          make_integers<QUADS>(
+              scores.data(), of_tokens, count, Source::value_offset, weights.data(), steps.data(), corrections.data());
           for_each_tile<QUADS>(value_size, [&]<int64_t ROWS, int64_t COLUMNS>(int64_t head, int64_t further) {
             const int64_t first = element + further;
             add_code_tile<Source, ROWS, COLUMNS>(
                 reinterpret_cast<const Word*>(weights.data()) + head * 2, QUADS * LANES / 2, steps.data() + head * QUAD,
-                softened.shrink + head * QUAD, softened.sum + head * QUAD, values.data() + first,
-                factors.data() + first, width, count, rank, of_vector.values + head * rank + first);
+                corrections.data() + head * QUAD, softened.shrink + head * QUAD, softened.sum + head * QUAD,
+                codes.data() + first, factors.data() + first, width, count, rank,
+                of_vector.values + head * rank + first, lines);
           });
         }
       });

@@ -54,7 +54,7 @@ struct Softened {
 // Turns scores [count, VECTORS, LANES], times the scaling, into weights relative to the highest so far. A head has a
 // lane of its own, or `LANES_OF_HEAD` neighbouring ones, with one highest score and each with a part of the sum.
 // Weights take the place of scores; those of bf16 half of it, one behind the other.
-template <int64_t VECTORS, int64_t LANES_OF_HEAD, typename T = float>
+template <int64_t VECTORS, int64_t LANES_OF_HEAD, typename T = float, bool ROUGH = !std::is_same_v<T, float>>
 inline Softened<VECTORS> soften(
     float* scores, int64_t count, float scaling, float* top_so_far, float* total, Lines& left) {
   Lines lines = left;  // which stays in registers
@@ -75,7 +75,7 @@ inline Softened<VECTORS> soften(
     for (int64_t k = 0; k < VECTORS; k++) {
       lines.call_if_left();
       const int64_t place = (i * VECTORS + k) * LANES;
-      const Vector weight = exponential<!std::is_same_v<T, float>>(load(scores + place) * scaling - top[k]);
+      const Vector weight = exponential<ROUGH>(load(scores + place) * scaling - top[k]);
       store_as(reinterpret_cast<T*>(scores) + place, weight);
       sum[k] += weight;
     }
@@ -385,27 +385,58 @@ void add_values_of_quads(
 }
 
 #if defined(__AVX512BW__)
-// Adds to sums of `ROWS` heads products of pairs of tokens, of `COLUMNS` (two at most) vectors of elements. Weights are
-// pairs [tokens / 4, .., heads, 2], `stride` apart in the first.
-template <typename T, int64_t ROWS, int64_t COLUMNS, typename Sum>
+// The same elements of two tokens as pairs of 16-bit numbers, sixteen in each of `COLUMNS` (two at most) vectors.
+template <typename Entry>
+struct Pairs {
+  __m512i of[2];  // where in two rows the pairs of the first sixteen elements are, and behind them those of the others
+
+  Pairs() {
+    alignas(CACHE_LINE) int16_t places[2][2 * LANES];
+    for (int16_t i = 0; i < 2 * LANES; i++) {
+      places[0][i] = i / 2 + i % 2 * 2 * LANES;
+      places[1][i] = places[0][i] + LANES;
+    }
+    for (int64_t j = 0; j < 2; j++) of[j] = _mm512_load_si512(places[j]);
+  }
+  template <int64_t COLUMNS>
+  [[gnu::always_inline]] void make(const Entry* one, const Entry* other, __m512i (&pairs)[COLUMNS]) const {
+    const __m512i a = _mm512_loadu_si512(one), b = _mm512_loadu_si512(other);
+#pragma GCC unroll 2
+    for (int64_t j = 0; j < COLUMNS; j++) pairs[j] = _mm512_permutex2var_epi16(a, of[j], b);
+  }
+};
+
+// Of bytes, which become longer. Two vectors have elements 0 to 7 and 16 to 23, and 8 to 15 and 24 to 31.
+template <>
+struct Pairs<uint8_t> {
+  template <int64_t COLUMNS>
+  [[gnu::always_inline]] void make(const uint8_t* one, const uint8_t* other, __m512i (&pairs)[COLUMNS]) const {
+    if constexpr (COLUMNS == 2) {
+      const __m256i a = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(one));
+      const __m256i b = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(other));
+      pairs[0] = _mm512_cvtepu8_epi16(_mm256_unpacklo_epi8(a, b));
+      pairs[1] = _mm512_cvtepu8_epi16(_mm256_unpackhi_epi8(a, b));
+    } else {
+      const __m128i a = _mm_loadu_si128(reinterpret_cast<const __m128i*>(one));
+      const __m128i b = _mm_loadu_si128(reinterpret_cast<const __m128i*>(other));
+      pairs[0] = _mm512_cvtepu8_epi16(_mm256_set_m128i(_mm_unpackhi_epi8(a, b), _mm_unpacklo_epi8(a, b)));
+    }
+  }
+};
+
+// Adds to sums of `ROWS` heads products of weights, of type T, and pairs. Weights are pairs of them [tokens / 4, ..,
+// heads, 2], `stride` apart in the first.
+template <typename T, int64_t ROWS, int64_t COLUMNS, typename Entry, typename Sum>
 [[gnu::always_inline]] inline void multiply_pairs(
-    const Word* weights, int64_t stride, const T* entries, int64_t width, int64_t count, Lines& left,
+    const Word* weights, int64_t stride, const Entry* entries, int64_t width, int64_t count, Lines& left,
     Sum (&sum)[ROWS][COLUMNS]) {
   Lines lines = left;
-  // Where in two rows the pairs of the first sixteen elements are; those of the others are behind them.
-  alignas(CACHE_LINE) int16_t places[2][2 * LANES];
-  for (int16_t i = 0; i < 2 * LANES; i++) {
-    places[0][i] = i / 2 + i % 2 * 2 * LANES;
-    places[1][i] = places[0][i] + LANES;
-  }
-  const __m512i of[2] = {_mm512_load_si512(places[0]), _mm512_load_si512(places[1])};
+  const Pairs<Entry> of_tokens;
   for (int64_t token = 0; token < count; token += 2, entries += 2 * width) {
     lines.call_if_left();
     lines.call_if_left();
-    const __m512i one = _mm512_loadu_si512(entries), other = _mm512_loadu_si512(entries + width);
     __m512i pairs[COLUMNS];
-#pragma GCC unroll 2
-    for (int64_t j = 0; j < COLUMNS; j++) pairs[j] = _mm512_permutex2var_epi16(one, of[j], other);
+    of_tokens.make(entries, entries + width, pairs);
 #pragma GCC unroll 8
     for (int64_t i = 0; i < ROWS; i++) {
       const __m512i weight = _mm512_set1_epi32(weights[i * 2]);
