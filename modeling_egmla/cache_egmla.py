@@ -293,8 +293,7 @@ class Int8LatentLayer(QuantizedLatentLayer):
 
     @property
     def entries(self) -> ElementGroups:
-        codes, scales = self.used
-        return ElementGroups(codes, scales, self.matrix, self.kv_lora_rank, self.dtype)
+        return ElementGroups(self.buffer, self.scales, self.length, self.matrix, self.kv_lora_rank, self.dtype)
 
     def append(self, latent: torch.Tensor, rope_key: torch.Tensor) -> ElementGroups:
         if not self.is_initialized:
@@ -302,7 +301,7 @@ class Int8LatentLayer(QuantizedLatentLayer):
         start, self.length = self.length, self.length + latent.shape[2]
         self.buffer = with_room(self.buffer, start, self.length, self.tokens_to_come)
         self.scales = with_room(self.scales, start, self.length, self.tokens_to_come)
-        write_int8(latent, rope_key, self.buffer[:, :, start : self.length], self.scales[:, :, start : self.length])
+        write_int8(latent, rope_key, self.buffer, self.scales, start)
         return self.entries
 
 
@@ -339,8 +338,8 @@ class Int4LatentLayer(QuantizedLatentLayer):
 
     @property
     def entries(self) -> TokenGroups:
-        codes, scales, kept = self.used
-        return TokenGroups(kept, KEPT_FIRST_TOKENS, codes, scales, self.group_size, self.kv_lora_rank)
+        storages = self.buffer, self.scales, self.groups
+        return TokenGroups(self.kept, KEPT_FIRST_TOKENS, *storages, self.group_size, self.kv_lora_rank)
 
     def append(self, latent: torch.Tensor, rope_key: torch.Tensor) -> TokenGroups:
         if not self.is_initialized:
@@ -377,7 +376,7 @@ class Int4LatentLayer(QuantizedLatentLayer):
         else:
             # What is left of a group goes on as tokens in no group, with the values it had there.
             codes, scales = self.buffer[:, :, groups : groups + 1], self.scales[:, :, groups : groups + 1]
-            group = TokenGroups(self.kept[:, :, :0], 0, codes, scales, self.group_size, self.kv_lora_rank)
+            group = TokenGroups(self.kept[:, :, :0], 0, codes, scales, 1, self.group_size, self.kv_lora_rank)
             loose = max(0, remaining - KEPT_FIRST_TOKENS - groups * self.group_size)
             first = self.kept[:, :, : min(remaining, KEPT_FIRST_TOKENS)]
             self.kept = torch.cat((first, group.dequantize()[:, :, :loose]), dim=2)

@@ -69,13 +69,13 @@ def load_cpu_kernel() -> None:
             torch.library.register_fake("egmla::write_int8", lambda *arguments: None)
         _check()
         operators: Any = torch.ops.egmla
-        operators.checked = True
+        operators.interface = cpu_kernel_egmla.INTERFACE
         cpu_kernel_egmla.OPERATORS = operators
 
 
 def _shape_of_attention(query: torch.Tensor, *arguments) -> torch.Tensor:
-    """`[B, rows, R]`; `R` is the last argument."""
-    return query.new_empty(*query.shape[:2], arguments[-1])
+    """`[B, H, 1, R]`; `R` is the last argument."""
+    return query.new_empty(*query.shape[:3], arguments[-1])
 
 
 def _compiled_library() -> Path:
@@ -159,24 +159,24 @@ def _check() -> None:
     )
     numbers = partial(torch.randn, generator=generator, dtype=torch.float32, device="cpu")
     for (S, W, R, group), H in shapes:
-        query = numbers(B, H, W)
-        mask = torch.rand(B, S, generator=generator) > 0.3
-        entries = numbers(B, S, W)
+        query = numbers(B, H, 1, W)
+        mask = torch.rand(B, 1, 1, S, generator=generator) > 0.3
+        entries = numbers(B, 1, S, W)
         rotated = rotation(R, W - R, entries.device)
 
         codes = torch.randint(-128, 128, (B, 1, S, W), dtype=torch.int8, generator=generator)
         scales = numbers(B, 1, S, W // group).bfloat16() / 128
-        of_int8 = _of_int8(codes, scales)[:, 0] @ rotated
-        stored = codes[:, 0], scales[:, 0]
+        of_int8 = _of_int8(codes, scales) @ rotated
         new_codes, new_scales = torch.empty_like(codes), torch.empty_like(scales)
-        operators.write_int8(*entries.unsqueeze(1).split([R, W - R], dim=-1), new_codes, new_scales)
+        operators.write_int8(*entries.split([R, W - R], dim=-1), new_codes, new_scales, 0)
         # In steps: half of one is lost, and up to 1.5 where the largest are of both signs.
-        steps = new_scales[:, 0].float().repeat_interleave(group, dim=-1)
-        written = _of_int8(new_codes, new_scales)[:, 0] / steps
+        steps = new_scales.float().repeat_interleave(group, dim=-1)
+        written = _of_int8(new_codes, new_scales) / steps
 
-        packed = torch.randint(0, 256, (B, S // group, group, W // 2), dtype=torch.uint8, generator=generator)
-        factors = numbers(B, S // group, 2, W).bfloat16() / 16
-        of_int4 = torch.cat((packed & 15, packed >> 4), dim=-1) * factors[:, :, :1].float() + factors[:, :, 1:]
+        packed = torch.randint(0, 256, (B, 1, S // group, group, W // 2), dtype=torch.uint8, generator=generator)
+        factors = numbers(B, 1, S // group, 2, W).bfloat16() / 16
+        of_int4 = torch.cat((packed & 15, packed >> 4), dim=-1) * factors[..., :1, :].float() + factors[..., 1:, :]
+        groups = packed.flatten(3), factors.flatten(3), S // group
 
         rest = mask, scaling, R
         pairs = query.bfloat16(), entries.bfloat16()
@@ -184,13 +184,13 @@ def _check() -> None:
             (operators.latent_attention(query, entries, *rest), _attention(query, entries, *rest), TOLERANCE),
             (operators.latent_attention(*pairs, *rest), _attention(*pairs, *rest), ROUNDED_TOLERANCE),
             (
-                operators.latent_attention_int8(query, *stored, *rest),
+                operators.latent_attention_int8(query, codes, scales, S, *rest),
                 _attention(query, of_int8, *rest),
                 ROUNDED_TOLERANCE,
             ),
             (
-                operators.latent_attention_int4(query, entries[:, :0], 0, packed, factors, *rest),
-                _attention(query, of_int4.flatten(1, 2), *rest),
+                operators.latent_attention_int4(query, entries[:, :, :0], 0, *groups, *rest),
+                _attention(query, of_int4.flatten(2, 3), *rest),
                 ROUNDED_TOLERANCE,
             ),
             (written, entries @ rotated / steps, 1.6),
@@ -212,5 +212,5 @@ def _attention(
     query: torch.Tensor, entries: torch.Tensor, mask: torch.Tensor, scaling: float, rank: int
 ) -> torch.Tensor:
     """What the operators give, in fp32 and by definition; each sequence sees something."""
-    scores = (query.float() @ entries.float().mT * scaling).masked_fill(~mask[:, None], -torch.inf)
+    scores = (query.float() @ entries.float().mT * scaling).masked_fill(~mask, -torch.inf)
     return torch.softmax(scores, -1) @ entries[..., :rank].float()

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers.utils import is_torchdynamo_compiling
 
-from .cpu_kernel_egmla import cpu_operators
+from .cpu_kernel_egmla import CPU_KERNEL_DTYPES, cpu_operators
 from .linear_egmla import is_traced
 from .quantization_egmla import QuantizedEntries
 
@@ -19,8 +19,6 @@ from .quantization_egmla import QuantizedEntries
 SPLIT_MIN_TOKENS = 512
 # Up to this many query rows (heads x new tokens) are packed into one problem; more would copy the mask too often.
 PACK_MAX_ROWS = 512
-# Formats of entries, before quantisation where they are, that the compiled kernel reads.
-CPU_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def absorption_pays(new_tokens: int, kv_lora_rank: int, qk_nope_head_dim: int, v_head_dim: int) -> bool:
@@ -58,7 +56,7 @@ def latent_attention(
         `torch.Tensor`: `[B, H, T, R]`, mean latents.
     """
     if cpu_operators() is not None and scaling > 0 and _is_for_cpu_kernel(query, entries, attention_mask):
-        return _compiled_attention(query[:, :, 0], entries, attention_mask, scaling, kv_lora_rank).unsqueeze(2)
+        return _compiled_attention(query, entries, attention_mask, scaling, kv_lora_rank)
     return _attention(query, entries, attention_mask, scaling)[..., :kv_lora_rank]
 
 
@@ -133,15 +131,14 @@ def _compiled_attention(
     scaling: float,
     rank: int,
 ) -> torch.Tensor:
-    """Attention `[B, H, R]` of queries `[B, H, R + P]` by the compiled kernel, on entries as they are cached."""
-    operators, mask = cpu_operators(), None if attention_mask is None else attention_mask[:, 0, 0]
+    """Attention `[B, H, 1, R]` of queries `[B, H, 1, R + P]` by the compiled kernel, on entries as they are cached."""
+    operators, rest = cpu_operators(), (attention_mask, scaling, rank)
     if isinstance(entries, torch.Tensor):
-        return operators.latent_attention(query, entries[:, 0], mask, scaling, rank)
-    stored = entries.codes, entries.scales
+        return operators.latent_attention(query, entries, *rest)
     if entries.rotation is None:
         kept = entries.kept, entries.first
-        return operators.latent_attention_int4(query, *kept, *stored, mask, scaling, rank)
-    return operators.latent_attention_int8(query, *stored, mask, scaling, rank)
+        return operators.latent_attention_int4(query, *kept, entries.codes, entries.scales, entries.groups, *rest)
+    return operators.latent_attention_int8(query, entries.codes, entries.scales, entries.shape[2], *rest)
 
 
 def _continued_attention(query: torch.Tensor, entries: torch.Tensor, scaling: float) -> torch.Tensor:

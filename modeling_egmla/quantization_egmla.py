@@ -19,7 +19,7 @@ from functools import cache
 import torch
 from transformers.utils import is_torchdynamo_compiling
 
-from .cpu_kernel_egmla import cpu_operators
+from .cpu_kernel_egmla import CPU_KERNEL_DTYPES, cpu_operators
 from .linear_egmla import is_traced
 
 
@@ -103,19 +103,25 @@ def quantize_elements(
     return codes.flatten(-2), scales.squeeze(-1)
 
 
-def write_int8(latent: torch.Tensor, rope_key: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> None:
-    """Writes entries `[B, 1, n, R]` and `[B, 1, n, P]`, rotated, as codes `[B, 1, n, R + P]` and scales
-    `[B, 1, n, groups]`, parts of a cache's storages; by the compiled kernel where it is loaded.
+def write_int8(
+    latent: torch.Tensor, rope_key: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, start: int
+) -> None:
+    """Rotates `n` tokens `[B, 1, n, R]` and `[B, 1, n, P]` and writes them into a cache's storages from `start` on.
+
+    Storages are codes `[B, 1, capacity, R + P]` and scales `[B, 1, capacity, groups]`. By the compiled kernel where it
+    is loaded.
     """
     operators = cpu_operators()
-    if operators is not None and codes.device.type == "cpu" and not is_traced():
-        operators.write_int8(latent, rope_key, codes, scales)
+    on_cpu = codes.device.type == "cpu" and latent.dtype in CPU_KERNEL_DTYPES
+    if operators is not None and on_cpu and not is_traced():
+        operators.write_int8(latent, rope_key, codes, scales, start)
         return
     matrix = rotation(latent.shape[-1], rope_key.shape[-1], codes.device)
     entries = torch.cat((latent, rope_key), dim=-1)
-    new_codes, new_scales = quantize_elements(entries, matrix, entries.shape[-1] // scales.shape[-1])
-    codes.copy_(new_codes)
-    scales.copy_(new_scales)
+    end = start + entries.shape[2]
+    codes[:, :, start:end], scales[:, :, start:end] = quantize_elements(
+        entries, matrix, entries.shape[-1] // scales.shape[-1]
+    )
 
 
 def quantize_tokens(entries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -165,6 +171,9 @@ def piece_memory(shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
 class QuantizedEntries:
     """What attention reads of a quantised layer, instead of a tensor `[B, 1, S, R + P]`.
 
+    It has the layer's storages, with all room in them: making views of what is in use takes longer than a step's
+    quantisation, and the compiled kernel needs none.
+
     Args:
         shape (`torch.Size`): `[B, 1, S, R + P]`.
         latent_width (`int`): `R`.
@@ -176,9 +185,10 @@ class QuantizedEntries:
     rotation: torch.Tensor | None = None
     codes: torch.Tensor
     scales: torch.Tensor
-    # int4's only: entries kept as they are, and how many of them come before all groups.
+    # int4's only: entries kept as they are, how many of them come before all groups, and groups in use.
     kept: torch.Tensor
     first: int
+    groups: int
 
     def __init__(self, shape: torch.Size, latent_width: int, dtype: torch.dtype, device: torch.device):
         self.shape = shape
@@ -212,49 +222,59 @@ class QuantizedEntries:
 
 
 class ElementGroups(QuantizedEntries):
-    """int8 codes `[B, 1, S, W]` and scales `[B, 1, S, W / group_size]` of rotated entries."""
+    """Rotated entries in int8: codes `[B, 1, capacity, W]` and scales `[B, 1, capacity, W / group_size]`."""
 
-    def __init__(self, codes, scales, matrix: torch.Tensor, latent_width: int, dtype: torch.dtype):
-        super().__init__(codes.shape, latent_width, dtype, codes.device)
-        self.codes = codes[:, 0]
-        self.scales = scales[:, 0]
+    def __init__(self, codes, scales, tokens: int, matrix: torch.Tensor, latent_width: int, dtype: torch.dtype):
+        shape = torch.Size((codes.shape[0], 1, tokens, codes.shape[3]))
+        super().__init__(shape, latent_width, dtype, codes.device)
+        self.codes = codes
+        self.scales = scales
         self.rotation = matrix
 
     def pieces(self) -> Iterator[torch.Tensor]:
-        tokens, groups = self.piece_tokens, self.scales.shape[-1]
-        for codes, scales in zip(self.codes.split(tokens, dim=1), self.scales.split(tokens, dim=1), strict=True):
+        tokens = self.shape[2]
+        for start in range(0, tokens, self.piece_tokens):
+            end = min(tokens, start + self.piece_tokens)
+            codes, scales = self.codes[:, 0, start:end], self.scales[:, 0, start:end]
             piece = piece_memory(codes.shape, codes.device).copy_(codes)
-            piece.unflatten(-1, (groups, -1)).mul_(scales.float().unsqueeze(-1))
+            piece.unflatten(-1, (scales.shape[-1], -1)).mul_(scales.float().unsqueeze(-1))
             yield piece
 
 
 class TokenGroups(QuantizedEntries):
-    """Entries kept as they are `[B, 1, n, W]`, of which the first few come before all groups and the rest behind them.
+    """Entries in int4: groups of `g` tokens, and tokens kept as they are `[B, 1, n, W]`.
 
-    Codes of the groups are `[B, 1, groups, g * W / 2]`, scales and zero points `[B, 1, groups, 2 W]`.
+    The first few of these come before all groups and the rest behind them. Codes are `[B, 1, capacity, g * W / 2]`,
+    scales and zero points `[B, 1, capacity, 2 W]`, of which `groups` are in use.
     """
 
-    def __init__(self, kept, first: int, codes, scales, group_size: int, latent_width: int):
+    def __init__(self, kept, first: int, codes, scales, groups: int, group_size: int, latent_width: int):
         B, _, held, width = kept.shape
-        shape = torch.Size((B, 1, held + codes.shape[2] * group_size, width))
+        shape = torch.Size((B, 1, held + groups * group_size, width))
         super().__init__(shape, latent_width, kept.dtype, kept.device)
-        self.kept = kept[:, 0]
+        self.kept = kept
         self.first = first
-        self.codes = codes[:, 0].unflatten(-1, (group_size, -1))
-        self.scales = scales[:, 0].unflatten(-1, (2, width))
+        self.codes = codes
+        self.scales = scales
+        self.groups = groups
+        self.group_size = group_size
 
     def pieces(self) -> Iterator[torch.Tensor]:
+        width = self.shape[3]
+        kept = self.kept[:, 0]
         if self.first:
-            yield self.kept[:, : self.first].float()
-        groups = max(1, self.piece_tokens // self.codes.shape[2])
-        for start in range(0, self.codes.shape[1], groups):
-            codes, scales = self.codes[:, start : start + groups], self.scales[:, start : start + groups].float()
-            piece = piece_memory((*codes.shape[:-1], self.shape[-1]), codes.device)
-            low, high = piece.split([codes.shape[-1], self.shape[-1] - codes.shape[-1]], dim=-1)
+            yield kept[:, : self.first].float()
+        groups = max(1, self.piece_tokens // self.group_size)
+        for start in range(0, self.groups, groups):
+            end = min(self.groups, start + groups)
+            codes = self.codes[:, 0, start:end].unflatten(-1, (self.group_size, -1))
+            scales = self.scales[:, 0, start:end].unflatten(-1, (2, width)).float()
+            piece = piece_memory((*codes.shape[:-1], width), codes.device)
+            low, high = piece.split([codes.shape[-1], width - codes.shape[-1]], dim=-1)
             low.copy_(codes & 15)
             high.copy_((codes >> 4)[..., : high.shape[-1]])
             torch.addcmul(scales[:, :, 1:], piece, scales[:, :, :1], out=piece)
             yield piece.flatten(1, 2)
-        for piece in self.kept[:, self.first :].split(self.piece_tokens, dim=1):
+        for piece in kept[:, self.first :].split(self.piece_tokens, dim=1):
             if piece.shape[1]:
                 yield piece.float()

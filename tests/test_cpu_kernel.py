@@ -43,7 +43,7 @@ def folder(tmp_path_factory):
         cpu_kernel._compiled_library()
         load_cpu_kernel()
         yield folder / "egmla"
-    torch.ops.egmla.checked = False  # code that other tests load from checkpoints is to run without it
+    torch.ops.egmla.interface = None  # code that other tests load from checkpoints is to run without it
 
 
 @pytest.fixture
@@ -299,7 +299,7 @@ def test_scores_that_are_not_scaled_upwards_are_pytorchs(calls, scaling):
     assert difference(latent_attention(query, entries, None, scaling, 64), expected) <= 1e-5
     assert not calls
     with pytest.raises(RuntimeError, match="scaling must be positive"):
-        torch.ops.egmla.latent_attention(query[:, :, 0], entries[:, 0], None, scaling, 64)
+        torch.ops.egmla.latent_attention(query, entries, None, scaling, 64)
 
 
 @torch.no_grad()
@@ -325,11 +325,11 @@ def test_room_behind_the_last_token_seen_changes_nothing(calls, threads, stride)
 
 @torch.no_grad()
 def test_an_infinite_scale_of_codes_that_are_zero_shows(folder):
-    codes = torch.randint(-128, 128, (1, 100, 128), dtype=torch.int8)
-    scales = torch.full((1, 100, 2), 1 / 64, dtype=torch.bfloat16)
-    codes[0, 40, 64:], scales[0, 40, 1] = 0, -torch.inf
-    query = torch.randn(1, 16, 128)
-    given = torch.ops.egmla.latent_attention_int8(query, codes, scales, None, 0.1, 64)
+    codes = torch.randint(-128, 128, (1, 1, 100, 128), dtype=torch.int8)
+    scales = torch.full((1, 1, 100, 2), 1 / 64, dtype=torch.bfloat16)
+    codes[0, 0, 40, 64:], scales[0, 0, 40, 1] = 0, -torch.inf
+    query = torch.randn(1, 16, 1, 128)
+    given = torch.ops.egmla.latent_attention_int8(query, codes, scales, 100, None, 0.1, 64)
     assert not given.isfinite().any()
 
 
@@ -358,15 +358,15 @@ def test_new_tokens_are_quantised_as_without_it(calls, rank, rope, group, dtype)
     latent[:, :, 2], rope_key[:, :, 2] = 0, 0
     buffer = torch.full((3, 1, n + 9, width), 7, dtype=torch.int8)
     factors = torch.full((3, 1, n + 9, width // group), 7, dtype=torch.bfloat16)
-    codes, scales = buffer[:, :, 4 : n + 4], factors[:, :, 4 : n + 4]
     torch.set_num_threads(3)
     try:
-        write_int8(latent, rope_key, codes, scales)
+        write_int8(latent, rope_key, buffer, factors, 4)
     finally:
         torch.set_num_threads(1)
     assert calls["write_int8"] == 1
     for storage in (buffer, factors):
         assert (storage[:, :, :4] == 7).all() and (storage[:, :, n + 4 :] == 7).all()
+    codes, scales = buffer[:, :, 4 : n + 4], factors[:, :, 4 : n + 4]
     entries = torch.cat((latent, rope_key), dim=-1)
     expected, expected_scales = quantize_elements(entries, rotation(rank, rope, entries.device), group)
     # Sums in another order may round the other way, scales and codes; and of two that are largest, one of each sign,
@@ -387,16 +387,23 @@ def test_new_tokens_that_are_no_numbers_stay_so(calls, value):
     latent, rope_key = torch.randn(1, 1, 3, 64), torch.randn(1, 1, 3, 32)
     latent[0, 0, 1, 5] = value
     codes, scales = torch.empty(1, 1, 3, 96, dtype=torch.int8), torch.empty(1, 1, 3, 3, dtype=torch.bfloat16)
-    write_int8(latent, rope_key, codes, scales)
+    write_int8(latent, rope_key, codes, scales, 0)
     assert not scales[0, 0, 1, :2].isfinite().any() and calls["write_int8"] == 1
     assert scales[0, 0, 1, 2].isfinite() and scales[0, 0, ::2].isfinite().all()
+
+
+@torch.no_grad()
+def test_new_tokens_in_fp64_are_pytorchs(calls):
+    codes, scales = torch.zeros(1, 1, 3, 24, dtype=torch.int8), torch.zeros(1, 1, 3, 3, dtype=torch.bfloat16)
+    write_int8(torch.randn(1, 1, 3, 16).double(), torch.randn(1, 1, 3, 8).double(), codes, scales, 0)
+    assert codes.abs().amax() > 100 and not calls
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("batch, n", [(0, 3), (2, 0)])
 def test_no_new_tokens(calls, batch, n):
     codes, scales = torch.ones(batch, 1, 5, 24, dtype=torch.int8), torch.ones(batch, 1, 5, 3, dtype=torch.bfloat16)
-    write_int8(torch.zeros(batch, 1, n, 16), torch.zeros(batch, 1, n, 8), codes[:, :, :n], scales[:, :, :n])
+    write_int8(torch.zeros(batch, 1, n, 16), torch.zeros(batch, 1, n, 8), codes, scales, 5 - n)
     assert (codes == 1).all() and (scales == 1).all() and calls["write_int8"] == 1
 
 
@@ -407,23 +414,27 @@ def test_no_new_tokens(calls, batch, n):
         ({"latent": (2, 1, 4, 16)}, "latents must be"),
         ({"latent": (2, 5, 16)}, "latents must be"),
         ({"rope_key": (1, 1, 5, 8)}, "latents must be"),
-        ({"codes": (2, 5, 24)}, "codes must be"),
-        ({"scales": (2, 1, 5, 5)}, "groups divide"),
-        ({"scales": (2, 1, 5, 0)}, "groups divide"),
+        ({"start": -1}, "latents must be"),
+        ({"start": 5}, r"codes must be \[B, 1, 10 or more, W\]"),
+        ({"codes": (2, 9, 24)}, "codes must be"),
+        ({"codes": (1, 1, 9, 24)}, "codes must be"),
+        ({"scales": (2, 1, 8, 3)}, "scales must be"),
+        ({"scales": (2, 1, 9, 5)}, "groups divide"),
+        ({"scales": (2, 1, 9, 0)}, "scales must be"),
     ],
 )
 def test_operator_of_new_tokens_refuses_other_shapes(folder, change, message):
-    shapes = {"latent": (2, 1, 5, 16), "rope_key": (2, 1, 5, 8), "codes": (2, 1, 5, 24), "scales": (2, 1, 5, 3)}
+    shapes = {"latent": (2, 1, 5, 16), "rope_key": (2, 1, 5, 8), "codes": (2, 1, 9, 24), "scales": (2, 1, 9, 3)}
     dtypes = {"codes": torch.int8, "scales": torch.bfloat16}
-    given = {name: torch.zeros(shape, dtype=dtypes.get(name)) for name, shape in (shapes | change).items()}
+    given = {name: torch.zeros(change.get(name, shape), dtype=dtypes.get(name)) for name, shape in shapes.items()}
     with pytest.raises(RuntimeError, match=message):
-        torch.ops.egmla.write_int8(*given.values())
+        torch.ops.egmla.write_int8(*given.values(), change.get("start", 4))
 
 
 def test_operator_of_new_tokens_refuses_tokens_apart(folder):
     codes, scales = torch.zeros(2, 1, 10, 24, dtype=torch.int8), torch.zeros(2, 1, 5, 3, dtype=torch.bfloat16)
     with pytest.raises(RuntimeError, match="codes must be"):
-        torch.ops.egmla.write_int8(torch.zeros(2, 1, 5, 16), torch.zeros(2, 1, 5, 8), codes[:, :, ::2], scales)
+        torch.ops.egmla.write_int8(torch.zeros(2, 1, 5, 16), torch.zeros(2, 1, 5, 8), codes[:, :, ::2], scales, 0)
 
 
 @torch.no_grad()
@@ -444,30 +455,62 @@ def test_large_scores_do_not_overflow(calls):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"entries": torch.zeros(2, 50, 23)}, "queries must be"),
-        ({"entries": torch.zeros(3, 50, 24)}, "entries must be"),
-        ({"entries": torch.zeros(2, 24, 50).mT}, "entries must be"),
-        ({"entries": torch.zeros(2, 50, 24, dtype=torch.float64)}, "must be of float32"),
-        ({"mask": torch.ones(2, 49, dtype=torch.bool)}, "mask must be"),
-        ({"mask": torch.ones(2, 50)}, "mask must be"),
+        ({"entries": torch.zeros(2, 1, 50, 23)}, "queries must be"),
+        ({"entries": torch.zeros(3, 1, 50, 24)}, "entries must be"),
+        ({"entries": torch.zeros(2, 1, 24, 50).mT}, "entries must be"),
+        ({"entries": torch.zeros(2, 50, 24)}, "entries must be"),
+        ({"entries": torch.zeros(2, 1, 50, 24, dtype=torch.float64)}, "must be of float32"),
+        ({"mask": torch.ones(2, 1, 1, 49, dtype=torch.bool)}, "mask must be"),
+        ({"mask": torch.ones(2, 50, dtype=torch.bool)}, "mask must be"),
+        ({"mask": torch.ones(2, 1, 1, 50)}, "mask must be"),
+        ({"query": torch.zeros(2, 4, 2, 24)}, "queries must be"),
+        ({"query": torch.zeros(2, 4, 24)}, "queries must be"),
         ({"rank": 25}, "the latent no wider"),
         ({"rank": 0}, "the latent no wider"),
     ],
 )
 def test_operator_refuses_other_shapes(folder, change, message):
-    given = {"entries": torch.zeros(2, 50, 24), "mask": None, "rank": 16} | change
+    given = {"query": torch.zeros(2, 4, 1, 24), "entries": torch.zeros(2, 1, 50, 24), "mask": None} | change
+    rank = given.pop("rank", 16)
     with pytest.raises(RuntimeError, match=message):
-        torch.ops.egmla.latent_attention(torch.zeros(2, 4, 24), given["entries"], given["mask"], 0.3, given["rank"])
+        torch.ops.egmla.latent_attention(*given.values(), 0.3, rank)
 
 
 @pytest.mark.parametrize(
-    "codes, scales",
-    [((1, 5, 8), (1, 5, 0)), ((1, 5, 8), (1, 4, 2)), ((1, 5, 8), (1, 5, 3)), ((1, 5, 8, 1), (1, 5, 2))],
+    "codes, scales, tokens",
+    [
+        ((1, 1, 5, 8), (1, 1, 5, 0), 5),
+        ((1, 1, 5, 8), (1, 1, 4, 2), 5),
+        ((1, 1, 5, 8), (1, 1, 5, 3), 5),
+        ((1, 1, 5, 8), (1, 1, 5, 2), 6),
+        ((1, 1, 5, 8), (1, 1, 5, 2), -1),
+        ((1, 5, 8), (1, 5, 2), 5),
+    ],
 )
-def test_int8_operator_refuses_other_shapes(folder, codes, scales):
+def test_int8_operator_refuses_other_shapes(folder, codes, scales, tokens):
     given = torch.zeros(codes, dtype=torch.int8), torch.zeros(scales, dtype=torch.bfloat16)
     with pytest.raises(RuntimeError, match="egmla: "):
-        torch.ops.egmla.latent_attention_int8(torch.zeros(1, 4, 8), *given, None, 0.3, 4)
+        torch.ops.egmla.latent_attention_int8(torch.zeros(1, 4, 1, 8), *given, tokens, None, 0.3, 4)
+
+
+@pytest.mark.parametrize(
+    "kept, codes, scales, first, groups",
+    [
+        ((1, 1, 5, 8), (1, 1, 3, 15), (1, 1, 3, 16), 4, 3),
+        ((1, 1, 5, 8), (1, 1, 3, 16), (1, 1, 3, 15), 4, 3),
+        ((1, 1, 5, 8), (1, 1, 3, 16), (1, 1, 2, 16), 4, 3),
+        ((1, 1, 5, 8), (1, 1, 3, 16), (1, 1, 3, 16), 4, 4),
+        ((1, 1, 5, 8), (1, 1, 3, 16), (1, 1, 3, 16), 6, 3),
+        ((1, 1, 5, 8), (2, 1, 3, 16), (2, 1, 3, 16), 4, 3),
+        ((1, 1, 5, 6), (1, 1, 3, 16), (1, 1, 3, 16), 4, 3),
+    ],
+)
+def test_int4_operator_refuses_other_shapes(folder, kept, codes, scales, first, groups):
+    given = torch.zeros(codes, dtype=torch.uint8), torch.zeros(scales, dtype=torch.bfloat16)
+    with pytest.raises(RuntimeError, match="egmla: "):
+        torch.ops.egmla.latent_attention_int4(
+            torch.zeros(1, 4, 1, 8), torch.zeros(kept), first, *given, groups, None, 0.3, 4
+        )
 
 
 @torch.no_grad()
@@ -666,7 +709,7 @@ def test_damaged_library(folder, tmp_path, monkeypatch):
 
 
 def test_wrong_results_keep_it_off(folder, monkeypatch):
-    monkeypatch.setattr(torch.ops.egmla, "checked", False)
+    monkeypatch.setattr(torch.ops.egmla, "interface", None)
     monkeypatch.setattr(cpu_kernel_egmla, "OPERATORS", None)
     monkeypatch.setattr(cpu_kernel, "TOLERANCE", 0.0)
     with pytest.raises(ImportError, match=r"wrong on this machine.*differ by .*it is not used"):
@@ -675,8 +718,10 @@ def test_wrong_results_keep_it_off(folder, monkeypatch):
     assert copy_of_the_code().cpu_operators() is None
 
 
-def test_code_of_a_checkpoint_finds_it(folder):
+def test_code_of_a_checkpoint_finds_it(folder, monkeypatch):
     assert copy_of_the_code().cpu_operators() is torch.ops.egmla
+    monkeypatch.setattr(torch.ops.egmla, "interface", cpu_kernel_egmla.INTERFACE + 1)  # another version's
+    assert copy_of_the_code().cpu_operators() is None
 
 
 def copy_of_the_code():

@@ -132,21 +132,18 @@ void run(
 Mask read_mask(const std::optional<at::Tensor>& mask, int64_t batch, int64_t tokens) {
   if (!mask) return {};
   TORCH_CHECK(
-      mask->dim() == 2 && mask->scalar_type() == at::kBool && (mask->size(0) == batch || mask->size(0) == 1) &&
-          mask->size(1) == tokens,
-      "egmla: the mask must be boolean [B or 1, S]");
-  return {mask->const_data_ptr<bool>(), mask->size(0) == 1 ? 0 : mask->stride(0), mask->stride(1)};
+      mask->dim() == 4 && mask->scalar_type() == at::kBool && (mask->size(0) == batch || mask->size(0) == 1) &&
+          mask->size(1) == 1 && mask->size(2) == 1 && mask->size(3) == tokens,
+      "egmla: the mask must be boolean [B or 1, 1, 1, S]");
+  return {mask->const_data_ptr<bool>(), mask->size(0) == 1 ? 0 : mask->stride(0), mask->stride(3)};
 }
 
-// Checks that [B, S, ...] has tokens one behind the other.
-void check_rows(const at::Tensor& tensor, int64_t batch, const char* name, int64_t dimensions = 3) {
-  bool packed = tensor.dim() == dimensions && tensor.size(0) == batch;
-  int64_t expected = 1;
-  for (int64_t i = tensor.dim() - 1; packed && i > 0; i--) {
-    packed = tensor.size(i) < 2 || tensor.stride(i) == expected;
-    expected *= tensor.size(i);
-  }
-  TORCH_CHECK(packed, "egmla: ", name, " must be [B, S, ...] with tokens one behind the other");
+// Checks that [B, 1, rows, .] has rows one behind the other, `used` or more of them.
+void check_rows(const at::Tensor& tensor, int64_t batch, int64_t used, const char* name) {
+  TORCH_CHECK(
+      tensor.dim() == 4 && tensor.size(0) == batch && tensor.size(1) == 1 && 0 <= used && used <= tensor.size(2) &&
+          (tensor.size(2) < 2 || tensor.stride(2) == tensor.size(3)) && (tensor.size(3) < 2 || tensor.stride(3) == 1),
+      "egmla: ", name, " must be [B, 1, ", used, " or more, W] with one row behind the other");
 }
 
 template <typename Source>
@@ -154,9 +151,9 @@ at::Tensor compute(
     const Source& source, const at::Tensor& query, const std::optional<at::Tensor>& mask, int64_t tokens,
     double scaling, int64_t rank) {
   TORCH_CHECK(scaling > 0, "egmla: the scaling must be positive, and is ", scaling);
-  const int64_t batch = query.size(0), rows = query.size(1), width = query.size(2);
+  const int64_t batch = query.size(0), rows = query.size(1), width = query.size(3);
   const at::Tensor queries = query.to(at::kFloat).contiguous();
-  at::Tensor output = at::empty({batch, rows, rank}, queries.options());
+  at::Tensor output = at::empty({batch, rows, 1, rank}, queries.options());
   const auto multiplying = [&]<typename T>() {
     run<T>(
         source, read_mask(mask, batch, tokens), queries.const_data_ptr<float>(), output.mutable_data_ptr<float>(),
@@ -174,7 +171,7 @@ at::Tensor compute(
 }
 
 template <typename Make>
-at::Tensor by_format(at::ScalarType format, const Make& make) {
+auto by_format(at::ScalarType format, const Make& make) {
   switch (format) {
     case at::kFloat:
       return make(float{});
@@ -189,23 +186,32 @@ at::Tensor by_format(at::ScalarType format, const Make& make) {
 
 template <typename T>
 Dense<T> dense(const at::Tensor& entries) {
-  return {entries.const_data_ptr<T>(), entries.stride(0), entries.size(2)};
+  return {entries.const_data_ptr<T>(), entries.stride(0), entries.size(3)};
 }
 
-void check_query(const at::Tensor& query, int64_t width, int64_t rank) {
+// Gives the number of sequences.
+int64_t check_query(const at::Tensor& query, const at::Tensor& entries, int64_t rank) {
   TORCH_CHECK(
-      query.dim() == 3 && query.size(2) == width && rank > 0 && rank <= width,
-      "egmla: queries must be [B, rows, W] as wide as entries, and the latent no wider");
+      query.dim() == 4 && query.size(2) == 1 && query.size(3) == entries.size(-1) && rank > 0 &&
+          rank <= query.size(3),
+      "egmla: queries must be [B, heads, 1, W] as wide as entries, and the latent no wider");
+  return query.size(0);
 }
 
 at::Tensor attention(
     const at::Tensor& query, const at::Tensor& entries, const std::optional<at::Tensor>& mask, double scaling,
     int64_t rank) {
-  check_rows(entries, query.size(0), "entries");
-  check_query(query, entries.size(2), rank);
+  check_rows(entries, check_query(query, entries, rank), entries.size(-2), "entries");
   return by_format(entries.scalar_type(), [&](auto zero) {
-    return compute(dense<decltype(zero)>(entries), query, mask, entries.size(1), scaling, rank);
+    return compute(dense<decltype(zero)>(entries), query, mask, entries.size(2), scaling, rank);
   });
+}
+
+// Of int8.
+void check_groups(const at::Tensor& codes, const at::Tensor& scales) {
+  TORCH_CHECK(
+      scales.size(3) > 0 && codes.size(3) % scales.size(3) == 0,
+      "egmla: scales must be [B, 1, S, groups] for codes [B, 1, S, W], and groups divide W");
 }
 
 // Rotates rows [rows, W] in place, latent and rotary elements each by themselves.
@@ -219,60 +225,63 @@ void rotate_rows(float* data, int64_t rows, int64_t width, int64_t rank) {
   });
 }
 
-// Entries are rotated ones, so queries are rotated too, and what comes out once more: the rotation is its own inverse.
+// The first `tokens` of codes [B, 1, capacity, W] and scales [B, 1, capacity, groups]. Entries are rotated ones, so
+// queries are rotated too, and what comes out once more: the rotation is its own inverse.
 at::Tensor attention_int8(
-    const at::Tensor& query, const at::Tensor& codes, const at::Tensor& scales,
+    const at::Tensor& query, const at::Tensor& codes, const at::Tensor& scales, int64_t tokens,
     const std::optional<at::Tensor>& mask, double scaling, int64_t rank) {
-  check_rows(codes, query.size(0), "codes");
-  check_rows(scales, query.size(0), "scales");
-  check_query(query, codes.size(2), rank);
-  TORCH_CHECK(
-      scales.size(1) == codes.size(1) && scales.size(2) > 0 && codes.size(2) % scales.size(2) == 0,
-      "egmla: scales must be [B, S, groups] for codes [B, S, W]");
-  const int64_t width = codes.size(2), rows = query.size(0) * query.size(1);
+  const int64_t batch = check_query(query, codes, rank), rows = batch * query.size(1), width = query.size(3);
+  check_rows(codes, batch, tokens, "codes");
+  check_rows(scales, batch, tokens, "scales");
+  check_groups(codes, scales);
   const ElementGroups source{
       codes.const_data_ptr<int8_t>(), scales.const_data_ptr<c10::BFloat16>(), codes.stride(0), scales.stride(0),
-      width, scales.size(2)};
+      width, scales.size(3)};
   const at::Tensor rotated = at::empty(query.sizes(), query.options().dtype(at::kFloat));
   rotated.copy_(query);
   rotate_rows(rotated.mutable_data_ptr<float>(), rows, width, rank);
-  const at::Tensor output = compute(source, rotated, mask, codes.size(1), scaling, rank);
+  const at::Tensor output = compute(source, rotated, mask, tokens, scaling, rank);
   rotate_rows(output.mutable_data_ptr<float>(), rows, rank, rank);
   return output.to(query.scalar_type());
 }
 
-// Writes new entries [B, 1, n, R] and [B, 1, n, P], rotated, as codes [B, 1, n, W] and scales [B, 1, n, groups], which
-// may be parts of larger tensors.
+// A token of [B, 1, n, W], wherever its elements lie.
+void copy_row(const at::Tensor& tensor, int64_t sequence, int64_t token, float* to) {
+  by_format(tensor.scalar_type(), [&](auto zero) {
+    const auto* from = tensor.const_data_ptr<decltype(zero)>() + sequence * tensor.stride(0) + token * tensor.stride(2);
+    for (int64_t i = 0; i < tensor.size(3); i++) to[i] = static_cast<float>(from[i * tensor.stride(3)]);
+  });
+}
+
+// Writes tokens [B, 1, n, R] and [B, 1, n, P], rotated, behind the first `start` of codes [B, 1, capacity, R + P] and
+// scales [B, 1, capacity, groups].
 void write_int8(
-    const at::Tensor& latent, const at::Tensor& rope_key, const at::Tensor& codes, const at::Tensor& scales) {
-  const auto has_shape = [&](const at::Tensor& tensor, int64_t width) {
-    return tensor.dim() == 4 && tensor.size(0) == codes.size(0) && tensor.size(1) == 1 &&
-        tensor.size(2) == codes.size(2) && tensor.size(3) == width;
-  };
-  TORCH_CHECK(codes.dim() == 4 && scales.dim() == 4, "egmla: codes must be [B, 1, n, W] and scales [B, 1, n, groups]");
-  const int64_t n = codes.size(2), width = codes.size(3), groups = scales.size(3), rank = latent.size(-1);
+    const at::Tensor& latent, const at::Tensor& rope_key, const at::Tensor& codes, const at::Tensor& scales,
+    int64_t start) {
   TORCH_CHECK(
-      has_shape(codes, width) && has_shape(latent, rank) && has_shape(rope_key, width - rank) &&
-          has_shape(scales, groups) && groups > 0 && width % groups == 0,
-      "egmla: latents must be [B, 1, n, R], rotary keys [B, 1, n, P], codes [B, 1, n, R + P] and groups divide R + P");
-  check_rows(codes.squeeze(1), codes.size(0), "codes");
-  check_rows(scales.squeeze(1), codes.size(0), "scales");
-  const at::Tensor latents = latent.to(at::kFloat).contiguous(), rope_keys = rope_key.to(at::kFloat).contiguous();
-  const float *from_latent = latents.const_data_ptr<float>(), *from_key = rope_keys.const_data_ptr<float>();
+      latent.dim() == 4 && latent.size(1) == 1 && rope_key.dim() == 4 &&
+          latent.sizes().slice(0, 3) == rope_key.sizes().slice(0, 3) &&
+          codes.size(-1) == latent.size(3) + rope_key.size(3) && start >= 0,
+      "egmla: latents must be [B, 1, n, R], rotary keys [B, 1, n, P] and codes [B, 1, capacity, R + P]");
+  const int64_t batch = latent.size(0), n = latent.size(2), rank = latent.size(3), rope = rope_key.size(3);
+  check_rows(codes, batch, start + n, "codes");
+  check_rows(scales, batch, start + n, "scales");
+  check_groups(codes, scales);
+  const int64_t width = rank + rope, groups = scales.size(3), size = width / groups;
+  const int64_t codes_stride = codes.stride(0), scales_stride = scales.stride(0);
   int8_t* to_codes = codes.mutable_data_ptr<int8_t>();
   c10::BFloat16* to_scales = scales.mutable_data_ptr<c10::BFloat16>();
-  const int64_t size = width / groups, rope = width - rank;
-  at::parallel_for(0, codes.size(0) * n, PART_TOKENS, [&](int64_t first, int64_t last) {
+  at::parallel_for(0, batch * n, PART_TOKENS, [&](int64_t first, int64_t last) {
     Buffer<float> space(2 * width);
     float* row = space.data();
     for (int64_t place = first; place < last; place++) {
       const int64_t sequence = place / n, token = place % n;
-      std::copy_n(from_latent + place * rank, rank, row);
-      std::copy_n(from_key + place * rope, rope, row + rank);
+      copy_row(latent, sequence, token, row);
+      copy_row(rope_key, sequence, token, row + rank);
       rotate(row, rank, row + width);
       rotate(row + rank, rope, row + width);
-      int8_t* code = to_codes + sequence * codes.stride(0) + token * width;
-      c10::BFloat16* scale = to_scales + sequence * scales.stride(0) + token * groups;
+      int8_t* code = to_codes + sequence * codes_stride + (start + token) * width;
+      c10::BFloat16* scale = to_scales + sequence * scales_stride + (start + token) * groups;
       for (int64_t group = 0; group < groups; group++) {
         quantize(row + group * size, size, code + group * size, scale + group);
       }
@@ -280,25 +289,25 @@ void write_int8(
   });
 }
 
+// Codes [B, 1, capacity, g * W / 2] and scales [B, 1, capacity, 2 W], `groups` of them in use, and tokens that are kept
+// as they are [B, 1, n, W].
 at::Tensor attention_int4(
     const at::Tensor& query, const at::Tensor& kept, int64_t first, const at::Tensor& codes, const at::Tensor& scales,
-    const std::optional<at::Tensor>& mask, double scaling, int64_t rank) {
-  check_rows(kept, query.size(0), "kept entries");
-  check_rows(codes, query.size(0), "codes", 4);
-  check_rows(scales, query.size(0), "scales", 4);
-  const int64_t width = kept.size(2);
-  check_query(query, width, rank);
+    int64_t groups, const std::optional<at::Tensor>& mask, double scaling, int64_t rank) {
+  const int64_t batch = check_query(query, kept, rank), width = query.size(3), of_token = (width + 1) / 2;
+  check_rows(kept, batch, kept.size(-2), "kept entries");
+  check_rows(codes, batch, groups, "codes");
+  check_rows(scales, batch, groups, "scales");
   TORCH_CHECK(
-      codes.size(3) == (width + 1) / 2 && scales.size(1) == codes.size(1) &&
-          scales.size(2) == 2 && scales.size(3) == width && 0 <= first &&
-          (first <= kept.size(1) || codes.size(1) == 0),
-      "egmla: codes must be [B, groups, g, W / 2] and scales [B, groups, 2, W]");
-  const int64_t grouped = codes.size(1) * codes.size(2);
+      codes.size(3) % of_token == 0 && scales.size(3) == 2 * width && 0 <= first &&
+          (first <= kept.size(2) || groups == 0),
+      "egmla: codes must be [B, 1, groups, g * W / 2] and scales [B, 1, groups, 2 W]");
+  const int64_t size = codes.size(3) / of_token;
   return by_format(kept.scalar_type(), [&](auto zero) {
     const TokenGroups<decltype(zero)> source{
         dense<decltype(zero)>(kept), codes.const_data_ptr<uint8_t>(), scales.const_data_ptr<c10::BFloat16>(),
-        codes.stride(0), scales.stride(0), width, first, grouped, codes.size(2)};
-    return compute(source, query, mask, kept.size(1) + grouped, scaling, rank);
+        codes.stride(0), scales.stride(0), width, first, groups * size, size};
+    return compute(source, query, mask, kept.size(2) + groups * size, scaling, rank);
   });
 }
 
@@ -307,12 +316,13 @@ at::Tensor attention_int4(
 TORCH_LIBRARY(egmla, library) {
   library.def("latent_attention(Tensor query, Tensor entries, Tensor? mask, float scaling, int rank) -> Tensor");
   library.def(
-      "latent_attention_int8(Tensor query, Tensor codes, Tensor scales, Tensor? mask, float scaling, int rank) -> "
-      "Tensor");
+      "latent_attention_int8(Tensor query, Tensor codes, Tensor scales, SymInt tokens, Tensor? mask, float scaling, "
+      "int rank) -> Tensor");
   library.def(
-      "latent_attention_int4(Tensor query, Tensor kept, int first, Tensor codes, Tensor scales, Tensor? mask, float "
-      "scaling, int rank) -> Tensor");
-  library.def("write_int8(Tensor latent, Tensor rope_key, Tensor(a!) codes, Tensor(b!) scales) -> ()");
+      "latent_attention_int4(Tensor query, Tensor kept, int first, Tensor codes, Tensor scales, SymInt groups, "
+      "Tensor? mask, float scaling, int rank) -> Tensor");
+  library.def(
+      "write_int8(Tensor latent, Tensor rope_key, Tensor(a!) codes, Tensor(b!) scales, SymInt start) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(egmla, CPU, library) {
