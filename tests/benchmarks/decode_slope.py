@@ -1,11 +1,13 @@
-"""How much longer a decode step takes at a long context, beside what reading the cache's further bytes takes.
+"""How much longer a decode step takes at a long context, beside what the cache's further bytes take to be read.
 
     python tests/benchmarks/decode_slope.py --context 2048,32768 --dtype float32 --threads 2
 
 Random weights, batch 1, the fixed-size cache compiled and the growing one, with the CPU kernel. Unlike in
 `egmla bench` the contexts take turns, and reading is measured in each round, so that a machine whose speed changes
-within minutes changes all of a round; and fixed caches of both have the room of the long one. Each round's line has
-the speed of large products too, which tells quiet rounds from others. The last line of the output is one JSON object.
+within minutes changes all of a round; and fixed caches of both have the room of the long one. Bytes are read in two
+ways: by a plain sum, the most the machine gives, and by products of matrices with a vector, which is what decoding
+does with weights and what shares of the ceiling are of. Each round's line has the speed of large products too, which
+tells quiet rounds from others. The last line of the output is one JSON object.
 """
 
 import argparse
@@ -52,32 +54,36 @@ def main() -> None:
     }
     limits = Limits(model.dtype)
     further = (long - short) * config.cache_elements_per_token * model.dtype.itemsize
-    ratios, steps, rounds = {name: [] for name in makers}, {key: [] for key in caches}, []
+    ways = {"reading": limits.read, "gemv": limits.gemv}
+    ratios = {(name, way): [] for name in makers for way in ways}
+    steps, rounds = {key: [] for key in caches}, []
     with compiling() as compiled:
         runners = {"compiled": compiled(model), "eager": model}
         for number in range(options.rounds + 1):
-            reading = further / statistics.median(limits.read() for _ in range(3))
+            seconds_of = {way: further / statistics.median(speed() for _ in range(3)) for way, speed in ways.items()}
             for (name, context), cache in caches.items():
                 seconds = time_turn(runners[name], cache, options.steps, WARMUP)
                 rewind(cache, turn)
                 steps[name, context].append(statistics.median(seconds))
             if number:  # the first round warms up
-                for name in makers:
-                    ratios[name].append((steps[name, long][-1] - steps[name, short][-1]) / reading)
+                for name, way in ratios:
+                    ratios[name, way].append((steps[name, long][-1] - steps[name, short][-1]) / seconds_of[way])
                 rounds.append(
-                    {"gflops": round(limits.multiply() / 1e9), "reading_ms": round(1e3 * reading, 1)}
-                    | {name: round(values[-1], 2) for name, values in ratios.items()}
+                    {"gflops": round(limits.multiply() / 1e9)}
+                    | {f"{way}_ms": round(1e3 * seconds, 1) for way, seconds in seconds_of.items()}
+                    | {f"{name}_times_{way}": round(values[-1], 2) for (name, way), values in ratios.items()}
                 )
                 print(rounds[-1], flush=True)
     result = {"preset": options.preset, "dtype": options.dtype, "threads": options.threads, "steps": options.steps}
     result["rounds"] = rounds
     for name in makers:
-        deciles = statistics.quantiles(ratios[name], n=10)
         result[name] = {
-            "times_reading": statistics.median(ratios[name]),
-            "times_reading_p10_p90": [deciles[0], deciles[-1]],
-            "ms": {context: 1e3 * statistics.median(steps[name, context][1:]) for context in (short, long)},
+            "ms": {context: 1e3 * statistics.median(steps[name, context][1:]) for context in (short, long)}
         }
+        for way in ways:
+            deciles = statistics.quantiles(ratios[name, way], n=10)
+            result[name][f"times_{way}"] = statistics.median(ratios[name, way])
+            result[name][f"times_{way}_p10_p90"] = [deciles[0], deciles[-1]]
     print(json.dumps(result | {"versions": software_versions()}))
 
 
