@@ -12,7 +12,8 @@ import torch
 
 # Formats of entries, before quantisation where they are, that the compiled kernel reads.
 CPU_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Which arguments the operators take: code of another version, which came with a checkpoint, does without them.
+# Which arguments the operators take, and what of a cache's entries they are: code of another version, which came with
+# a checkpoint, does without them.
 INTERFACE = 2
 # `torch.ops.egmla` once its results were found right, `None` before.
 OPERATORS: Any = torch.ops.egmla if getattr(torch.ops.egmla, "interface", None) == INTERFACE else None

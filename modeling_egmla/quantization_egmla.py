@@ -112,8 +112,8 @@ def write_int8(
     is loaded.
     """
     operators = cpu_operators()
-    on_cpu = codes.device.type == "cpu" and latent.dtype in CPU_KERNEL_DTYPES
-    if operators is not None and on_cpu and not is_traced():
+    known = latent.dtype in CPU_KERNEL_DTYPES and rope_key.dtype in CPU_KERNEL_DTYPES
+    if operators is not None and codes.device.type == "cpu" and known and not is_traced():
         operators.write_int8(latent, rope_key, codes, scales, start)
         return
     matrix = rotation(latent.shape[-1], rope_key.shape[-1], codes.device)
@@ -232,10 +232,11 @@ class ElementGroups(QuantizedEntries):
         self.rotation = matrix
 
     def pieces(self) -> Iterator[torch.Tensor]:
-        tokens = self.shape[2]
-        for start in range(0, tokens, self.piece_tokens):
-            end = min(tokens, start + self.piece_tokens)
-            codes, scales = self.codes[:, 0, start:end], self.scales[:, 0, start:end]
+        # Not a range, which would be another one, and another graph, in each compiled step.
+        used = (
+            storage[:, 0, : self.shape[2]].split(self.piece_tokens, dim=1) for storage in (self.codes, self.scales)
+        )
+        for codes, scales in zip(*used, strict=True):
             piece = piece_memory(codes.shape, codes.device).copy_(codes)
             piece.unflatten(-1, (scales.shape[-1], -1)).mul_(scales.float().unsqueeze(-1))
             yield piece

@@ -383,19 +383,32 @@ def test_new_tokens_are_quantised_as_without_it(calls, rank, rope, group, dtype)
 
 @torch.no_grad()
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_new_tokens_that_are_no_numbers_stay_so(calls, value):
-    latent, rope_key = torch.randn(1, 1, 3, 64), torch.randn(1, 1, 3, 32)
-    latent[0, 0, 1, 5] = value
-    codes, scales = torch.empty(1, 1, 3, 96, dtype=torch.int8), torch.empty(1, 1, 3, 3, dtype=torch.bfloat16)
-    write_int8(latent, rope_key, codes, scales, 0)
-    assert not scales[0, 0, 1, :2].isfinite().any() and calls["write_int8"] == 1
-    assert scales[0, 0, 1, 2].isfinite() and scales[0, 0, ::2].isfinite().all()
+@pytest.mark.parametrize("rank, rope, group", [(64, 32, 32), (96, 48, 48), (80, 40, 20), (7, 7, 7)])
+def test_new_tokens_that_are_no_numbers_stay_so(calls, rank, rope, group, value):
+    """Groups of whole parts of the rotation and of several, the last of which has it."""
+    latent, rope_key = torch.randn(1, 1, 3, rank), torch.randn(1, 1, 3, rope)
+    latent[0, 0, 1, -1] = value
+    layer = Int8LatentLayer(rank, rope, group_size=group)
+    entries = layer.append(latent, rope_key)
+    of_latent, of_key = layer.scales[0, 0, 1].split([rank // group, rope // group])
+    assert not of_latent.isfinite().all() and of_key.isfinite().all()
+    assert layer.scales[0, 0, :3:2].isfinite().all() and calls["write_int8"] == 1
+    assert not latent_attention(torch.randn(1, 5, 1, rank + rope), entries, None, 0.1, rank).isfinite().any()
+
+
+@torch.no_grad()
+def test_large_new_tokens_do_not_overflow(calls):
+    layer = Int8LatentLayer(512, 64)
+    entries = layer.append(1e37 * torch.ones(1, 1, 2, 512), torch.zeros(1, 1, 2, 64))
+    assert difference(entries.dequantize()[..., :512] / 1e37, torch.ones(1, 1, 2, 512)) <= 1e-2
+    assert calls["write_int8"] == 1
 
 
 @torch.no_grad()
 def test_new_tokens_in_fp64_are_pytorchs(calls):
     codes, scales = torch.zeros(1, 1, 3, 24, dtype=torch.int8), torch.zeros(1, 1, 3, 3, dtype=torch.bfloat16)
-    write_int8(torch.randn(1, 1, 3, 16).double(), torch.randn(1, 1, 3, 8).double(), codes, scales, 0)
+    write_int8(torch.randn(1, 1, 3, 16).double(), torch.randn(1, 1, 3, 8), codes, scales, 0)
+    write_int8(torch.randn(1, 1, 3, 16), torch.randn(1, 1, 3, 8).double(), codes, scales, 0)
     assert codes.abs().amax() > 100 and not calls
 
 
@@ -554,6 +567,21 @@ def test_forward_derivatives_are_not_lost(calls):
 
 
 @torch.no_grad()
+def test_traced_and_exported_programs_quantise_without(calls):
+    class Append(torch.nn.Module):
+        def forward(self, latent, rope_key):
+            layer = Int8LatentLayer(16, 8)
+            layer.append(latent, rope_key)
+            return layer.buffer, layer.scales
+
+    given = torch.randn(2, 1, 5, 16), torch.randn(2, 1, 5, 8)
+    torch.jit.trace(Append(), given, check_trace=False)
+    program = torch.export.export(Append(), given)
+    assert not calls and "egmla" not in str(program.graph)
+    assert program.module()(*given)[0].dtype == torch.int8
+
+
+@torch.no_grad()
 def test_exported_programs_do_without(folder, monkeypatch):
     monkeypatch.setattr(cpu_kernel_egmla, "OPERATORS", torch.ops.egmla)
 
@@ -647,6 +675,48 @@ def test_compiled_steps_use_it(folder, monkeypatch):
         assert difference(step, expected[:, position : position + 1]) <= 1e-4
     assert 1 <= len(found) <= 2 and set(found) == {model.config.num_hidden_layers}
     torch._dynamo.reset()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("with_kernel", [True, False])
+def test_steps_of_an_int8_cache_are_compiled_once(folder, monkeypatch, with_kernel):
+    """Two graphs, of a constant length and of any, whatever comes after."""
+    model, ids = tiny_model(), token_ids(1, 40)
+    monkeypatch.setattr(cpu_kernel_egmla, "OPERATORS", torch.ops.egmla if with_kernel else None)
+    caches = [EGMLACache(model.config, quantization="int8") for _ in range(2)]
+    for cache in caches:
+        model(ids[:, :8], past_key_values=cache)
+    torch._dynamo.reset()
+    found = []
+
+    def backend(graph, inputs):
+        found.append(sum("write_int8" in str(node.target) for node in graph.graph.nodes))
+        return graph
+
+    compiled = torch.compile(model, backend=backend)
+    for position in range(8, 20):
+        step = ids[:, position : position + 1]
+        expected = model(step, past_key_values=caches[0]).logits
+        assert difference(compiled(step, past_key_values=caches[1]).logits, expected) <= 1e-4
+    assert 1 <= len(found) <= 2 and set(found) == {model.config.num_hidden_layers if with_kernel else 0}
+    torch._dynamo.reset()
+
+
+def test_operators_are_described_as_they_are(folder):
+    """Arguments that they write to, shapes of results, and sizes that may change from call to call."""
+    query = torch.randn(2, 4, 1, 24)
+    codes = torch.randint(-128, 128, (2, 1, 9, 24), dtype=torch.int8)
+    scales = torch.rand(2, 1, 9, 3).bfloat16()
+    packed = torch.randint(0, 256, (2, 1, 3, 8 * 12), dtype=torch.uint8)
+    factors = torch.rand(2, 1, 3, 48).bfloat16()
+    mask = torch.ones(1, 1, 1, 9, dtype=torch.bool)
+    for name, arguments in {
+        "latent_attention": (query, torch.randn(2, 1, 9, 24), mask, 0.3, 16),
+        "latent_attention_int8": (query, codes, scales, 7, None, 0.3, 16),
+        "latent_attention_int4": (query, torch.randn(2, 1, 5, 24), 4, packed, factors, 2, None, 0.3, 16),
+        "write_int8": (torch.randn(2, 1, 3, 16), torch.randn(2, 1, 3, 8), codes, scales, 4),
+    }.items():
+        torch.library.opcheck(getattr(torch.ops.egmla, name).default, arguments)
 
 
 # --- loading ---

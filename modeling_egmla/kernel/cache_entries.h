@@ -80,7 +80,7 @@ struct ElementGroups {
     const int8_t* code = codes + sequence * codes_stride + start * width;
     for (int64_t i = 0; i < count * width; i++) to[i] = static_cast<uint8_t>(code[i]) ^ 128;
     const c10::BFloat16* scale = scales + sequence * scales_stride + start * groups;
-    // Two groups are what widths of two powers of two come to; of so many known ahead the loops are vectors.
+    // Two groups are the latent and a rotary key as wide; of a number known ahead the loops are vectors.
     groups == 2 ? read_scales<2>(scale, count, factors, stride) : read_scales<0>(scale, count, factors, stride);
   }
   template <int64_t GROUPS>

@@ -213,7 +213,7 @@ void score_codes(
   const int64_t size = width / groups;
   constexpr int64_t BYTES = TILE_OF<QUADS> * OF_HEAD<int8_t> * Source::bits / 8;
   Lines lines = left;
-  const auto call = [&](int64_t element) {  // for half of the lines; what follows calls for the others
+  const auto call = [&](int64_t element) {  // for half of the lines, or all; what follows calls for those left
     if (BYTES > CACHE_LINE || element % (2 * OF_HEAD<int8_t>) == 0) lines.call();
   };
   for (int64_t token = 0; token < count; token += TILE_OF<QUADS>) {
@@ -382,7 +382,7 @@ void attend_codes(
       const int64_t group = source.group(start);
       if (std::exchange(held, group) != group) queries.scaled.scale(factors.data());
     }
-    Lines lines{source.ahead(sequence, start + most), source.ahead(sequence, std::min(start + 2 * most, end))};
+    Lines lines{source.ahead(sequence, start + most), source.ahead(sequence, std::min(start + most + valid, end))};
     for (int64_t row = 0; row < rows; row += LANES) {
       with_quads(rows - row, [&]<int64_t QUADS>() {
         const Sums of_vector = running.from(row, rank);

@@ -53,7 +53,7 @@ struct Softened {
 
 // Turns scores [count, VECTORS, LANES], times the scaling, into weights relative to the highest so far. A head has a
 // lane of its own, or `LANES_OF_HEAD` neighbouring ones, with one highest score and each with a part of the sum.
-// Weights take the place of scores; those of bf16 half of it, one behind the other.
+// Weights take the place of scores; those of bf16 half of it, one behind the other. `ROUGH`: as of `exponential`.
 template <int64_t VECTORS, int64_t LANES_OF_HEAD, typename T = float, bool ROUGH = !std::is_same_v<T, float>>
 inline Softened<VECTORS> soften(
     float* scores, int64_t count, float scaling, float* top_so_far, float* total, Lines& left) {

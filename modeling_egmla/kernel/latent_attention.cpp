@@ -10,7 +10,8 @@
 // time: of fp32, bf16 or codes, where the processor multiplies those. A vector of sums has elements of the value.
 //
 // Here threads share out sequences and parts of them, and parts are merged by their sums of exponentials. What a part
-// comes to is in floating_point.h and, of int8 and int4 codes, in codes.h; how entries are cached in cache_entries.h.
+// comes to is in floating_point.h and, of int8 and int4 codes, in codes.h; how entries are cached in cache_entries.h,
+// and how they become int8 in quantize_int8.h.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>

@@ -19,7 +19,8 @@ namespace {
 // differences; after as many steps as a place has bits, places are in order again.
 inline void rotate(float* row, int64_t width, float* space) {
   const int64_t size = width & -width;
-  const float factor = size ? 1 / std::sqrt(static_cast<float>(size)) : 0;
+  const float factor = size ? 1 / std::sqrt(static_cast<float>(size)) : 0;  // first of all, so that no sum overflows
+  for (int64_t i = 0; i < width; i++) row[i] *= factor;
   for (float *part = row, *end = row + width; part < end; part += size) {
     float *from = part, *to = space;
     for (int64_t done = 1; done < size; done *= 2, std::swap(from, to)) {
@@ -31,18 +32,21 @@ inline void rotate(float* row, int64_t width, float* space) {
         sums[i + size / 2] = a - b;
       }
     }
-    for (int64_t i = 0; i < size; i++) part[i] = from[i] * factor;
+    if (from != part) std::copy_n(from, size, part);
   }
 }
 
-// Codes of a group of so many elements, and their scale: an element is scale x code.
+// Codes of a group of so many elements, and their scale: an element is scale x code. If an element is infinite or no
+// number the scale is neither, so that what it is multiplied with is no number.
 inline void quantize(const float* element, int64_t size, int8_t* code, c10::BFloat16* scale) {
-  float extreme = element[0];
-  for (int64_t i = 1; i < size; i++) extreme = std::abs(element[i]) > std::abs(extreme) ? element[i] : extreme;
-  *scale = extreme / -128;
+  float extreme = element[0], none = 0;
+  for (int64_t i = 0; i < size; i++) {
+    extreme = std::abs(element[i]) > std::abs(extreme) ? element[i] : extreme;
+    none += element[i] - element[i];
+  }
+  *scale = extreme / -128 + none;
   const float rounded = static_cast<float>(*scale), divisor = rounded == 0 ? 1.0f : rounded;
   for (int64_t i = 0; i < size; i++) {
-    // From numbers only: of infinite entries scales are not finite, so that the result is none either.
     const float quotient = element[i] / divisor, number = quotient == quotient ? quotient : 0.0f;
     code[i] = static_cast<int8_t>(std::clamp(std::nearbyint(number), -128.0f, 127.0f));
   }

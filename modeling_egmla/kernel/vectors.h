@@ -71,7 +71,7 @@ inline Vector largest_of_four(Vector x) { return x; }  // and this is never call
 #endif
 
 // exp(x) for x <= 0, to 2e-7 of its value near 0 and 4e-6 at -87: 2^n times a polynomial for the rest. With `ROUGH` to
-// 1e-4, a twentieth of what rounding to bf16 changes.
+// 1e-4, a twentieth of what rounding to bf16 changes, and a fortieth of what rounding queries to bytes does.
 template <bool ROUGH = false>
 inline Vector exponential(Vector x) {
   const Vector lowest = Vector{} - 87.0f;
