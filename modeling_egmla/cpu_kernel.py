@@ -164,16 +164,16 @@ def _check() -> None:
         query = numbers(B, H, 1, W)
         mask = torch.rand(B, 1, 1, S, generator=generator) > 0.3
         entries = numbers(B, 1, S, W)
-        rotated = rotation(R, W - R, entries.device)
+        matrix = rotation(R, W - R, entries.device)
 
         codes = torch.randint(-128, 128, (B, 1, S, W), dtype=torch.int8, generator=generator)
         scales = numbers(B, 1, S, W // group).bfloat16() / 128
-        of_int8 = _of_int8(codes, scales) @ rotated
+        of_int8 = _of_int8(codes, scales) @ matrix
         new_codes, new_scales = torch.empty_like(codes), torch.empty_like(scales)
         operators.write_int8(*entries.split([R, W - R], dim=-1), new_codes, new_scales, 0)
         # In steps: half of one is lost, and up to 1.5 where the largest are of both signs.
         steps = new_scales.float().repeat_interleave(group, dim=-1)
-        off = (_of_int8(new_codes, new_scales) - entries @ rotated) / steps
+        off = (_of_int8(new_codes, new_scales) - entries @ matrix) / steps
 
         packed = torch.randint(0, 256, (B, 1, S // group, group, W // 2), dtype=torch.uint8, generator=generator)
         factors = numbers(B, 1, S // group, 2, W).bfloat16() / 16
