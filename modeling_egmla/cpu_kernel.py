@@ -21,7 +21,7 @@ import torch
 from transformers.utils import logging
 
 from . import cpu_kernel_egmla
-from .quantization_egmla import rotation
+from .quantization_egmla import ElementGroups, TokenGroups, rotation
 
 
 logger = logging.get_logger(__name__)
@@ -168,17 +168,18 @@ def _check() -> None:
 
         codes = torch.randint(-128, 128, (B, 1, S, W), dtype=torch.int8, generator=generator)
         scales = numbers(B, 1, S, W // group).bfloat16() / 128
-        of_int8 = _of_int8(codes, scales) @ matrix
+        of_int8 = ElementGroups(codes, scales, S, matrix, R, torch.float32).dequantize()
         new_codes, new_scales = torch.empty_like(codes), torch.empty_like(scales)
         operators.write_int8(*entries.split([R, W - R], dim=-1), new_codes, new_scales, 0)
         # In steps: half of one is lost, and up to 1.5 where the largest are of both signs.
         steps = new_scales.float().repeat_interleave(group, dim=-1)
-        off = (_of_int8(new_codes, new_scales) - entries @ matrix) / steps
+        written = ElementGroups(new_codes, new_scales, S, matrix, R, torch.float32).dequantize()
+        off = (written - entries) @ matrix / steps
 
-        packed = torch.randint(0, 256, (B, 1, S // group, group, W // 2), dtype=torch.uint8, generator=generator)
-        factors = numbers(B, 1, S // group, 2, W).bfloat16() / 16
-        of_int4 = torch.cat((packed & 15, packed >> 4), dim=-1) * factors[..., :1, :].float() + factors[..., 1:, :]
-        groups = packed.flatten(3), factors.flatten(3), S // group
+        packed = torch.randint(0, 256, (B, 1, S // group, group * W // 2), dtype=torch.uint8, generator=generator)
+        factors = numbers(B, 1, S // group, 2 * W).bfloat16() / 16
+        groups = entries[:, :, :0], 0, packed, factors, S // group
+        of_int4 = TokenGroups(*groups, group, R).dequantize()
 
         rest = mask, scaling, R
         rounded, pairs = query.bfloat16(), entries.bfloat16()
@@ -191,8 +192,8 @@ def _check() -> None:
                 ROUNDED_TOLERANCE,
             ),
             (
-                operators.latent_attention_int4(query, entries[:, :, :0], 0, *groups, *rest),
-                _attention(query, of_int4.flatten(2, 3), *rest),
+                operators.latent_attention_int4(query, *groups, *rest),
+                _attention(query, of_int4, *rest),
                 ROUNDED_TOLERANCE,
             ),
             (off, torch.zeros(()), 1.6),
@@ -204,11 +205,6 @@ def _check() -> None:
                     f"The CPU kernel is wrong on this machine: its results differ by {difference:.1e} from PyTorch's, "
                     f"by more than {tolerance}, so it is not used. Please report processor and compiler. {WITHOUT}"
                 )
-
-
-def _of_int8(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """Entries `[..., W]`, rotated, of codes `[..., W]` and scales `[..., groups]`."""
-    return (codes.unflatten(-1, (scales.shape[-1], -1)) * scales.float().unsqueeze(-1)).flatten(-2)
 
 
 def _attention(

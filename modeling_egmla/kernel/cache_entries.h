@@ -51,9 +51,15 @@ struct ElementGroups {
   int64_t codes_stride, scales_stride, width, groups;
   static constexpr int64_t bits = 8;
 
+  const int8_t* codes_at(int64_t sequence, int64_t token) const {
+    return codes + sequence * codes_stride + token * width;
+  }
+  const c10::BFloat16* scales_at(int64_t sequence, int64_t token) const {
+    return scales + sequence * scales_stride + token * groups;
+  }
   const float* read(int64_t sequence, int64_t start, int64_t count, float* space, float*) const {
-    const int8_t* code = codes + sequence * codes_stride + start * width;
-    const c10::BFloat16* scale = scales + sequence * scales_stride + start * groups;
+    const int8_t* code = codes_at(sequence, start);
+    const c10::BFloat16* scale = scales_at(sequence, start);
     const int64_t size = width / groups;
     for (int64_t group = 0; group < count * groups; group++) {
       const float factor = static_cast<float>(scale[group]);
@@ -77,9 +83,9 @@ struct ElementGroups {
   // Codes [count, W], made unsigned, and scales [groups, `stride`].
   void read_codes(
       int64_t sequence, int64_t start, int64_t count, uint8_t* __restrict to, float* factors, int64_t stride) const {
-    const int8_t* code = codes + sequence * codes_stride + start * width;
+    const int8_t* code = codes_at(sequence, start);
     for (int64_t i = 0; i < count * width; i++) to[i] = static_cast<uint8_t>(code[i]) ^ 128;
-    const c10::BFloat16* scale = scales + sequence * scales_stride + start * groups;
+    const c10::BFloat16* scale = scales_at(sequence, start);
     // Two groups are the latent and a rotary key as wide; of a number known ahead the loops are vectors.
     groups == 2 ? read_scales<2>(scale, count, factors, stride) : read_scales<0>(scale, count, factors, stride);
   }
@@ -108,9 +114,18 @@ struct TokenGroups {
   int64_t codes_stride, scales_stride, width, first, grouped, size;
   static constexpr int64_t bits = 4;
 
+  int64_t token_bytes() const { return (width + 1) / 2; }
+  const uint8_t* codes_at(int64_t sequence, int64_t place) const {
+    return codes + sequence * codes_stride + place * token_bytes();
+  }
+  // Scales [W] and zero points [W] of a group.
+  void read_scales(int64_t sequence, int64_t group, float* to) const {
+    const c10::BFloat16* scale = scales + sequence * scales_stride + group * 2 * width;
+    for (int64_t i = 0; i < 2 * width; i++) to[i] = static_cast<float>(scale[i]);
+  }
   // `space` has room for the block, `scratch` for two rows.
   const float* read(int64_t sequence, int64_t start, int64_t count, float* space, float* scratch) const {
-    const int64_t half = (width + 1) / 2;
+    const int64_t half = token_bytes();
     int64_t held = -1;  // the group whose scales are in `scratch`
     for (int64_t token = start; token < start + count; token++) {
       float* row = space + (token - start) * width;
@@ -120,13 +135,11 @@ struct TokenGroups {
         if (found != row) std::copy(found, found + width, row);
         continue;
       }
-      const int64_t group = place / size;
-      if (group != held) {
-        const c10::BFloat16* from = scales + sequence * scales_stride + group * 2 * width;
-        for (int64_t i = 0; i < 2 * width; i++) scratch[i] = static_cast<float>(from[i]);
-        held = group;
+      if (group(token) != held) {
+        held = group(token);
+        read_scales(sequence, held, scratch);
       }
-      const uint8_t* code = codes + sequence * codes_stride + place * half;
+      const uint8_t* code = codes_at(sequence, place);
       const float *scale = scratch, *zero = scratch + width;
       float* __restrict to = row;
       for (int64_t i = 0; i < half; i++) to[i] = static_cast<float>(code[i] & 15) * scale[i] + zero[i];
@@ -163,18 +176,17 @@ struct TokenGroups {
   // Codes [count, W], and their group's scales [W] and zero points [W].
   void read_codes(
       int64_t sequence, int64_t start, int64_t count, uint8_t* __restrict to, float* factors, int64_t) const {
-    const int64_t half = (width + 1) / 2, place = start - first;
-    const uint8_t* code = codes + sequence * codes_stride + place * half;
+    const int64_t half = token_bytes();
+    const uint8_t* code = codes_at(sequence, start - first);
     for (int64_t token = 0; token < count; token++, code += half, to += width) {
       for (int64_t i = 0; i < half; i++) to[i] = code[i] & 15;
       for (int64_t i = half; i < width; i++) to[i] = code[i - half] >> 4;
     }
-    const c10::BFloat16* scale = scales + sequence * scales_stride + place / size * 2 * width;
-    for (int64_t i = 0; i < 2 * width; i++) factors[i] = static_cast<float>(scale[i]);
+    read_scales(sequence, group(start), factors);
   }
   uintptr_t ahead(int64_t sequence, int64_t token) const {
     const int64_t place = std::clamp<int64_t>(token - first, 0, grouped);
-    return reinterpret_cast<uintptr_t>(codes) + sequence * codes_stride + place * ((width + 1) / 2);
+    return reinterpret_cast<uintptr_t>(codes_at(sequence, place));
   }
 };
 

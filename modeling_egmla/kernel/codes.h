@@ -24,6 +24,13 @@ constexpr float LARGEST_BYTE = 127, LARGEST = 32767;
 // Four numbers, four times.
 inline Vector load_four(const float* from) { return (Vector)_mm512_broadcast_f32x4(_mm_loadu_ps(from)); }
 
+// In each of four neighbouring lanes what they come to together.
+template <typename Join>
+inline __m512i over_four(__m512i x, const Join& join) {
+  x = join(x, _mm512_shuffle_epi32(x, (_MM_PERM_ENUM)0b01001110));
+  return join(x, _mm512_shuffle_epi32(x, (_MM_PERM_ENUM)0b10110001));
+}
+
 // Of `count` numbers; no number if one of them is none.
 inline float largest_magnitude(const float* from, int64_t count) {
   const Word* bits = reinterpret_cast<const Word*>(from);  // of positive ones they are in the numbers' order
@@ -158,9 +165,7 @@ class ScaledQueries {
     __m512i shifts[QUADS], missing[QUADS];
 #pragma GCC unroll 4
     for (int64_t k = 0; k < QUADS; k++) {
-      __m512i all = largest[k];
-      all = _mm512_max_epu16(all, _mm512_shuffle_epi32(all, (_MM_PERM_ENUM)0b01001110));
-      all = _mm512_max_epu16(all, _mm512_shuffle_epi32(all, (_MM_PERM_ENUM)0b10110001));
+      __m512i all = over_four(largest[k], [](__m512i a, __m512i b) { return _mm512_max_epu16(a, b); });
       all = _mm512_max_epu16(all, _mm512_rol_epi32(all, 16));
       all = _mm512_max_epi32(_mm512_and_si512(all, _mm512_set1_epi32(0xffff)), _mm512_set1_epi32(1));
       const __m512i left = _mm512_subs_epu16(_mm512_lzcnt_epi32(all), _mm512_set1_epi32(17));
@@ -269,9 +274,7 @@ void make_integers(
   Vector inverse[QUADS];
 #pragma GCC unroll 4
   for (int64_t k = 0; k < QUADS; k++) {
-    largest[k] = _mm512_max_epi32(largest[k], _mm512_shuffle_epi32(largest[k], (_MM_PERM_ENUM)0b01001110));
-    largest[k] = _mm512_max_epi32(largest[k], _mm512_shuffle_epi32(largest[k], (_MM_PERM_ENUM)0b10110001));
-    const auto of_head = (Vector)largest[k];
+    const auto of_head = (Vector)over_four(largest[k], [](__m512i a, __m512i b) { return _mm512_max_epi32(a, b); });
     const Vector step = larger(Vector{} + 1e-30f, of_head) / LARGEST + (of_head - of_head);
     inverse[k] = 1 / step;
     store(steps + k * LANES, step);
@@ -287,9 +290,8 @@ void make_integers(
   }
 #pragma GCC unroll 4
   for (int64_t k = 0; k < QUADS; k++) {
-    sums[k] = _mm512_add_epi32(sums[k], _mm512_shuffle_epi32(sums[k], (_MM_PERM_ENUM)0b01001110));
-    sums[k] = _mm512_add_epi32(sums[k], _mm512_shuffle_epi32(sums[k], (_MM_PERM_ENUM)0b10110001));
-    _mm512_store_si512(corrections + k * LANES, _mm512_mullo_epi32(sums[k], _mm512_set1_epi32(-offset)));
+    const __m512i whole = over_four(sums[k], [](__m512i a, __m512i b) { return _mm512_add_epi32(a, b); });
+    _mm512_store_si512(corrections + k * LANES, _mm512_mullo_epi32(whole, _mm512_set1_epi32(-offset)));
   }
 }
 

@@ -215,14 +215,11 @@ void check_groups(const at::Tensor& codes, const at::Tensor& scales) {
       "egmla: scales must be [B, 1, S, groups] for codes [B, 1, S, W], and groups divide W");
 }
 
-// Rotates rows [rows, W] in place, latent and rotary elements each by themselves.
+// Rotates entries [rows, W] in place.
 void rotate_rows(float* data, int64_t rows, int64_t width, int64_t rank) {
   at::parallel_for(0, rows, 256, [&](int64_t first, int64_t last) {
     Buffer<float> space(width);
-    for (float *row = data + first * width, *end = data + last * width; row < end; row += width) {
-      rotate(row, rank, space.data());
-      rotate(row + rank, width - rank, space.data());
-    }
+    for (int64_t row = first; row < last; row++) rotate_entry(data + row * width, width, rank, space.data());
   });
 }
 
@@ -264,11 +261,11 @@ void write_int8(
           latent.sizes().slice(0, 3) == rope_key.sizes().slice(0, 3) &&
           codes.size(-1) == latent.size(3) + rope_key.size(3) && start >= 0,
       "egmla: latents must be [B, 1, n, R], rotary keys [B, 1, n, P] and codes [B, 1, capacity, R + P]");
-  const int64_t batch = latent.size(0), n = latent.size(2), rank = latent.size(3), rope = rope_key.size(3);
+  const int64_t batch = latent.size(0), n = latent.size(2), rank = latent.size(3);
   check_rows(codes, batch, start + n, "codes");
   check_rows(scales, batch, start + n, "scales");
   check_groups(codes, scales);
-  const int64_t width = rank + rope, groups = scales.size(3), size = width / groups;
+  const int64_t width = codes.size(3), groups = scales.size(3), size = width / groups;
   const int64_t codes_stride = codes.stride(0), scales_stride = scales.stride(0);
   int8_t* to_codes = codes.mutable_data_ptr<int8_t>();
   c10::BFloat16* to_scales = scales.mutable_data_ptr<c10::BFloat16>();
@@ -279,8 +276,7 @@ void write_int8(
       const int64_t sequence = place / n, token = place % n;
       copy_row(latent, sequence, token, row);
       copy_row(rope_key, sequence, token, row + rank);
-      rotate(row, rank, row + width);
-      rotate(row + rank, rope, row + width);
+      rotate_entry(row, width, rank, row + width);
       int8_t* code = to_codes + sequence * codes_stride + (start + token) * width;
       c10::BFloat16* scale = to_scales + sequence * scales_stride + (start + token) * groups;
       for (int64_t group = 0; group < groups; group++) {

@@ -36,6 +36,12 @@ inline void rotate(float* row, int64_t width, float* space) {
   }
 }
 
+// An entry [W], latent and rotary elements each by themselves; `space` is as long.
+inline void rotate_entry(float* entry, int64_t width, int64_t rank, float* space) {
+  rotate(entry, rank, space);
+  rotate(entry + rank, width - rank, space);
+}
+
 // Codes of a group of so many elements, and their scale: an element is scale x code. If an element is infinite or no
 // number the scale is neither, so that what it is multiplied with is no number.
 inline void quantize(const float* element, int64_t size, int8_t* code, c10::BFloat16* scale) {
