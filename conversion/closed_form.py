@@ -19,9 +19,9 @@ from typing import NamedTuple
 
 import torch
 
-from .family import AttentionShape, AttentionWeights
+from .calibration import LayerStatistics
+from .families.base import AttentionShape, AttentionWeights
 from .recipes import Recipe
-from .statistics import LayerStatistics
 
 
 # Energy of the constant in a latent with a norm, in mean energies of the rest: what the rest adds to the norm is less

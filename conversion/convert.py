@@ -16,22 +16,22 @@ from transformers.dynamic_module_utils import custom_object_save
 
 import egmla
 from egmla import EGMLAConfig
-from egmla.provenance import (
+from egmla.utils.files import read_json
+from egmla.utils.provenance import (
     CONVERSION_REPORT,
     machine,
     public_name,
-    read_json,
     software_versions,
     source_commit,
     weights_sha256,
 )
 
-from .checks import check_tensors
+from .calibration import MEASURED_TOKENS, SourceRun, measured_sequences
+from .deepseek_export import check_layout, deepseek_attention, deepseek_config, query_factor
 from .estimates import disk, estimate
 from .families import find_family
-from .family import Family
+from .families.base import Family
 from .layers import exact_layer, gate_at_identity, low_rank_layer, smaller_latent_layer, target_config
-from .layout import check_layout, deepseek_attention, deepseek_config, query_factor
 from .plan import Plan, deal_ranks, full_widths, is_full_latent, plan_conversion, plan_latent
 from .recipes import Recipe, find_recipe, nearest_recipe, recipe_options, refinement_options
 from .refinement import ConvertedRun, Refinement
@@ -44,8 +44,8 @@ from .report import (
     source_perplexity,
     write_report,
 )
+from .source_checks import check_tensors
 from .sources import Source, open_source
-from .statistics import MEASURED_TOKENS, SourceRun, measured_sequences
 from .texts import (
     MAX_CHARACTERS_PER_TOKEN,
     EvaluationText,

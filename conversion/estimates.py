@@ -8,10 +8,10 @@ import torch
 
 from egmla import EGMLAConfig
 
-from .family import AttentionShape
+from .calibration import measured_sequences
+from .families.base import AttentionShape
 from .plan import Plan
 from .refinement import ERROR_SEQUENCES, Refinement
-from .statistics import measured_sequences
 
 
 # Besides matrix products: softmax, norms, copies. From runs of SmolLM2-135M on two cores (conversion/README.md).

@@ -8,12 +8,12 @@ from transformers import PreTrainedConfig
 
 from egmla import EGMLAConfig
 
+from .calibration import LayerStatistics
 from .closed_form import LatentAttention, exact_attention, low_rank_attention, smaller_latent
-from .family import Family
+from .families.base import Family
 from .plan import Plan
 from .recipes import Recipe
 from .sources import Source
-from .statistics import LayerStatistics
 
 
 def low_rank_layer(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedConfig
 
-from .family import AttentionShape
+from .families.base import AttentionShape
 from .recipes import Recipe
 
 

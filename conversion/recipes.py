@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, get_type_hints
 
-from .family import AttentionShape
+from .families.base import AttentionShape
 from .refinement import Refinement
 
 

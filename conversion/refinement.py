@@ -13,10 +13,10 @@ import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from egmla import EGMLAConfig
-from egmla.evaluation.machine import multiplies_bf16
 from egmla.modeling_egmla import EGMLADecoderLayer, EGMLARotaryEmbedding
+from egmla.utils.machine import multiplies_bf16
 
-from .statistics import SourceRun
+from .calibration import SourceRun
 
 
 # Sequences the refinement does not train on: the errors in the report are theirs.

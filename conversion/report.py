@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from egmla.evaluation.perplexity import perplexity
-from egmla.evaluation.plots import COLOURS, check_matplotlib
-from egmla.provenance import CONVERSION_FIGURE, CONVERSION_REPORT
+from egmla.utils.perplexity import perplexity
+from egmla.utils.plotting import COLOURS, check_matplotlib
+from egmla.utils.provenance import CONVERSION_FIGURE, CONVERSION_REPORT
 
 from .sources import load_source
 from .texts import EvaluationText

@@ -25,7 +25,7 @@ from transformers import (
     PreTrainedConfig,
 )
 
-from egmla.provenance import read_json
+from egmla.utils.files import read_json
 
 
 SMOLLM2_REPOSITORY = "HuggingFaceTB/SmolLM2-135M-Instruct"

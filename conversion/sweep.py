@@ -7,8 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from egmla.evaluation.plots import COLOURS, check_matplotlib
-from egmla.provenance import CONVERSION_REPORT, public_name, read_json, software_versions, source_commit, write_json
+from egmla.utils.files import read_json, write_json
+from egmla.utils.plotting import COLOURS, check_matplotlib
+from egmla.utils.provenance import CONVERSION_REPORT, public_name, software_versions, source_commit
 
 from .convert import CALIBRATION_TOKENS, REFINEMENT_TOKENS_FACTOR, convert_checkpoint
 from .recipes import find_recipe

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from egmla.evaluation.perplexity import token_windows
+from egmla.utils.perplexity import token_windows
 
 
 # More text than this per token asked for is not read: tokenising a whole corpus takes minutes.

@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from egmla.provenance import peak_bytes
+from egmla.utils.provenance import peak_bytes
 
 
 MAX_SHARD_BYTES = 1024**3

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from egmla import EGMLAConfig
+from egmla.evaluation.compare import metric_name, plot_scores, with_error
 from egmla.evaluation.harness import scores as flat_scores
 from egmla.evaluation.harness import task_leaves, write_json
-from egmla.evaluation.score_comparison import metric_name, plot_scores, with_error
-from egmla.provenance import CONVERSION_FIGURE, CONVERSION_REPORT, TRAINING_REPORT, read_json, weights_sha256
+from egmla.model_cards import from_scratch as scratch
+from egmla.utils.files import read_json
+from egmla.utils.provenance import CONVERSION_FIGURE, CONVERSION_REPORT, TRAINING_REPORT, weights_sha256
 
-from . import scratch
 from .figure import FIGURE_NAME, draw_architecture
 from .scores import COMPARISON, PLOT, RESULTS, SCORES_FOLDER, SOURCE_RESULTS, comparison_to_plot, read_scores
 from .training import check_training, stages, training_section
@@ -67,8 +68,8 @@ def write_card(
         ValueError: for reports that cannot be read or do not belong to the model, or metadata the Hub refuses.
         ImportError: without matplotlib.
     """
-    from egmla.evaluation.plots import check_matplotlib
-    from egmla.publishing.checks import card_problems, check_repo_id
+    from egmla.publishing.preflight import card_problems, check_repo_id
+    from egmla.utils.plotting import check_matplotlib
 
     folder = Path(folder)
     check_matplotlib()

@@ -3,7 +3,7 @@
 import os
 
 from egmla import EGMLAConfig
-from egmla.evaluation.plots import COLOURS, check_matplotlib
+from egmla.utils.plotting import COLOURS, check_matplotlib
 
 
 FIGURE_NAME = "architecture.png"

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from egmla import EGMLAConfig
-from egmla.evaluation.score_comparison import Comparison, ModelScores, Score
+from egmla.evaluation.compare import Comparison, ModelScores, Score
 
 
 SCORES_FOLDER = "evaluation"

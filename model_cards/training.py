@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from egmla.evaluation.perplexity import recovered_share
+from egmla.utils.perplexity import recovered_share
 
 
 LOSS_PLOT = "training_loss.png"

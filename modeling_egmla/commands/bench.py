@@ -39,8 +39,8 @@ def bench(
     import torch
     from rich.console import Console
 
-    from egmla.evaluation.bench import BenchSettings, run_bench
-    from egmla.evaluation.bench_report import summary
+    from egmla.bench.report import summary
+    from egmla.bench.run import BenchSettings, run_bench
 
     from .common import console, progress_bars, quiet_transformers, split_names
     from .scoring import set_threads
@@ -85,9 +85,9 @@ def _counts(option: str, text: str) -> tuple[int, ...]:
 
 def _subjects(names, longest: int):
     """Each preset by itself, one folder of an EG-MLA model as a preset is, two folders as a pair."""
+    from egmla.bench.contestants import pair_subject, shape_subject
     from egmla.configuration import preset_names
-    from egmla.evaluation.contestants import pair_subject, shape_subject
-    from egmla.provenance import public_name
+    from egmla.utils.provenance import public_name
 
     from .common import find_config
 

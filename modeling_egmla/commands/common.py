@@ -7,7 +7,7 @@ import functools
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 EXPECTED_ERRORS = (ValueError, TypeError, OSError, ImportError, StrictDataclassError, SafetensorError)
 
 
-class DType(str, Enum):
+class DType(StrEnum):
     """Number formats of weights."""
 
     auto = "auto"

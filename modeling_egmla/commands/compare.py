@@ -38,9 +38,9 @@ def compare(
     """Score a source and its conversions side by side; run it again after an interruption, and it goes on."""
     from rich.console import Console
 
+    from egmla.evaluation.compare import compare_scores, plot_scores
     from egmla.evaluation.harness import parse_model_args, parse_settings
-    from egmla.evaluation.plots import check_matplotlib
-    from egmla.evaluation.score_comparison import compare_scores, plot_scores
+    from egmla.utils.plotting import check_matplotlib
 
     from .common import console, quiet_lm_eval, quiet_transformers, read_limit, split_names
 
@@ -74,7 +74,7 @@ def compare(
 def _table(result):
     from rich.table import Table
 
-    from egmla.evaluation.score_comparison import metric_name, with_error
+    from egmla.evaluation.compare import metric_name, with_error
 
     source = result.models[0]
     table = Table(caption="± standard error; in brackets the difference from the source over the same questions")

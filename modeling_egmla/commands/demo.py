@@ -32,11 +32,11 @@ def demo(
     """Convert SmolLM2-135M-Instruct, compare it with its source, and let it answer a question."""
     from rich.console import Console
 
+    from egmla.bench.side_by_side import compare, measurement_notes, plot_comparison
     from egmla.conversion import smollm2_source
-    from egmla.evaluation import sample_text
-    from egmla.evaluation.comparison import compare, measurement_notes
-    from egmla.evaluation.plots import check_matplotlib, plot_comparison
-    from egmla.evaluation.streaming import encode_prompt, stream_answer
+    from egmla.samples import sample_text
+    from egmla.utils.plotting import check_matplotlib
+    from egmla.utils.streaming import encode_prompt, stream_answer
 
     from .common import console, progress_bars, quiet_transformers
 
@@ -88,8 +88,8 @@ def demo(
 def _obtain_models(source: str, output: Path, calibration_tokens: int | None, progress):
     """The source and both conversions in float32, converted unless an earlier run left them; and the tokenizer."""
     from egmla.conversion import Refinement, convert_checkpoint, load_source
-    from egmla.evaluation import sample_path
-    from egmla.evaluation.streaming import load_model
+    from egmla.samples import sample_path
+    from egmla.utils.streaming import load_model
 
     model, tokenizer = load_source(source)
     models = {"source": model}

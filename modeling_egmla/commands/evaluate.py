@@ -65,7 +65,7 @@ def _table(model: str, rows: list[dict]):
     from rich.table import Table
     from rich.text import Text
 
-    from egmla.evaluation.score_comparison import metric_name
+    from egmla.evaluation.compare import metric_name
 
     table = Table(title=Text(model))
     table.add_column("task", no_wrap=True)

@@ -27,7 +27,7 @@ def generate(
     import torch
 
     from egmla.configuration import preset_names
-    from egmla.evaluation.streaming import encode_prompt, load_model, stream_answer
+    from egmla.utils.streaming import encode_prompt, load_model, stream_answer
 
     from .common import check_model_path, quiet_transformers
 

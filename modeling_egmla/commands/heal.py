@@ -1,16 +1,17 @@
 """`egmla heal`."""
 
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from . import training as options
+from egmla.commands import training as options
+
 from .common import DType
 
 
-class Stage(str, Enum):
+class Stage(StrEnum):
     """What is trained."""
 
     gate = "gate"
@@ -63,7 +64,7 @@ def heal(
     import functools
 
     from egmla.training import TrainingSettings, heal_checkpoint
-    from egmla.training.arguments import parse_count, parse_training_arguments
+    from egmla.training.settings import parse_count, parse_training_arguments
 
     from .common import quiet_transformers
 

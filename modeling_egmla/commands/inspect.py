@@ -31,7 +31,7 @@ def inspect(
     from rich.table import Table
     from rich.text import Text
 
-    from egmla.evaluation.accounting import (
+    from egmla.utils.accounting import (
         PARTS,
         cache_elements_per_layer,
         cache_id_bytes,

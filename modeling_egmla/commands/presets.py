@@ -6,7 +6,7 @@ def presets() -> None:
     from rich.table import Table
 
     from egmla.configuration import load_preset, preset_names
-    from egmla.evaluation.accounting import (
+    from egmla.utils.accounting import (
         count_parameters,
         meta_model,
         mha_elements_per_token,

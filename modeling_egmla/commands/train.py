@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from . import training as options
+from egmla.commands import training as options
+
 from .common import DType
 from .scoring import DataDir, Limit, check_tasks
 
@@ -60,8 +61,8 @@ def train(
     from accelerate.utils import get_cpu_distributed_information
 
     from egmla.training import scratch_settings, train_from_scratch
-    from egmla.training.arguments import parse_count, parse_training_arguments
-    from egmla.training.scratch import changed_config
+    from egmla.training.from_scratch import changed_config
+    from egmla.training.settings import parse_count, parse_training_arguments
 
     from .common import find_config, quiet_transformers
     from .evaluate import evaluate

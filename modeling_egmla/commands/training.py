@@ -116,7 +116,7 @@ def _print_report(report: dict, target: Path) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from egmla.evaluation.perplexity import recovered_share
+    from egmla.utils.perplexity import recovered_share
 
     from .common import console, in_bytes
 

@@ -1,23 +1,6 @@
-"""Measuring models: perplexity on a text, decode speed, parameters and cache bytes."""
+"""Scores: lm-eval-harness on EG-MLA models, and comparisons with their source."""
 
-from importlib.resources import files
-from pathlib import Path
-
-
-SAMPLES = ("calibration", "evaluation")
+from egmla.samples import sample_path, sample_text
 
 
-def sample_path(name: str) -> Path:
-    """File of a public-domain text that ships with the package, `"evaluation"` or `"calibration"`.
-
-    Raises:
-        ValueError: for another name.
-    """
-    if name not in SAMPLES:
-        raise ValueError(f"{name!r} is no sample: use one of {', '.join(SAMPLES)}.")
-    return Path(str(files(__name__) / "samples" / f"{name}.txt"))
-
-
-def sample_text(name: str) -> str:
-    """Text of a sample (see `sample_path`)."""
-    return sample_path(name).read_text(encoding="utf-8")
+__all__ = ["sample_path", "sample_text"]

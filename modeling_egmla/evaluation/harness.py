@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from egmla.provenance import check_writable
+from egmla.utils.files import check_writable
 
 
 TOKENIZER_FILES = (
@@ -161,7 +161,8 @@ def evaluate(
     check_model(model, arguments.get("tokenizer"))
     from lm_eval import simple_evaluate
 
-    from . import lm_eval as _  # noqa: F401  registers the name "egmla"
+    from egmla.evaluation import lm_eval as _  # noqa: F401  registers the name "egmla"
+
     from .local_tasks import EGMLATaskManager
 
     manager = EGMLATaskManager(data_dir, include_path, settings.get("metadata"))

@@ -10,8 +10,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
 import egmla  # noqa: F401  registers the architecture with the Auto classes
-
-from .machine import available_bytes
+from egmla.utils.machine import available_bytes
 
 
 # More rows at once are no faster on a CPU, so memory beyond this buys nothing.

@@ -1,7 +1,7 @@
 """Publishing a checkpoint folder on the Hub: checks before anything is sent, then one commit."""
 
-from .checks import FolderReport, check_folder, check_repo_id
 from .loading import check_loads_without_package
+from .preflight import FolderReport, check_folder, check_repo_id
 from .push import PushedFile, PushReport, push_folder
 
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from egmla.provenance import CONVERSION_FIGURE, CONVERSION_REPORT, TRAINING_REPORT
+from egmla.utils.provenance import CONVERSION_FIGURE, CONVERSION_REPORT, TRAINING_REPORT
 
-from .checks import FolderReport, check_folder, check_repo_id
 from .loading import check_loads_without_package
+from .preflight import FolderReport, check_folder, check_repo_id
 
 
 DEFAULT_MESSAGE = "Upload EG-MLA model"

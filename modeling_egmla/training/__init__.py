@@ -1,9 +1,9 @@
 """Training: healing of converted models by self-distillation, and training from scratch, on Transformers' Trainer."""
 
-from .arguments import TrainingSettings
+from .from_scratch import scratch_settings, train_from_scratch
 from .healing import heal_checkpoint
 from .losses import distillation_loss
-from .scratch import scratch_settings, train_from_scratch
+from .settings import TrainingSettings
 from .stages import STAGES, add_lora, lora_targets, merge_lora, set_trainable
 from .trainer import DistillationTrainer, DivergedError
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from egmla.evaluation.accounting import matrix_parameters
+from egmla.utils.accounting import matrix_parameters
 
 
 FLOAT32 = 4

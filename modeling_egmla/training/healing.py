@@ -8,13 +8,14 @@ from transformers import AutoConfig, AutoTokenizer
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from egmla import EGMLAConfig, EGMLAForCausalLM
-from egmla.provenance import CONVERSION_REPORT, TRAINING_REPORT, public_name, read_json, weights_sha256
+from egmla.utils.files import read_json
+from egmla.utils.provenance import CONVERSION_REPORT, TRAINING_REPORT, public_name, weights_sha256
 
-from .arguments import TrainingSettings
 from .report import command_line
 from .run import Job, run_job
+from .run_folders import Place
+from .settings import TrainingSettings
 from .trainer import check_vocabulary
-from .workspace import Place
 
 
 # Rates for 135M parameters; 2e-5 suits 7B. Gates start at identity and have further to go, and further still when they

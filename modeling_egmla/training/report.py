@@ -7,9 +7,9 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
-from egmla.provenance import TRAINING_REPORT, public_name, software_versions, source_commit
+from egmla.utils.provenance import TRAINING_REPORT, public_name, software_versions, source_commit
 
-from .arguments import TrainingSettings
+from .settings import TrainingSettings
 
 
 PLOT_NAME = "training_loss.png"
@@ -106,7 +106,7 @@ def plot_training(report: Mapping[str, Any], path: Path) -> None:
     Raises:
         ImportError: without matplotlib.
     """
-    from egmla.evaluation.plots import COLOURS, check_matplotlib
+    from egmla.utils.plotting import COLOURS, check_matplotlib
 
     check_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -21,13 +21,13 @@ from transformers.trainer_utils import set_seed
 
 from egmla import EGMLAConfig, EGMLAForCausalLM
 from egmla.conversion.writing import staged_folder
-from egmla.evaluation.accounting import meta_model
-from egmla.evaluation.machine import multiplies_bf16
-from egmla.evaluation.perplexity import perplexity
-from egmla.evaluation.plots import check_matplotlib
-from egmla.provenance import peak_bytes, weights_sha256, write_json
+from egmla.utils.accounting import meta_model
+from egmla.utils.files import write_json
+from egmla.utils.machine import multiplies_bf16
+from egmla.utils.perplexity import perplexity
+from egmla.utils.plotting import check_matplotlib
+from egmla.utils.provenance import peak_bytes, weights_sha256
 
-from .arguments import TrainingSettings, check_settings, micro_batch, training_arguments, world_size
 from .data import PackedDataset, Progress, TextSource, read_sequences
 from .estimates import run_plan
 from .report import (
@@ -38,9 +38,7 @@ from .report import (
     training_curve,
     write_report,
 )
-from .stages import add_lora, check_peft, check_stage, merge_lora, set_trainable
-from .trainer import DistillationTrainer, DivergedError, ProgressReport, check_weights, last_checkpoint
-from .workspace import (
+from .run_folders import (
     EVAL_NAME,
     RUN_NAME,
     TOKENIZER_NAME,
@@ -52,6 +50,9 @@ from .workspace import (
     prepare_tokens,
     run_identity,
 )
+from .settings import TrainingSettings, check_settings, micro_batch, training_arguments, world_size
+from .stages import add_lora, check_peft, check_stage, merge_lora, set_trainable
+from .trainer import DistillationTrainer, DivergedError, ProgressReport, check_weights, last_checkpoint
 
 
 Say = Callable[[str], None]

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_optimizer import is_optimizer_factory
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from egmla.evaluation.perplexity import states_for_head
+from egmla.utils.perplexity import states_for_head
 
 from .losses import CHUNK, distillation_loss
 from .stages import parameter_groups

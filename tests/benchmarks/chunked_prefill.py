@@ -15,8 +15,8 @@ import time
 import torch
 
 from egmla import EGMLAConfig, EGMLAForCausalLM
-from egmla.evaluation.accounting import cache_nbytes
-from egmla.evaluation.machine import peak_resident_bytes, reset_peak_resident, resident_bytes
+from egmla.utils.accounting import cache_nbytes
+from egmla.utils.machine import peak_resident_bytes, reset_peak_resident, resident_bytes
 
 
 def activation_bytes(config: EGMLAConfig, chunk: int, itemsize: int) -> int:

@@ -19,15 +19,15 @@ import torch
 
 from egmla import EGMLAForCausalLM
 from egmla.conversion import find_recipe
+from egmla.conversion.calibration import LayerStatistics, SourceRun
 from egmla.conversion.convert import _calibration_sequences
 from egmla.conversion.families import find_family
-from egmla.conversion.family import Family
+from egmla.conversion.families.base import Family
 from egmla.conversion.layers import gate_at_identity, low_rank_layer, smaller_latent_layer, target_config
 from egmla.conversion.plan import Plan, deal_ranks, plan_conversion, plan_latent
 from egmla.conversion.recipes import RECIPES, Recipe
 from egmla.conversion.sources import Source, load_source, open_source
-from egmla.conversion.statistics import LayerStatistics, SourceRun
-from egmla.evaluation.perplexity import perplexity, token_windows
+from egmla.utils.perplexity import perplexity, token_windows
 
 
 # Each a recipe and what is changed of it.

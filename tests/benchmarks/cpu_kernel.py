@@ -13,12 +13,12 @@ import time
 import torch
 
 from egmla import EGMLAForCausalLM, cpu_kernel_egmla, load_cpu_kernel
+from egmla.bench.contestants import CONTESTANTS, compiling
+from egmla.bench.decode import pair_ratios, time_decode
+from egmla.bench.limits import Limits
 from egmla.configuration import load_preset
-from egmla.evaluation.contestants import CONTESTANTS, compiling
-from egmla.evaluation.decode_speed import pair_ratios, time_decode
-from egmla.evaluation.machine import Limits
 from egmla.latent_attention_egmla import latent_attention
-from egmla.provenance import software_versions
+from egmla.utils.provenance import software_versions
 
 
 PRESET = "egmla-kv64-120m"

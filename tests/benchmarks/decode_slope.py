@@ -17,11 +17,11 @@ import statistics
 import torch
 
 from egmla import EGMLACache, EGMLAForCausalLM, load_cpu_kernel
+from egmla.bench.contestants import compiling, fixed_cache
+from egmla.bench.decode import rewind, synthetic_cache, time_turn
+from egmla.bench.limits import Limits
 from egmla.configuration import load_preset
-from egmla.evaluation.contestants import compiling, fixed_cache
-from egmla.evaluation.decode_speed import rewind, synthetic_cache, time_turn
-from egmla.evaluation.machine import Limits
-from egmla.provenance import software_versions
+from egmla.utils.provenance import software_versions
 
 
 WARMUP = 2  # steps of a turn that are not timed

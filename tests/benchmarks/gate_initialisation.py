@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM
 
 import egmla  # noqa: F401  registers the architecture
 from egmla.conversion import load_source
-from egmla.evaluation.perplexity import token_windows
+from egmla.utils.perplexity import token_windows
 
 
 def gradients_of_gates(model, source, windows):

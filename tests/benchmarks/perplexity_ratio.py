@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 import egmla  # noqa: F401  registers the architecture
 from egmla.conversion import load_source
-from egmla.evaluation.perplexity import perplexity, token_windows
+from egmla.utils.perplexity import perplexity, token_windows
 
 
 def window_losses(model, windows) -> list[float]:

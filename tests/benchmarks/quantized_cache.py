@@ -18,8 +18,8 @@ import torch
 from transformers import AutoTokenizer
 
 from egmla import EGMLACache, EGMLAConfig, EGMLAForCausalLM, load_cpu_kernel
-from egmla.evaluation.perplexity import token_windows
 from egmla.latent_attention_egmla import latent_attention
+from egmla.utils.perplexity import token_windows
 
 
 CONTESTANTS = {"full": {}, "int8": {"quantization": "int8"}, "int4": {"quantization": "int4"}}

@@ -26,10 +26,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from egmla import EGMLAConfig, EGMLAForCausalLM
 from egmla.commands.common import quiet_transformers
-from egmla.evaluation.accounting import cache_elements_per_layer, count_parameters, meta_model
+from egmla.training.from_scratch import DEFAULTS, scratch_settings, train_tokenizer
 from egmla.training.run import Job, run_job
-from egmla.training.scratch import DEFAULTS, scratch_settings, train_tokenizer
-from egmla.training.workspace import Place
+from egmla.training.run_folders import Place
+from egmla.utils.accounting import cache_elements_per_layer, count_parameters, meta_model
 
 
 SHAPE = {

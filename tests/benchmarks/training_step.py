@@ -24,8 +24,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from egmla import EGMLAConfig
-from egmla.conversion.layout import deepseek_config
-from egmla.evaluation.machine import peak_resident_bytes, reset_peak_resident, resident_bytes
+from egmla.conversion.deepseek_export import deepseek_config
+from egmla.utils.machine import peak_resident_bytes, reset_peak_resident, resident_bytes
 
 
 CONTESTANTS: dict[str, dict[str, Any]] = {

@@ -1,0 +1,1 @@
+"""Benchmarks of decoding, prefill and memory, against other models."""

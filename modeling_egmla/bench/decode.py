@@ -1,0 +1,275 @@
+"""Decode and prefill speed: synthetic past, single-token steps at a stated context, contestants taking turns.
+
+A prompt of that length would take minutes to read and says nothing about decoding, so the cache is filled with random
+entries of the size real ones have. Turns (A, B, C, A, B, C, ...) let a machine's drift hit all contestants alike, and
+figures of one round make pairs.
+"""
+
+import math
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, StaticLayer
+
+from egmla.utils.accounting import cache_id_bytes, cache_nbytes
+from egmla.utils.timing import Timer
+
+
+# Makes a model's empty cache with room for a number of tokens; None for the model's own default.
+CacheMaker = Callable[[PreTrainedModel, int], Cache]
+
+
+@dataclass
+class DecodeTiming:
+    """What was timed for one contestant.
+
+    Attributes:
+        context (`int`): tokens in the cache when a turn starts.
+        batch_size (`int`): sequences decoded at once.
+        turns (`list[list[float]]`): seconds of each step of each turn.
+        cache_used_bytes, cache_allocated_bytes (`int`): of the filled cache.
+    """
+
+    context: int
+    batch_size: int = 1
+    turns: list[list[float]] = field(default_factory=list)
+    cache_used_bytes: int = 0
+    cache_allocated_bytes: int = 0
+
+    @property
+    def seconds(self) -> list[float]:
+        """Seconds of each step, all turns."""
+        return [step for turn in self.turns for step in turn]
+
+    @property
+    def median(self) -> float:
+        """Seconds of a step, median."""
+        return statistics.median(self.seconds)
+
+    @property
+    def p10(self) -> float:
+        """Seconds that a tenth of the steps stay below."""
+        return self._decile(0)
+
+    @property
+    def p90(self) -> float:
+        """Seconds that nine tenths of the steps stay below."""
+        return self._decile(8)
+
+    def _decile(self, index: int) -> float:
+        if len(self.seconds) < 2:
+            return self.seconds[0]
+        return statistics.quantiles(self.seconds, n=10, method="inclusive")[index]
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens per second of the whole batch, from the median step."""
+        return self.batch_size / self.median
+
+
+def pair_ratios(ours: DecodeTiming, theirs: DecodeTiming) -> list[float]:
+    """How many times longer a step of theirs takes than one of ours, by medians of the turns of each round."""
+    pairs = zip(ours.turns, theirs.turns, strict=True)
+    return [statistics.median(their_turn) / statistics.median(our_turn) for our_turn, their_turn in pairs]
+
+
+@torch.no_grad()
+def synthetic_cache(
+    model: PreTrainedModel, context: int, batch_size: int = 1, seed: int = 0, cache: Cache | None = None
+) -> Cache:
+    """A cache holding `context` tokens of random entries, the same ones for each sequence.
+
+    The model reads one token, which shows each layer's shape, dtype and scale; normal noise of that scale follows.
+
+    Args:
+        model (`PreTrainedModel`): whose cache it is.
+        context (`int`): tokens.
+        batch_size (`int`): sequences.
+        seed (`int`): of the noise.
+        cache (`Cache`, *optional*): an empty one to fill; a new one of the model's own default kind otherwise.
+
+    Raises:
+        ValueError: when `context` or `batch_size` is not positive.
+    """
+    if context < 1 or batch_size < 1:
+        raise ValueError(f"context={context} and batch_size={batch_size}: both must be at least 1.")
+    ids = torch.zeros((batch_size, 1), dtype=torch.long, device=model.device)
+    # Uncompiled: this is another graph than the step to be timed.
+    model = getattr(model, "_orig_mod", model)
+    filled: Any = model(ids, use_cache=True, past_key_values=cache).past_key_values
+    if context == 1:
+        return filled
+    generator = torch.Generator(model.device).manual_seed(seed)
+    if cache_id_bytes(model.config):
+        shape = (batch_size, context - 1)
+        filled.append_token_ids(
+            torch.randint(model.config.vocab_size, shape, generator=generator, device=model.device)
+        )
+    for index, layer in enumerate(filled.layers):
+        # DynamicCache holds keys and values, EGMLACache latents and rotary keys, under the same names; static layers
+        # have empty slots behind.
+        entries = [_noise_like(tensor[..., :1, :], context - 1, generator) for tensor in (layer.keys, layer.values)]
+        if hasattr(filled, "append"):
+            filled.append(*entries, index)
+        else:
+            filled.update(*entries, index)
+    return filled
+
+
+def _noise_like(tensor: torch.Tensor, tokens: int, generator: torch.Generator) -> torch.Tensor:
+    """Noise of the scale of `tensor` `[B, H, 1, width]`, as many tokens of it; all sequences are one in memory."""
+    scale = float(tensor.float().square().mean().sqrt()) if tensor.numel() else 0.0
+    shape = (1, *tensor.shape[1:-2], tokens, tensor.shape[-1])
+    noise = torch.randn(shape, generator=generator, device=tensor.device).mul_(scale).to(tensor.dtype)
+    return noise.expand(tensor.shape[0], *shape[1:])
+
+
+def rewind(cache: Cache, tokens: int) -> None:
+    """Forgets the last `tokens` tokens of a cache, of static ones too, which Transformers cannot crop."""
+    layers: Any = cache.layers
+    for layer in layers:
+        if isinstance(layer, StaticLayer):
+            layer.cumulative_length.sub_(tokens)  # in place: compiled graphs know its address
+        else:
+            layer.crop(-tokens)
+
+
+@torch.no_grad()
+def time_decode(
+    models: Mapping[str, PreTrainedModel],
+    context: int,
+    *,
+    caches: Mapping[str, CacheMaker | None] | None = None,
+    steps: int = 8,
+    rounds: int = 4,
+    warmup: int = 2,
+    first_warmup: int | None = None,
+    batch_size: int = 1,
+    turn_seconds: float = math.inf,
+    before_round: Callable[[], None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, DecodeTiming]:
+    """Times single-token decode steps of several models at one context, in turns.
+
+    Args:
+        models (`Mapping[str, PreTrainedModel]`): the contestants by name.
+        context (`int`): tokens in each cache when a turn starts; a turn ends `warmup + steps` tokens further.
+        caches (`Mapping[str, CacheMaker]`, *optional*): what makes a contestant's cache; the model's default if none.
+        steps (`int`): timed steps of a turn.
+        rounds (`int`): turns of each contestant.
+        warmup (`int`): steps before the timed ones of each turn (other contestants have used the processor's caches).
+        first_warmup (`int`, *optional*): the same for the first turn, where there is more to warm up.
+        batch_size (`int`): sequences decoded at once.
+        turn_seconds (`float`): a turn that takes longer ends after the step at hand, with one timed step at least.
+        before_round (*optional*): called before each round.
+        progress (*optional*): called with (turns done, turns in all).
+
+    Returns:
+        `dict[str, DecodeTiming]`: the steps timed for each model.
+
+    Raises:
+        ValueError: when a count is not positive.
+    """
+    first_warmup = warmup if first_warmup is None else first_warmup
+    if steps < 1 or rounds < 1 or min(warmup, first_warmup) < 0:
+        raise ValueError(
+            f"steps={steps}, rounds={rounds}, warmup={warmup}, first_warmup={first_warmup}: at least 1, 1, 0 and 0 "
+            "are required."
+        )
+    room = context + max(warmup, first_warmup) + steps
+    filled, timings = {}, {}
+    for name, model in models.items():
+        maker = (caches or {}).get(name)
+        cache = None if maker is None else maker(getattr(model, "_orig_mod", model), room)
+        filled[name] = synthetic_cache(model, context, batch_size, cache=cache)
+        timings[name] = DecodeTiming(context, batch_size, [], *cache_nbytes(filled[name]))
+    done = 0
+    for round_ in range(rounds):
+        if before_round is not None:
+            before_round()
+        for name, model in models.items():
+            unmeasured = warmup if round_ else first_warmup
+            timings[name].turns.append(time_turn(model, filled[name], steps, unmeasured, batch_size, turn_seconds))
+            rewind(filled[name], int(filled[name].get_seq_length()) - context)
+            done += 1
+            if progress is not None:
+                progress(done, rounds * len(models))
+    return timings
+
+
+@torch.no_grad()
+def time_turn(
+    model: PreTrainedModel, cache: Cache, steps: int, warmup: int, batch_size: int = 1, turn_seconds: float = math.inf
+) -> list[float]:
+    """Seconds of each timed step: one forward pass and the choice of the next token, as greedy decoding does it."""
+    timer = Timer(model.device)
+    token = torch.zeros((batch_size, 1), dtype=torch.long, device=model.device)
+
+    def step(token: torch.Tensor) -> torch.Tensor:
+        return model(token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(dim=-1)
+
+    timed: list[float] = []
+    spent = 0.0
+    for index in range(warmup + steps):
+        token, seconds = timer.measure(lambda token=token: step(token))  # type: ignore[misc]
+        spent += seconds
+        if index >= warmup:
+            timed.append(seconds)
+            if spent > turn_seconds:
+                break
+    return timed
+
+
+@torch.no_grad()
+def time_prefill(
+    models: Mapping[str, PreTrainedModel],
+    tokens: int,
+    *,
+    caches: Mapping[str, CacheMaker | None] | None = None,
+    rounds: int = 3,
+    batch_size: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, list[float]]:
+    """Seconds in which each model reads a prompt of `tokens` tokens into an empty cache, in turns.
+
+    Args:
+        models, caches, batch_size, progress: as of `time_decode`.
+        tokens (`int`): tokens of each prompt.
+        rounds (`int`): timed turns of each model, after one that is not.
+
+    Returns:
+        `dict[str, list[float]]`: seconds of each turn.
+
+    Raises:
+        ValueError: when a count is not positive.
+    """
+    if tokens < 1 or rounds < 1 or batch_size < 1:
+        raise ValueError(f"tokens={tokens}, rounds={rounds}, batch_size={batch_size}: all must be at least 1.")
+    generator = torch.Generator().manual_seed(0)
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    done = 0
+    for round_ in range(rounds + 1):
+        for name, model in models.items():
+            ids = torch.randint(model.config.vocab_size, (batch_size, tokens), generator=generator)
+            ids = ids.to(model.device)
+            maker = (caches or {}).get(name)
+            cache = None if maker is None else maker(model, tokens)
+            work = _reading(model, ids, cache)
+            _, taken = Timer(model.device).measure(work)
+            if round_:
+                seconds[name].append(taken)
+            done += 1
+            if progress is not None:
+                progress(done, (rounds + 1) * len(models))
+    return seconds
+
+
+def _reading(model: PreTrainedModel, ids: torch.Tensor, cache: Cache | None) -> Callable[[], None]:
+    def read() -> None:
+        model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+
+    return read

@@ -1,0 +1,533 @@
+"""Whole runs of `egmla heal`: what they leave and refuse, kills, full disks, two processes."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from cases import difference
+from command_line import SHAPE, run
+from runs import SMALL, heal, same_weights, weights
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from egmla import EGMLAConfig, EGMLAForCausalLM
+from egmla.model_cards import write_card
+from egmla.publishing.preflight import check_folder
+from egmla.training import DivergedError
+from egmla.training.data import TextSource, packed_sequences
+from egmla.training.run_folders import Place, check_space
+from egmla.training.trainer import DistillationTrainer
+from egmla.utils.perplexity import perplexity, recovered_share
+
+
+pytest.importorskip("matplotlib")
+
+
+# healing
+
+
+def test_heal_leaves_a_model_and_a_report(models, tmp_path):
+    target = tmp_path / "healed"
+    said = []
+    report = heal(models, target, eval_data=[str(models / "other.txt")], places={"say": said.append})
+    assert json.loads((target / "training_report.json").read_text()) == json.loads(json.dumps(report, default=str))
+    assert (target / "training_loss.png").read_bytes().startswith(b"\x89PNG")
+    assert (target / "conversion_report.json").is_file()
+    assert not list(tmp_path.glob("*.checkpoints"))
+    assert not list(target.glob("*.bin"))
+    check_folder(target)  # code, safetensors, no paths of this machine
+    assert report["command"].startswith("egmla heal half TARGET --teacher source --data text.txt --tokens 1500")
+    assert "--eval-data other.txt" in report["command"]
+    # 12 steps of 4 x 32; perplexities are those of `egmla.evaluation` on the same sequences.
+    assert (report["plan"]["steps"], report["tokens"], len(report["losses"])) == (12, 1536, 12)
+    assert [row["step"] for row in report["evaluations"]] == [0, 6, 12]
+    tokenizer = AutoTokenizer.from_pretrained(target)
+    sequences = list(packed_sequences(TextSource(str(models / "other.txt")), tokenizer, 32))[:8]
+    windows = torch.stack([torch.from_numpy(ids).long() for ids in sequences])
+    for name, folder in (("0 tokens", models / "half"), ("trained", target), ("teacher", models / "source")):
+        measured = perplexity(AutoModelForCausalLM.from_pretrained(folder).eval(), windows)
+        assert report["perplexity"][name] == pytest.approx(measured, rel=1e-5), name
+    assert any(line.startswith("0 tokens: perplexity") for line in said)
+    # Not the gates' five times higher one.
+    assert max(row["learning_rate"] for row in report["losses"]) == pytest.approx(SMALL["learning_rate"])
+    trained, before = weights(target), weights(models / "half")
+    changed = {name for name in trained if not torch.equal(trained[name], before[name])}
+    assert any("kv_gate_norm" in name for name in changed)
+    assert not any("mlp." in name or "embed_tokens" in name or "lm_head" in name for name in changed)
+    config = EGMLAConfig.from_pretrained(target)
+    assert config.use_cache
+    assert config.to_diff_dict() == EGMLAConfig.from_pretrained(models / "half").to_diff_dict()
+
+
+def test_healing_brings_the_student_nearer_and_cross_entropy_needs_no_teacher(models, tmp_path):
+    other = [str(models / "other.txt")]
+    distilled = heal(models, tmp_path / "kl", tokens=20_000, eval_every=100, eval_data=other)
+    losses = [row["loss"] for row in distilled["losses"]]
+    assert sum(losses[-20:]) < 0.85 * sum(losses[3:23])
+    plain = heal(models, tmp_path / "ce", teacher=None, kl_weight=0.0, ce_weight=1.0, eval_data=other)
+    assert plain["perplexity"]["teacher"] is None
+    assert plain["perplexity"]["0 tokens"] == pytest.approx(distilled["perplexity"]["0 tokens"], rel=1e-5)
+
+
+def test_recovered_share_is_of_the_log_perplexity():
+    assert recovered_share(10.0, 40.0, 20.0) == pytest.approx(0.5)
+    assert recovered_share(10.0, 9.0, 8.0) is None
+    assert recovered_share(None, 40.0, 20.0) is None
+
+
+def test_lora_healing_is_merged_and_a_second_healing_remembers_the_first(models, tmp_path):
+    first = heal(models, tmp_path / "lora", lora_rank=4, gate_learning_rate=0.02, dtype="bfloat16")
+    trained = weights(tmp_path / "lora")
+    assert trained.keys() == weights(models / "half").keys()
+    assert {tensor.dtype for tensor in trained.values() if tensor.is_floating_point()} == {torch.bfloat16}
+    assert first["plan"]["trained_parameters"] < first["plan"]["parameters"] / 2
+    assert first["dtype"] == "bfloat16"
+    second = heal(models, tmp_path / "again", model=str(tmp_path / "lora"), stage="gate")
+    # Ten times the rate that gates have beside attention: they start at identity and nothing else moves.
+    assert second["settings"]["gate_learning_rate"] == pytest.approx(50 * second["settings"]["learning_rate"])
+    assert [report["origin"]["model"] for report in second["earlier"]] == ["half"]
+    assert second["origin"]["model"] == "lora"
+    assert second["perplexity"]["0 tokens"] == pytest.approx(first["perplexity"]["trained"], rel=0.02)
+
+
+def test_dry_run_writes_and_loads_nothing(models, tmp_path, monkeypatch):
+    monkeypatch.setattr(EGMLAForCausalLM, "from_pretrained", None)
+    plan = heal(models, tmp_path / "healed", places={"dry_run": True})
+    assert plan["tokens"] == 1536
+    assert plan["flops"] > 0
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("bf16", "fast"), [(True, False), (True, True), (False, False)])
+def test_bf16_is_advised_against_where_it_is_slow(models, tmp_path, monkeypatch, bf16, fast):
+    monkeypatch.setattr("egmla.training.run.multiplies_bf16", lambda: fast)
+    said = []
+    heal(models, tmp_path / "healed", places={"dry_run": True, "say": said.append}, bf16=bf16)
+    advised = bf16 and not fast and not torch.cuda.is_available()
+    assert [line.startswith("--bf16: this processor has no instructions") for line in said] == [True] * advised
+
+
+def test_the_card_of_a_healed_model_has_the_figures_of_its_report(models, tmp_path):
+    """0-token figures beside healed ones, every stage with its command; what is no longer true is not said."""
+    heal(models, tmp_path / "first", stage="gate")
+    report = heal(models, tmp_path / "second", model=str(tmp_path / "first"), dtype="bfloat16", lora_rank=2)
+    card = write_card(tmp_path / "second")[-1].read_text()
+    section = card.partition("\n## Healing\n")[2].partition("\n## ")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines() if line.startswith("|")]
+    perplexity = {name: f"{value:.3f}" for name, value in report["perplexity"].items()}
+    assert rows[2:] == [
+        ["teacher", "", perplexity["teacher"]],
+        ["before the last stage", "1,536", perplexity["0 tokens"]],
+        ["this model", "3,072", perplexity["trained"]],
+    ]
+    assert section.count("egmla heal ") == 2
+    assert "stage `gate`" in section and "LoRA of rank 2" in section and "rounded to bfloat16" in section
+    assert report["data"][0]["sha256"] in section
+    assert "at identity" not in card and "Nothing was trained" not in card
+    assert "(bfloat16)" in card
+    check_folder(tmp_path / "second")
+    first = write_card(tmp_path / "first")[-1].read_text()
+    assert "| converted | 0 |" in first and "rounded to" not in first
+    (tmp_path / "first" / "training_report.json").write_text("{}")
+    with pytest.raises(ValueError, match="lacks command, commit, data"):
+        write_card(tmp_path / "first")
+
+
+def test_a_model_of_the_hub_keeps_its_reports(models, tmp_path, monkeypatch):
+    """As `Path` cannot find them there: what was converted and healed before goes along."""
+    heal(models, tmp_path / "first")
+    repository, revision = tmp_path / "hub" / "models--me--first", 10 * "0123"
+    shutil.copytree(tmp_path / "first", repository / "snapshots" / revision)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(revision)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    report = heal(models, tmp_path / "second", model="me/first")
+    assert len(report["earlier"]) == 1 and report["origin"]["revision"] == revision
+    assert (tmp_path / "second" / "conversion_report.json").is_file()
+    assert "before the last stage" in write_card(tmp_path / "second")[-1].read_text()
+
+
+# interruptions
+
+HELPERS = Path(__file__).parents[1] / "helpers"
+KILLED = """
+import os, signal, sys
+import torch
+torch.set_num_threads(1)
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+from egmla.training.trainer import ProgressReport
+from runs import heal
+
+def kill(self, args, state, control, **kwargs):
+    if state.global_step == {step}:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+ProgressReport.on_step_end = kill
+heal(Path({models!r}), Path({target!r}), **{changes!r})
+"""
+
+
+@pytest.mark.parametrize("changes", [{}, {"lora_rank": 3, "micro_batch_size": 2}], ids=["weights", "adapters"])
+def test_a_killed_run_goes_on_bit_for_bit(models, tmp_path, changes):
+    whole = heal(models, tmp_path / "whole", **changes)
+    target = tmp_path / "killed"
+    script = KILLED.format(
+        tests=str(Path(__file__).parents[1] / "helpers"),
+        models=str(models),
+        target=str(target),
+        changes=changes,
+        step=10,
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=600)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    work = tmp_path / "killed.checkpoints"
+    assert not target.exists()
+    assert {path.name for path in work.glob("checkpoint-*")} == {"checkpoint-4", "checkpoint-8"}
+    # What a kill in the middle of a save leaves behind.
+    (work / "checkpoint-12").mkdir()
+    (work / "checkpoint-12" / "model.safetensors").write_bytes(b"half of it")
+    report = heal(models, target, places={"resume": True}, **changes)
+    assert report["resumed_at_step"] == 8
+    assert report["losses"] == whole["losses"]
+    assert report["evaluations"] == whole["evaluations"]
+    assert report["perplexity"] == whole["perplexity"]
+    assert same_weights(target, tmp_path / "whole")
+
+
+def test_resume_wants_the_same_run(models, tmp_path, monkeypatch):
+    target, work = tmp_path / "healed", tmp_path / "healed.checkpoints"
+    monkeypatch.setattr("egmla.training.run._write_target", fail_with(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        heal(models, target)
+    assert {path.name for path in work.glob("checkpoint-*")} == {"checkpoint-8", "checkpoint-12"}
+    with pytest.raises(FileExistsError, match="holds an interrupted run"):
+        heal(models, target)
+    with pytest.raises(ValueError, match=r"other settings \(seed; seed was 0 and is 1\)"):
+        heal(models, target, places={"resume": True}, seed=1)
+    with pytest.raises(ValueError, match=r"other settings \(data"):
+        heal(models, target, places={"resume": True}, data=[str(models / "other.txt")])
+    monkeypatch.undo()
+    report = heal(models, target, places={"resume": True})  # all steps were done, what was left is to write
+    assert report["resumed_at_step"] == 12
+    assert len(report["losses"]) == 12
+    assert not work.exists()
+
+
+@pytest.mark.parametrize("lora_rank", [None, 2])
+def test_resume_wants_the_same_model(models, tmp_path, monkeypatch, lora_rank):
+    """One of another rank, or another one of the same shapes, converted again under the same name."""
+    half = shutil.copytree(models / "half", tmp_path / "half")
+    monkeypatch.setattr("egmla.training.run._write_target", fail_with(KeyboardInterrupt()))
+
+    def start(**places):
+        heal(models, tmp_path / "healed", model=str(half), places=places, lora_rank=lora_rank)
+
+    with pytest.raises(KeyboardInterrupt):
+        start()
+    config = EGMLAConfig.from_pretrained(half)
+    saved = json.loads((half / "config.json").read_text())
+    (half / "config.json").write_text(json.dumps({**saved, "kv_lora_rank": config.kv_lora_rank - 4}))
+    expected = f"kv_lora_rank was {config.kv_lora_rank} and is {config.kv_lora_rank - 4}"
+    with pytest.raises(ValueError, match=rf"other settings \(configuration.kv_lora_rank; configuration.{expected}\)"):
+        start(resume=True)
+    (half / "config.json").write_text(json.dumps(saved))
+    tensors = load_file(half / "model.safetensors")
+    tensors["model.layers.0.self_attn.o_proj.weight"] += 0.01
+    save_file(tensors, half / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"other settings \(weights_sha256; weights_sha256 was '"):
+        start(resume=True)
+    shutil.copyfile(models / "half" / "model.safetensors", half / "model.safetensors")
+    with pytest.raises(KeyboardInterrupt):  # all steps are done, and writing is what fails
+        start(resume=True)
+
+
+def test_what_can_no_longer_be_changed_is_not_advised_on_resuming(models, tmp_path, monkeypatch):
+    monkeypatch.setattr("egmla.training.run.multiplies_bf16", lambda: False)
+    monkeypatch.setattr("egmla.training.run._write_target", fail_with(KeyboardInterrupt()))
+    said: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        heal(models, tmp_path / "healed", places={"say": said.append}, bf16=True)
+    assert any(line.startswith("--bf16: this processor") for line in said) != torch.cuda.is_available()
+    said.clear()
+    monkeypatch.undo()
+    monkeypatch.setattr("egmla.training.run.multiplies_bf16", lambda: False)
+    heal(models, tmp_path / "healed", places={"say": said.append, "resume": True}, bf16=True)
+    assert not any(line.startswith("--bf16") for line in said)
+
+
+def test_resume_without_anything_to_go_on_from_starts(models, tmp_path):
+    assert heal(models, tmp_path / "healed", places={"resume": True})["resumed_at_step"] == 0
+
+
+def fail_with(error: BaseException):
+    def fail(*args, **kwargs):
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_loss_that_is_not_finite_stops_before_the_weights(models, tmp_path, monkeypatch, where):
+    factor = torch.nan if where == "loss" else 1.0
+    monkeypatch.setattr(DistillationTrainer, "compute_loss", poisoned(DistillationTrainer.compute_loss, factor))
+    with pytest.raises(DivergedError, match=r"optimiser step 7 .*checkpoint-4") as caught:
+        heal(models, tmp_path / "healed")
+    assert isinstance(caught.value, ValueError)
+    assert not (tmp_path / "healed").exists()
+    checkpoint = tmp_path / "healed.checkpoints" / "checkpoint-4"
+    assert all(tensor.isfinite().all() for tensor in weights(checkpoint).values())
+    AutoTokenizer.from_pretrained(checkpoint)
+
+
+class InfiniteGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * torch.inf
+
+
+def poisoned(compute, factor: float):
+    """A loss that is multiplied by `factor` at the seventh step, and has an infinite gradient there."""
+
+    def compute_loss(self, model, inputs, **kwargs):
+        loss = compute(self, model, inputs, **kwargs)
+        return InfiniteGradient.apply(loss) * factor if model.training and self.state.global_step == 6 else loss
+
+    return compute_loss
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(models, tmp_path, monkeypatch):
+    whole = heal(models, tmp_path / "whole")
+    save = torch.save
+
+    def full(content, file, *args, **kwargs):
+        if "checkpoint-8" in str(file):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(content, file, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match=r"checkpoint-4.*--resume"):
+        heal(models, tmp_path / "healed")
+    assert not (tmp_path / "healed").exists()
+    monkeypatch.undo()
+    report = heal(models, tmp_path / "healed", places={"resume": True})
+    assert report["resumed_at_step"] == 4
+    assert report["losses"] == whole["losses"]
+
+
+# bad input
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--tokens", "some"), "a number of tokens is written"),
+        (("--sequence-length", "999"), "sequence_length=999: must be from 2 to 128"),
+        (("--sequence-length", "128", "--batch-size", "2000"), "at least 2000 (one batch)"),
+        (("--batch-size", "6", "--micro-batch-size", "4"), "choose a multiple of 4"),
+        (("--kl-weight", "0"), "one must be above 0"),
+        (("--lora-rank", "0"), "lora_rank=0: must be at least 1"),
+        (("--data", "nowhere.txt"), "nowhere.txt does not exist"),
+        (("--set", "max_steps=4"), "max_steps follows from other options"),
+        (("--set", "lr_scheduler_type=zigzag"), "zigzag"),
+        (("--eval-share", "0"), "eval_share=0"),
+        (("--eval-data", "TEXT"), "evaluated on and trained on"),
+        (("--eval-data", "COPY"), "occur word for word"),
+        (("--checkpoints", "WITHIN"), "cannot be one folder, nor one within the other"),
+        (("--checkpoints", "AROUND"), "cannot be one folder, nor one within the other"),
+        (("--set", "optim=lomo"), "lomo"),
+        (("--warmup-share", "1.5"), "warmup_share=1.5"),
+        (("--learning-rate", "0"), "learning_rate=0: must be above 0"),
+        (("--temperature", "0"), "temperature=0: must be above 0"),
+        (("--teacher", "OTHER"), "vocabulary of 40"),
+        (("--teacher", "NONE"), "no folder"),
+    ],
+)
+def test_heal_refuses(models, tmp_path, options, message):
+    LlamaForCausalLM(LlamaConfig(**{**SHAPE, "vocab_size": 40}, num_key_value_heads=2)).save_pretrained(
+        tmp_path / "other"
+    )
+    copy = tmp_path / "copy.txt"
+    copy.write_text("Foreword. " + (models / "text.txt").read_text()[:9000])
+    names = {
+        "TEXT": models / "text.txt",
+        "COPY": copy,
+        "OTHER": tmp_path / "other",
+        "WITHIN": tmp_path / "healed" / "checkpoints",
+        "AROUND": tmp_path,
+        "NONE": "./nowhere",
+    }
+    given = ["--data", models / "text.txt", "--tokens", 1500, "--sequence-length", 32, "--batch-size", 4]
+    given += ["--teacher", models / "source", *(names.get(option, option) for option in options)]
+    result = run("heal", models / "half", tmp_path / "healed", *given)
+    assert result.exit_code == 1
+    assert message in result.stderr
+    assert "Traceback" not in result.output
+    assert not list(tmp_path.glob("healed*"))
+
+
+def test_heal_refuses_other_models_and_a_full_target(models, tmp_path):
+    common = ("--data", models / "text.txt", "--tokens", 1500)
+    assert "healing trains an EG-MLA model" in run("heal", models / "source", tmp_path / "healed", *common).stderr
+    assert "is not empty" in run("heal", models / "half", models / "source", *common).stderr
+    assert "name it as teacher" in run("heal", models / "half", tmp_path / "healed", *common).stderr
+    bare = tmp_path / "bare"
+    EGMLAForCausalLM.from_pretrained(models / "half").save_pretrained(bare)
+    assert "has no tokenizer" in run("heal", bare, tmp_path / "healed", *common).stderr
+    assert not (tmp_path / "healed").exists()
+
+
+def test_heal_refuses_a_teacher_with_other_tokens(models, tmp_path):
+    LlamaForCausalLM.from_pretrained(models / "source").save_pretrained(tmp_path / "teacher")
+    tokenizer = AutoTokenizer.from_pretrained(models / "source")
+    tokenizer.add_tokens(["something"])
+    tokenizer.save_pretrained(tmp_path / "teacher")
+    with pytest.raises(ValueError, match="has other tokens"):
+        heal(models, tmp_path / "healed", teacher=str(tmp_path / "teacher"))
+
+
+def test_heal_refuses_to_hold_out_what_occurs_elsewhere(models, tmp_path):
+    copy, text = tmp_path / "copy.txt", (models / "text.txt").read_text()
+    copy.write_text(text[30_000:] + text[:30_000])
+    longer = {"tokens": 80_000, "sequence_length": 128, "eval_tokens": 2048}
+    with pytest.raises(ValueError, match="occur word for word"):
+        heal(models, tmp_path / "healed", data=[str(models / "text.txt"), str(copy)], **longer)
+    assert [path.name for path in tmp_path.iterdir()] == ["copy.txt"]
+
+
+def test_heal_refuses_a_tokenizer_larger_than_the_vocabulary(models, tmp_path):
+    model = EGMLAForCausalLM.from_pretrained(models / "half")
+    model.save_pretrained(tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(models / "half")
+    tokenizer.add_tokens(["something"])
+    tokenizer.save_pretrained(tmp_path / "model")
+    with pytest.raises(
+        ValueError, match=r"tokenizer has 321 tokens and the model a vocabulary of 320; save the model"
+    ):
+        heal(models, tmp_path / "healed", model=tmp_path / "model", teacher=None, kl_weight=0.0, ce_weight=1.0)
+
+
+def test_a_run_that_fails_before_its_first_checkpoint_stands_in_no_way(models, tmp_path, monkeypatch):
+    """Without room it waits to go on; after anything else the corrected one starts anew."""
+
+    def failing(error):
+        def create(*args, **kwargs):
+            raise error
+
+        return create
+
+    monkeypatch.setattr(DistillationTrainer, "create_optimizer", failing(ValueError("no such optimiser")))
+    with pytest.raises(ValueError, match="no such optimiser"):
+        heal(models, tmp_path / "healed")
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(DistillationTrainer, "create_optimizer", failing(OSError(errno.ENOSPC, "full")))
+    with pytest.raises(OSError, match="--resume"):
+        heal(models, tmp_path / "healed")
+    monkeypatch.undo()
+    assert heal(models, tmp_path / "healed", places={"resume": True})["resumed_at_step"] == 0
+
+
+@pytest.mark.parametrize("adapters, needed", [(False, 3 * 1200 + 1000 + 400), (True, 3 * 300 + 1000 + 400)])
+def test_room_for_a_run(tmp_path, monkeypatch, adapters, needed):
+    """Three checkpoints, the target and the tokens; what an interrupted run has written is room for it."""
+    planned = {"memory_bytes": {"weights": 1000, "gradients and optimizer": 300}, "tokens": 100}
+    place = Place.of(tmp_path / "target")
+    place.work.mkdir()
+    for written in (0, 600):
+        (place.work / "train.tokens").write_bytes(bytes(written))
+        monkeypatch.setattr("shutil.disk_usage", lambda path, free=needed - written: SimpleNamespace(free=free))
+        check_space(place, planned, adapters)
+        monkeypatch.setattr("shutil.disk_usage", lambda path, free=needed - written - 1: SimpleNamespace(free=free))
+        with pytest.raises(OSError, match="needs about"):
+            check_space(place, planned, adapters)
+
+
+def test_heal_refuses_a_disk_without_room(models, tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 2**20})())
+    with pytest.raises(OSError, match=r"needs about .* GiB left; free space"):
+        heal(models, tmp_path / "healed", tokens=2_000_000)
+
+
+# processes
+
+
+FSDP2 = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+}
+
+
+@pytest.mark.parametrize("sharding", [{}, FSDP2], ids=["DDP", "FSDP2"])
+def test_two_processes_train_as_one(models, tmp_path, sharding):
+    """`accelerate launch` with two gloo ranks: the same losses and weights within rounding."""
+    (tmp_path / "half").mkdir()
+    for file in (models / "half").iterdir():
+        (tmp_path / "half" / file.name).write_bytes(file.read_bytes())
+    config = json.loads((tmp_path / "half" / "config.json").read_text())
+    (tmp_path / "half" / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.0}))
+    # Five evaluation sequences, which two processes cannot share out evenly.
+    changes = {"tokens": 20 * 128, "eval_tokens": 5 * 32}
+    one = heal(models, tmp_path / "one", model=str(tmp_path / "half"), **changes)
+    target = tmp_path / "two"
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    command = ["heal", tmp_path / "half", target, "--teacher", models / "source", "--data", models / "text.txt"]
+    for name, value in {**SMALL, **changes}.items():
+        command += [f"--{name.replace('_', '-')}", value]
+    done = subprocess.run(
+        [
+            *launch,
+            *([HELPERS / "fsdp_on_cpu.py"] if sharding else ["-m", "egmla"]),
+            *map(str, command),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **sharding},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert ("parameters are DTensor" in done.stderr) == bool(sharding)
+    two = json.loads((target / "training_report.json").read_text())
+    assert two["settings"]["processes"] == 2
+    assert [row["loss"] for row in two["losses"]] == pytest.approx([row["loss"] for row in one["losses"]], rel=1e-4)
+    for name in ("0 tokens", "trained"):
+        assert two["perplexity"][name] == pytest.approx(one["perplexity"][name], rel=1e-4)
+    left, right = weights(tmp_path / "one"), weights(target)
+    assert max(difference(tensor, right[name]) for name, tensor in left.items()) < 1e-4
+
+
+def test_adapters_are_not_sharded(models, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match=r"lora_rank=2 with FSDP or DeepSpeed.*--multi_gpu"):
+        heal(models, tmp_path / "healed", lora_rank=2)
+    assert not list(tmp_path.iterdir())
+
+
+def test_healed_models_load_without_the_package(models, tmp_path, clean_python):
+    heal(models, tmp_path / "healed")
+    script = (
+        "import sys, torch; from transformers import AutoModelForCausalLM as A, AutoTokenizer as T; "
+        f"m = A.from_pretrained({str(tmp_path / 'healed')!r}, trust_remote_code=True); "
+        f"T.from_pretrained({str(tmp_path / 'healed')!r}); "
+        "print(m(torch.arange(5)[None]).logits.double().sum().item(), 'egmla' in sys.modules)"
+    )
+    done = subprocess.run([clean_python, "-c", script], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    total, imported = done.stdout.split()[-2:]
+    model = EGMLAForCausalLM.from_pretrained(tmp_path / "healed")
+    assert imported == "False"
+    assert float(total) == pytest.approx(model(torch.arange(5)[None]).logits.double().sum().item(), rel=1e-5)
