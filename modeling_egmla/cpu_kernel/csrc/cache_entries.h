@@ -1,6 +1,6 @@
 // Copyright 2026 The egmla authors. Licensed under the Apache License, Version 2.0.
 //
-// Cache entries as they are cached: in floating point, int8 and int4.
+// Cache entries as they are stored: floating point, int8 and int4.
 
 #pragma once
 
@@ -16,8 +16,8 @@
 
 namespace {
 
-// Where entries come from. `read` gives `count` tokens from `start` on as fp32 rows, in `space` or where they lie;
-// `ahead` is where the bytes of a token are, for prefetching, if tokens lie one behind the other.
+// Sources of entries. `read` returns `count` tokens from `start` on as fp32 rows: in `space`, or where they lie
+// already. `address` is where a token's bytes are, for prefetching; tokens are contiguous.
 
 template <typename T>
 struct Dense {
@@ -25,9 +25,7 @@ struct Dense {
   int64_t sequence_stride, width;
   static constexpr int64_t bits = 8 * sizeof(T);
 
-  const T* at(int64_t sequence, int64_t start) const {
-    return entries + sequence * sequence_stride + start * width;
-  }
+  const T* at(int64_t sequence, int64_t start) const { return entries + sequence * sequence_stride + start * width; }
   const float* read(int64_t sequence, int64_t start, int64_t count, float* space, float*) const {
     const T* from = at(sequence, start);
     if constexpr (std::is_same_v<T, float>) {
@@ -39,12 +37,12 @@ struct Dense {
     }
   }
   static constexpr bool quantised = false;
-  uintptr_t ahead(int64_t sequence, int64_t token) const {
+  uintptr_t address(int64_t sequence, int64_t token) const {
     return reinterpret_cast<uintptr_t>(entries) + (sequence * sequence_stride + token * width) * sizeof(T);
   }
 };
 
-// int8 codes, each group of neighbouring elements of a token with a scale.
+// int8 codes. Each group of neighbouring elements of a token has a scale.
 struct ElementGroups {
   const int8_t* codes;
   const c10::BFloat16* scales;
@@ -71,22 +69,23 @@ struct ElementGroups {
 
   static constexpr bool quantised = true, scales_by_token = true;
   int64_t element_groups() const { return groups; }
-  // Where groups are whole vectors of a value.
+  // Whether a value consists of whole groups, and a group of whole vectors.
   bool has_codes(int64_t, int64_t rank) const {
     const int64_t elements = width / groups;
     return elements % LANES == 0 && rank % elements == 0;
   }
-  int64_t stop(int64_t) const { return std::numeric_limits<int64_t>::max(); }
-  int64_t together(int64_t, int64_t count) const { return count; }
-  // Of codes that were made unsigned; and of values, which are multiplied with weights instead of queries.
+  int64_t segment_end(int64_t) const { return std::numeric_limits<int64_t>::max(); }
+  int64_t same_group(int64_t, int64_t count) const { return count; }
+  // What is added to codes to make them unsigned: for scores, and for values.
   static constexpr int32_t offset = 128, value_offset = 128;
-  // Codes [count, W], made unsigned, and scales [groups, `stride`].
+  // Reads codes [count, W], made unsigned, and scales [groups, `stride`].
   void read_codes(
       int64_t sequence, int64_t start, int64_t count, uint8_t* __restrict to, float* factors, int64_t stride) const {
     const int8_t* code = codes_at(sequence, start);
     for (int64_t i = 0; i < count * width; i++) to[i] = static_cast<uint8_t>(code[i]) ^ 128;
     const c10::BFloat16* scale = scales_at(sequence, start);
-    // Two groups are the latent and a rotary key as wide; of a number known ahead the loops are vectors.
+    // Two groups are common: the latent, and a rotary key of the same width. A constant number of groups lets the
+    // compiler vectorise the loops.
     groups == 2 ? read_scales<2>(scale, count, factors, stride) : read_scales<0>(scale, count, factors, stride);
   }
   template <int64_t GROUPS>
@@ -95,20 +94,20 @@ struct ElementGroups {
     for (int64_t group = 0; group < every; group++) {
       for (int64_t token = 0; token < count; token++) {
         const float factor = static_cast<float>(scale[token * every + group]);
-        factors[group * stride + token] = factor + (factor - factor);  // no number if infinite, as of 0 times that
+        factors[group * stride + token] = factor + (factor - factor);  // NaN if infinite, as 0 times infinity is
       }
     }
   }
-  uintptr_t ahead(int64_t sequence, int64_t token) const {
+  uintptr_t address(int64_t sequence, int64_t token) const {
     return reinterpret_cast<uintptr_t>(codes) + sequence * codes_stride + token * width;
   }
 };
 
-// int4 codes, each group of neighbouring tokens of an element with a scale and a zero point, between tokens that are
-// kept as they are: the first few, and those behind the last whole group.
+// int4 codes. Each group of neighbouring tokens has a scale and a zero point per element. The residual tokens are not
+// quantised: the first few, and those after the last full group.
 template <typename T>
 struct TokenGroups {
-  Dense<T> kept;
+  Dense<T> residual;
   const uint8_t* codes;
   const c10::BFloat16* scales;
   int64_t codes_stride, scales_stride, width, first, grouped, size;
@@ -118,7 +117,7 @@ struct TokenGroups {
   const uint8_t* codes_at(int64_t sequence, int64_t place) const {
     return codes + sequence * codes_stride + place * token_bytes();
   }
-  // Scales [W] and zero points [W] of a group.
+  // Reads scales [W] and zero points [W] of a group.
   void read_scales(int64_t sequence, int64_t group, float* to) const {
     const c10::BFloat16* scale = scales + sequence * scales_stride + group * 2 * width;
     for (int64_t i = 0; i < 2 * width; i++) to[i] = static_cast<float>(scale[i]);
@@ -126,18 +125,18 @@ struct TokenGroups {
   // `space` has room for the block, `scratch` for two rows.
   const float* read(int64_t sequence, int64_t start, int64_t count, float* space, float* scratch) const {
     const int64_t half = token_bytes();
-    int64_t held = -1;  // the group whose scales are in `scratch`
+    int64_t current = -1;  // the group whose scales are in `scratch`
     for (int64_t token = start; token < start + count; token++) {
       float* row = space + (token - start) * width;
       const int64_t place = token - first;
       if (place < 0 || place >= grouped) {
-        const float* found = kept.read(sequence, place < 0 ? token : token - grouped, 1, row, nullptr);
+        const float* found = residual.read(sequence, place < 0 ? token : token - grouped, 1, row, nullptr);
         if (found != row) std::copy(found, found + width, row);
         continue;
       }
-      if (group(token) != held) {
-        held = group(token);
-        read_scales(sequence, held, scratch);
+      if (group(token) != current) {
+        current = group(token);
+        read_scales(sequence, current, scratch);
       }
       const uint8_t* code = codes_at(sequence, place);
       const float *scale = scratch, *zero = scratch + width;
@@ -150,15 +149,15 @@ struct TokenGroups {
 
   static constexpr bool quantised = true, scales_by_token = false;
   int64_t element_groups() const { return 1; }
-  // In groups of fewer it takes longer.
+  // Smaller groups are faster as fp32.
   bool has_codes(int64_t token, int64_t) const { return size >= 24 && token >= first && token - first < grouped; }
-  // Where it ends that tokens are codes, or are none.
-  int64_t stop(int64_t token) const {
+  // The end of the segment of `token`: residual tokens and codes alternate.
+  int64_t segment_end(int64_t token) const {
     if (token < first) return first;
     return token - first < grouped ? first + grouped : std::numeric_limits<int64_t>::max();
   }
   int64_t group(int64_t token) const { return (token - first) / size; }
-  // About what a group's scales of elements are: those of the first group, none far smaller than the largest.
+  // Typical scales of the elements: those of the first group. None is far smaller than the largest.
   void typical_scales(int64_t sequence, float* to) const {
     const c10::BFloat16* scale = scales + sequence * scales_stride;
     float largest = 0;
@@ -170,10 +169,11 @@ struct TokenGroups {
       to[i] = largest > 0 ? std::clamp(std::isfinite(to[i]) ? to[i] : 0, largest / 32, largest) : 1;
     }
   }
-  int64_t together(int64_t token, int64_t count) const { return std::min(count, size - (token - first) % size); }
-  // In the middle of codes: less of the rounding of queries is multiplied. Weights have less of it.
+  int64_t same_group(int64_t token, int64_t count) const { return std::min(count, size - (token - first) % size); }
+  // The middle of the codes, so that the rounding of queries is multiplied with small numbers. The rounding of weights
+  // is small anyway.
   static constexpr int32_t offset = 8, value_offset = 0;
-  // Codes [count, W], and their group's scales [W] and zero points [W].
+  // Reads codes [count, W], and their group's scales [W] and zero points [W].
   void read_codes(
       int64_t sequence, int64_t start, int64_t count, uint8_t* __restrict to, float* factors, int64_t) const {
     const int64_t half = token_bytes();
@@ -184,7 +184,7 @@ struct TokenGroups {
     }
     read_scales(sequence, group(start), factors);
   }
-  uintptr_t ahead(int64_t sequence, int64_t token) const {
+  uintptr_t address(int64_t sequence, int64_t token) const {
     const int64_t place = std::clamp<int64_t>(token - first, 0, grouped);
     return reinterpret_cast<uintptr_t>(codes_at(sequence, place));
   }

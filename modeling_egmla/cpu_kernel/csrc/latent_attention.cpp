@@ -1,17 +1,15 @@
 // Copyright 2026 The egmla authors. Licensed under the Apache License, Version 2.0.
 //
-// Decode attention of all heads over one shared latent, on a CPU: each cache entry is read once for all heads, in the
-// format it is cached in, and its first R elements serve as the value. And int8 quantisation of new entries, which
-// would be twenty small operations in each layer. Compiled and loaded by cpu_kernel.py.
+// Decode attention over one shared latent, on a CPU: one new token per sequence, all heads. Each cache entry is read
+// once for all heads, in the dtype in which it is cached. Its first R elements are the value. build.py compiles this
+// file and __init__.py loads it. README.md explains how to read it.
 //
-// Tokens are taken in blocks that stay in the first caches: scores, running softmax, weighted sum. A vector of scores
-// has a head per lane, so that an element of the cache is one broadcast for all heads of a vector; with AVX-512 and
-// widths that allow it (`in_quads`) four tokens of each of four heads, from products of 16 bytes of each head at a
-// time: of fp32, bf16 or codes, where the processor multiplies those. A vector of sums has elements of the value.
+// Attention runs over blocks of tokens that stay in the L1 cache: scores, online softmax, weighted sum. There are two
+// layouts of scores. `head_per_lane.h` has one head per SIMD lane and works everywhere. `tiles.h` has tiles of 4 heads
+// x 4 tokens, and needs AVX-512 and suitable widths (`fits_tiles`).
 //
-// Here threads share out sequences and parts of them, and parts are merged by their sums of exponentials. What a part
-// comes to is in floating_point.h and, of int8 and int4 codes, in codes.h; how entries are cached in cache_entries.h,
-// and how they become int8 in quantize_int8.h.
+// This file splits sequences between threads (split-KV) and merges the splits. It also checks the operators' arguments,
+// and writes new int8 entries.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -37,95 +35,100 @@
 
 namespace {
 
-// Fewer tokens than this are not worth a part of their own; or one beside those that keep all threads at work.
-constexpr int64_t PART_TOKENS = 256, FURTHER_PART_TOKENS = 2048;
+// Fewer tokens than this do not deserve a split of their own. The second: once all threads have work.
+constexpr int64_t SPLIT_TOKENS = 256, EXTRA_SPLIT_TOKENS = 2048;
 
-// Queries [B, rows, W], output [B, rows, R], both contiguous fp32; `tokens` of each sequence. T: what is multiplied.
+// Queries [B, rows, W], output [B, rows, R], both contiguous fp32. `all_tokens` is the length of each sequence. T is
+// the dtype that is multiplied.
 template <typename T, typename Source>
 void run(
     const Source& source, const Mask& mask, const float* query, float* output, int64_t batch, int64_t rows,
     int64_t all_tokens, int64_t width, int64_t rank, float scaling) {
-  const int64_t tokens = tokens_to_last_seen(mask, batch, all_tokens);
+  const int64_t tokens = tokens_to_last_visible(mask, batch, all_tokens);
 #ifdef _OPENMP
   const int64_t threads = at::get_num_threads();
 #else
-  const int64_t threads = 1;  // what `parallel_for` comes to
+  const int64_t threads = 1;  // `parallel_for` runs on one thread then
 #endif
-  // So many that all threads get as many, unless that is too many to merge or too few tokens; of many tokens
-  // about four for each thread, which takes the next one when it is done: a core may be slower than another, or busy.
-  const int64_t even = threads / std::gcd(batch, threads), few = 4 * threads / std::max<int64_t>(1, batch) + 1;
-  const int64_t least = std::clamp<int64_t>(tokens / PART_TOKENS, 1, std::min(even, few));
+  // As many splits as give all threads equal work, unless there are too many to merge or too few tokens. Long sequences
+  // get about four splits per thread: a free thread takes the next, since one core may be slower or busy.
+  const int64_t balanced = threads / std::gcd(batch, threads), limit = 4 * threads / std::max<int64_t>(1, batch) + 1;
+  const int64_t least = std::clamp<int64_t>(tokens / SPLIT_TOKENS, 1, std::min(balanced, limit));
   const int64_t most = threads > 1 ? std::max<int64_t>(1, 4 * threads / std::max<int64_t>(1, batch * least)) : 1;
-  const int64_t parts = least * std::clamp<int64_t>(tokens / (FURTHER_PART_TOKENS * least), 1, most);
-  const int64_t part_tokens = ((tokens + parts - 1) / parts + TILE - 1) / TILE * TILE;
+  const int64_t splits = least * std::clamp<int64_t>(tokens / (EXTRA_SPLIT_TOKENS * least), 1, most);
+  const int64_t split_tokens = ((tokens + splits - 1) / splits + STEP_TOKENS - 1) / STEP_TOKENS * STEP_TOKENS;
   const int64_t lanes = (rows + LANES - 1) / LANES * LANES;
-  const bool quads = in_quads<T>(width, rank);
-  const bool has_integers = MULTIPLIES_INTEGERS && Source::quantised && in_quads<float>(width, rank) && width % 16 == 0;
-  bool needs_quads = quads, needs_lanes = !quads;
+  const bool use_tiles = fits_tiles<T>(width, rank);
+  const bool has_integers =
+      MULTIPLIES_INTEGERS && Source::quantised && fits_tiles<float>(width, rank) && width % 16 == 0;
+  bool needs_tiles = use_tiles, needs_lanes = !use_tiles;
   if constexpr (Source::quantised) {
-    // int8's codes need queries in no other form than their own; int4's have kept tokens beside them, and zero points.
+    // int8 codes need queries only as int8. int4 has residual tokens and zero points beside its codes, which need more.
     const bool codes_alone = has_integers && Source::scales_by_token && source.has_codes(0, rank);
-    needs_quads = quads && !codes_alone;
-    needs_lanes = !codes_alone && (!quads || has_integers);
+    needs_tiles = use_tiles && !codes_alone;
+    needs_lanes = !codes_alone && (!use_tiles || has_integers);
   }
-  Buffer<float> values(batch * parts * lanes * rank), total(batch * parts * lanes), top(batch * parts * lanes, HIDDEN);
+  Buffer<float> values(batch * splits * lanes * rank), denominators(batch * splits * lanes),
+      maxima(batch * splits * lanes, MASKED_SCORE);
 
   std::atomic<int64_t> next{0};
-  at::parallel_for(0, std::min(threads, batch * parts), 1, [&](int64_t, int64_t) {
+  at::parallel_for(0, std::min(threads, batch * splits), 1, [&](int64_t, int64_t) {
     Buffer<float> by_lane(needs_lanes ? lanes * width : 0);
-    Buffer<T> by_quad(needs_quads ? lanes * width : 0, T(0.0f));
+    Buffer<T> tiled(needs_tiles ? lanes * width : 0, T(0.0f));
     std::optional<std::conditional_t<Source::quantised, CodeQueries<Source>, int>> code_queries;
     if constexpr (MULTIPLIES_INTEGERS && Source::quantised) {
       if (has_integers) code_queries.emplace(source, lanes, width);
     }
-    int64_t held = -1;  // the sequence whose queries these are
-    for (int64_t task; (task = next++) < batch * parts;) {
-      const int64_t sequence = task / parts, part = task % parts;
-      const float* of_sequence = query + sequence * rows * width;
-      const bool other = sequence != std::exchange(held, sequence);
+    int64_t current = -1;  // the sequence whose queries are packed
+    for (int64_t task; (task = next++) < batch * splits;) {
+      const int64_t sequence = task / splits, split = task % splits;
+      const float* sequence_query = query + sequence * rows * width;
+      const bool other = sequence != std::exchange(current, sequence);
       for (int64_t row = 0; other && needs_lanes && row < rows; row++) {
         float* to = by_lane.data() + row / LANES * LANES * width + row % LANES;
-        for (int64_t i = 0; i < width; i++) to[i * LANES] = of_sequence[row * width + i];
+        for (int64_t i = 0; i < width; i++) to[i * LANES] = sequence_query[row * width + i];
       }
-      if (other && needs_quads) make_quads(of_sequence, rows, width, by_quad.data());
+      if (other && needs_tiles) pack_queries(sequence_query, rows, width, tiled.data());
       if constexpr (MULTIPLIES_INTEGERS && Source::quantised) {
-        if (other && has_integers) code_queries->make(source, sequence, of_sequence, rows, width, by_lane.data());
+        if (other && has_integers) code_queries->make(source, sequence, sequence_query, rows, width, by_lane.data());
       }
-      const Sums sums{top.data() + task * lanes, total.data() + task * lanes, values.data() + task * lanes * rank};
-      const int64_t end = std::min(tokens, (part + 1) * part_tokens);
-      for (int64_t start = part * part_tokens; start < end;) {
+      const Sums sums{
+          maxima.data() + task * lanes, denominators.data() + task * lanes, values.data() + task * lanes * rank};
+      const int64_t end = std::min(tokens, (split + 1) * split_tokens);
+      for (int64_t start = split * split_tokens; start < end;) {
         int64_t stop = end;
         if constexpr (MULTIPLIES_INTEGERS && Source::quantised) {
-          if (has_integers) stop = std::min(end, source.stop(start));
+          if (has_integers) stop = std::min(end, source.segment_end(start));
           if (has_integers && source.has_codes(start, rank)) {
             attend_codes(source, mask, *code_queries, scaling, sequence, start, stop, rows, width, rank, sums);
             start = stop;
             continue;
           }
         }
-        const Queries<T> queries{by_lane.data(), by_quad.data(), scaling};
+        const Queries<T> queries{by_lane.data(), tiled.data(), scaling};
         attend(source, mask, queries, sequence, start, stop, rows, width, rank, sums);
         start = stop;
       }
     }
   });
 
-  at::parallel_for(0, batch * rows, std::max<int64_t>(1, 16384 / (rank * parts)), [&](int64_t first, int64_t last) {
+  at::parallel_for(0, batch * rows, std::max<int64_t>(1, 16384 / (rank * splits)), [&](int64_t first, int64_t last) {
     for (int64_t place_of_row = first; place_of_row < last; place_of_row++) {
       const int64_t sequence = place_of_row / rows, row = place_of_row % rows;
       float* to = output + (sequence * rows + row) * rank;
       std::fill(to, to + rank, 0.0f);
-      float highest = HIDDEN, whole = 0;
-      const int64_t place = sequence * parts * lanes + row;
-      for (int64_t part = 0; part < parts; part++) highest = std::max(highest, top.data()[place + part * lanes]);
-      for (int64_t part = 0; part < parts; part++) {
-        const int64_t from = place + part * lanes;
-        const float share = std::exp(top.data()[from] - highest);
-        whole += share * total.data()[from];
-        for (int64_t i = 0; i < rank; i++) to[i] += share * values.data()[from * rank + i];
+      float highest = MASKED_SCORE, denominator = 0;
+      const int64_t place = sequence * splits * lanes + row;
+      for (int64_t split = 0; split < splits; split++)
+        highest = std::max(highest, maxima.data()[place + split * lanes]);
+      for (int64_t split = 0; split < splits; split++) {
+        const int64_t from = place + split * lanes;
+        const float factor = std::exp(maxima.data()[from] - highest);
+        denominator += factor * denominators.data()[from];
+        for (int64_t i = 0; i < rank; i++) to[i] += factor * values.data()[from * rank + i];
       }
-      // Nothing is seen: 0, as a mean of nothing.
-      for (int64_t i = 0; i < rank && whole != 0; i++) to[i] /= whole;
+      // A fully masked sequence gives 0.
+      for (int64_t i = 0; i < rank && denominator != 0; i++) to[i] /= denominator;
     }
   });
 }
@@ -139,7 +142,7 @@ Mask read_mask(const std::optional<at::Tensor>& mask, int64_t batch, int64_t tok
   return {mask->const_data_ptr<bool>(), mask->size(0) == 1 ? 0 : mask->stride(0), mask->stride(3)};
 }
 
-// Checks that [B, 1, rows, .] has rows one behind the other, `used` or more of them.
+// Checks that `tensor` is [B, 1, rows, .], has at least `used` rows, and that rows are contiguous.
 void check_rows(const at::Tensor& tensor, int64_t batch, int64_t used, const char* name) {
   TORCH_CHECK(
       tensor.dim() == 4 && tensor.size(0) == batch && tensor.size(1) == 1 && 0 <= used && used <= tensor.size(2) &&
@@ -161,8 +164,8 @@ at::Tensor compute(
         batch, rows, tokens, width, rank, static_cast<float>(scaling));
   };
   if constexpr (MULTIPLIES_BF16 && std::is_same_v<Source, Dense<c10::BFloat16>>) {
-    // Queries of bf16 lose nothing; weights are rounded as in PyTorch's fused kernel.
-    if (query.scalar_type() == at::kBFloat16 && in_quads<c10::BFloat16>(width, rank)) {
+    // bf16 queries lose nothing. Weights are rounded as in PyTorch's fused kernel.
+    if (query.scalar_type() == at::kBFloat16 && fits_tiles<c10::BFloat16>(width, rank)) {
       multiplying.template operator()<c10::BFloat16>();
       return output.to(query.scalar_type());
     }
@@ -172,8 +175,8 @@ at::Tensor compute(
 }
 
 template <typename Make>
-auto by_format(at::ScalarType format, const Make& make) {
-  switch (format) {
+auto by_dtype(at::ScalarType dtype, const Make& make) {
+  switch (dtype) {
     case at::kFloat:
       return make(float{});
     case at::kBFloat16:
@@ -190,11 +193,10 @@ Dense<T> dense(const at::Tensor& entries) {
   return {entries.const_data_ptr<T>(), entries.stride(0), entries.size(3)};
 }
 
-// Gives the number of sequences.
+// Returns the batch size.
 int64_t check_query(const at::Tensor& query, const at::Tensor& entries, int64_t rank) {
   TORCH_CHECK(
-      query.dim() == 4 && query.size(2) == 1 && query.size(3) == entries.size(-1) && rank > 0 &&
-          rank <= query.size(3),
+      query.dim() == 4 && query.size(2) == 1 && query.size(3) == entries.size(-1) && rank > 0 && rank <= query.size(3),
       "egmla: queries must be [B, heads, 1, W] as wide as entries, and the latent no wider");
   return query.size(0);
 }
@@ -203,12 +205,12 @@ at::Tensor attention(
     const at::Tensor& query, const at::Tensor& entries, const std::optional<at::Tensor>& mask, double scaling,
     int64_t rank) {
   check_rows(entries, check_query(query, entries, rank), entries.size(-2), "entries");
-  return by_format(entries.scalar_type(), [&](auto zero) {
+  return by_dtype(entries.scalar_type(), [&](auto zero) {
     return compute(dense<decltype(zero)>(entries), query, mask, entries.size(2), scaling, rank);
   });
 }
 
-// Of int8.
+// Checks the shapes of int8 codes and scales.
 void check_groups(const at::Tensor& codes, const at::Tensor& scales) {
   TORCH_CHECK(
       scales.size(3) > 0 && codes.size(3) % scales.size(3) == 0,
@@ -223,8 +225,8 @@ void rotate_rows(float* data, int64_t rows, int64_t width, int64_t rank) {
   });
 }
 
-// The first `tokens` of codes [B, 1, capacity, W] and scales [B, 1, capacity, groups]. Entries are rotated ones, so
-// queries are rotated too, and what comes out once more: the rotation is its own inverse.
+// Attends to the first `tokens` of codes [B, 1, capacity, W] and scales [B, 1, capacity, groups]. Entries are rotated.
+// So queries are rotated before, and the output after: the rotation is its own inverse.
 at::Tensor attention_int8(
     const at::Tensor& query, const at::Tensor& codes, const at::Tensor& scales, int64_t tokens,
     const std::optional<at::Tensor>& mask, double scaling, int64_t rank) {
@@ -233,8 +235,12 @@ at::Tensor attention_int8(
   check_rows(scales, batch, tokens, "scales");
   check_groups(codes, scales);
   const ElementGroups source{
-      codes.const_data_ptr<int8_t>(), scales.const_data_ptr<c10::BFloat16>(), codes.stride(0), scales.stride(0),
-      width, scales.size(3)};
+      codes.const_data_ptr<int8_t>(),
+      scales.const_data_ptr<c10::BFloat16>(),
+      codes.stride(0),
+      scales.stride(0),
+      width,
+      scales.size(3)};
   const at::Tensor rotated = at::empty(query.sizes(), query.options().dtype(at::kFloat));
   rotated.copy_(query);
   rotate_rows(rotated.mutable_data_ptr<float>(), rows, width, rank);
@@ -243,16 +249,16 @@ at::Tensor attention_int8(
   return output.to(query.scalar_type());
 }
 
-// A token of [B, 1, n, W], wherever its elements lie.
+// Copies one token of [B, 1, n, W] with any strides.
 void copy_row(const at::Tensor& tensor, int64_t sequence, int64_t token, float* to) {
-  by_format(tensor.scalar_type(), [&](auto zero) {
+  by_dtype(tensor.scalar_type(), [&](auto zero) {
     const auto* from = tensor.const_data_ptr<decltype(zero)>() + sequence * tensor.stride(0) + token * tensor.stride(2);
     for (int64_t i = 0; i < tensor.size(3); i++) to[i] = static_cast<float>(from[i * tensor.stride(3)]);
   });
 }
 
-// Writes tokens [B, 1, n, R] and [B, 1, n, P], rotated, behind the first `start` of codes [B, 1, capacity, R + P] and
-// scales [B, 1, capacity, groups].
+// Rotates tokens [B, 1, n, R] and [B, 1, n, P], quantises them, and writes them after the first `start` rows of codes
+// [B, 1, capacity, R + P] and scales [B, 1, capacity, groups].
 void write_int8(
     const at::Tensor& latent, const at::Tensor& rope_key, const at::Tensor& codes, const at::Tensor& scales,
     int64_t start) {
@@ -269,7 +275,7 @@ void write_int8(
   const int64_t codes_stride = codes.stride(0), scales_stride = scales.stride(0);
   int8_t* to_codes = codes.mutable_data_ptr<int8_t>();
   c10::BFloat16* to_scales = scales.mutable_data_ptr<c10::BFloat16>();
-  at::parallel_for(0, batch * n, PART_TOKENS, [&](int64_t first, int64_t last) {
+  at::parallel_for(0, batch * n, SPLIT_TOKENS, [&](int64_t first, int64_t last) {
     Buffer<float> space(2 * width);
     float* row = space.data();
     for (int64_t place = first; place < last; place++) {
@@ -286,25 +292,32 @@ void write_int8(
   });
 }
 
-// Codes [B, 1, capacity, g * W / 2] and scales [B, 1, capacity, 2 W], `groups` of them in use, and tokens that are kept
-// as they are [B, 1, n, W].
+// Attends to the first `groups` of codes [B, 1, capacity, g * W / 2] and scales [B, 1, capacity, 2 W], and to residual
+// tokens [B, 1, n, W].
 at::Tensor attention_int4(
-    const at::Tensor& query, const at::Tensor& kept, int64_t first, const at::Tensor& codes, const at::Tensor& scales,
-    int64_t groups, const std::optional<at::Tensor>& mask, double scaling, int64_t rank) {
-  const int64_t batch = check_query(query, kept, rank), width = query.size(3), of_token = (width + 1) / 2;
-  check_rows(kept, batch, kept.size(-2), "kept entries");
+    const at::Tensor& query, const at::Tensor& residual, int64_t first, const at::Tensor& codes,
+    const at::Tensor& scales, int64_t groups, const std::optional<at::Tensor>& mask, double scaling, int64_t rank) {
+  const int64_t batch = check_query(query, residual, rank), width = query.size(3), token_bytes = (width + 1) / 2;
+  check_rows(residual, batch, residual.size(-2), "kept entries");
   check_rows(codes, batch, groups, "codes");
   check_rows(scales, batch, groups, "scales");
   TORCH_CHECK(
-      codes.size(3) % of_token == 0 && scales.size(3) == 2 * width && 0 <= first &&
-          (first <= kept.size(2) || groups == 0),
+      codes.size(3) % token_bytes == 0 && scales.size(3) == 2 * width && 0 <= first &&
+          (first <= residual.size(2) || groups == 0),
       "egmla: codes must be [B, 1, groups, g * W / 2] and scales [B, 1, groups, 2 W]");
-  const int64_t size = codes.size(3) / of_token;
-  return by_format(kept.scalar_type(), [&](auto zero) {
+  const int64_t size = codes.size(3) / token_bytes;
+  return by_dtype(residual.scalar_type(), [&](auto zero) {
     const TokenGroups<decltype(zero)> source{
-        dense<decltype(zero)>(kept), codes.const_data_ptr<uint8_t>(), scales.const_data_ptr<c10::BFloat16>(),
-        codes.stride(0), scales.stride(0), width, first, groups * size, size};
-    return compute(source, query, mask, kept.size(2) + groups * size, scaling, rank);
+        dense<decltype(zero)>(residual),
+        codes.const_data_ptr<uint8_t>(),
+        scales.const_data_ptr<c10::BFloat16>(),
+        codes.stride(0),
+        scales.stride(0),
+        width,
+        first,
+        groups * size,
+        size};
+    return compute(source, query, mask, residual.size(2) + groups * size, scaling, rank);
   });
 }
 
@@ -318,8 +331,7 @@ TORCH_LIBRARY(egmla, library) {
   library.def(
       "latent_attention_int4(Tensor query, Tensor kept, int first, Tensor codes, Tensor scales, SymInt groups, "
       "Tensor? mask, float scaling, int rank) -> Tensor");
-  library.def(
-      "write_int8(Tensor latent, Tensor rope_key, Tensor(a!) codes, Tensor(b!) scales, SymInt start) -> ()");
+  library.def("write_int8(Tensor latent, Tensor rope_key, Tensor(a!) codes, Tensor(b!) scales, SymInt start) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(egmla, CPU, library) {

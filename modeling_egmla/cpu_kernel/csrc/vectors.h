@@ -1,6 +1,6 @@
 // Copyright 2026 The egmla authors. Licensed under the Apache License, Version 2.0.
 //
-// Vectors of the processor, what is done with them, and memory for them.
+// SIMD vectors, operations on them, and aligned memory.
 
 #pragma once
 
@@ -22,20 +22,20 @@ constexpr int64_t LANES = 8;
 #else
 constexpr int64_t LANES = 4;
 #endif
-// Tokens whose scores are held in registers at a time; of more than twelve heads in quads half as many.
-constexpr int64_t TILE = 8;
-// Elements of a block of tokens, unless a tile has more: 12 KB, so that it, queries and sums share the first cache.
+// Tokens scored in one step: their scores stay in registers. With more than twelve heads in tiles, half as many.
+constexpr int64_t STEP_TOKENS = 8;
+// Elements of a block of tokens, unless one step has more. 12 KB, so that block, queries and sums share the L1 cache.
 constexpr int64_t BLOCK_ELEMENTS = 3072;
 constexpr int64_t CACHE_LINE = 64;  // bytes
-// The cache that later entries are called for into: 3 the first, 2 the second. Into the first was 4 % faster with fp32
-// entries on Zen 4, and slower on Cascade Lake.
+// Prefetch target: 3 is the L1 cache, 2 the L2 cache. With fp32 entries L1 was 4 % faster on Zen 4, and slower on
+// Cascade Lake.
 #if defined(__AVX512BF16__)
-constexpr int INTO = 3;
+constexpr int PREFETCH_LOCALITY = 3;
 #else
-constexpr int INTO = 2;
+constexpr int PREFETCH_LOCALITY = 2;
 #endif
-// Score of a hidden token, before it is scaled; not infinite, so that differences are numbers.
-constexpr float HIDDEN = -1e30f;
+// Score of a masked token, before scaling. It is finite, so that differences of scores are not NaN.
+constexpr float MASKED_SCORE = -1e30f;
 
 typedef float Vector __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 typedef int32_t Integers __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
@@ -43,7 +43,7 @@ typedef int32_t Integers __attribute__((vector_size(LANES * 4), aligned(4), may_
 inline Vector load(const float* from) { return *reinterpret_cast<const Vector*>(from); }
 inline void store(float* to, Vector value) { *reinterpret_cast<Vector*>(to) = value; }
 
-// Weights as they are multiplied.
+// Stores weights in the dtype in which they are multiplied.
 inline void store_as(float* to, Vector value) { store(to, value); }
 #if defined(__AVX512BF16__)
 inline void store_as(c10::BFloat16* to, Vector value) {
@@ -51,7 +51,7 @@ inline void store_as(c10::BFloat16* to, Vector value) {
 }
 #endif
 
-// The larger one; of numbers that cannot be compared the second.
+// The larger of two. If one is NaN, the second.
 inline Vector larger(Vector a, Vector b) {
 #if defined(__AVX512F__)
   return (Vector)_mm512_max_ps((__m512)a, (__m512)b);
@@ -61,18 +61,18 @@ inline Vector larger(Vector a, Vector b) {
 }
 
 #if defined(__AVX512F__)
-// In each of four neighbouring lanes the largest of them.
+// In each group of four neighbouring lanes, their largest.
 inline Vector largest_of_four(Vector x) {
   x = larger((Vector)_mm512_permute_ps((__m512)x, 0b01001110), x);
   return larger((Vector)_mm512_permute_ps((__m512)x, 0b10110001), x);
 }
 #else
-inline Vector largest_of_four(Vector x) { return x; }  // and this is never called
+inline Vector largest_of_four(Vector x) { return x; }  // never called
 #endif
 
-// exp(x) for x <= 0, to 2e-7 of its value near 0 and 4e-6 at -87: 2^n times a polynomial for the rest. With `ROUGH` to
-// 1e-4, a twentieth of what rounding to bf16 changes, and a fortieth of what rounding queries to bytes does.
-template <bool ROUGH = false>
+// exp(x) for x <= 0, as 2^n times a polynomial. The relative error is 2e-7 near 0 and 4e-6 at -87. With `APPROXIMATE`
+// it is 1e-4: a twentieth of what rounding to bf16 changes, and a fortieth of what rounding queries to int8 changes.
+template <bool APPROXIMATE = false>
 inline Vector exponential(Vector x) {
   const Vector lowest = Vector{} - 87.0f;
   const Vector magic = Vector{} + 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
@@ -80,7 +80,7 @@ inline Vector exponential(Vector x) {
   const Vector rounded = scaled + magic;
   const Vector rest = scaled - (rounded - magic);
   Vector result;
-  if constexpr (ROUGH) {
+  if constexpr (APPROXIMATE) {
     result = Vector{} + 5.5171e-2f;
     result = result * rest + 2.4261e-1f;
     result = result * rest + 6.9326e-1f;
@@ -98,13 +98,13 @@ inline Vector exponential(Vector x) {
   return (Vector)_mm512_scalef_ps((__m512)result, (__m512)(rounded - magic));
 #else
   result = (Vector)(((Integers)rounded << 23) + (Integers)result);
-  return x == x ? result : x;  // of what is no number the bits, added up, may be those of one
+  return x == x ? result : x;  // the bits of a NaN, added up, may be those of a number
 #endif
 }
 
-typedef int32_t Word __attribute__((may_alias));  // a pair of 16-bit numbers
+typedef int32_t Pair __attribute__((may_alias));  // two 16-bit numbers
 
-// Memory that starts at a cache line: a vector that lies in two lines takes two reads.
+// Memory that starts at a cache line. A vector that straddles two lines takes two reads.
 template <typename T>
 class Buffer {
  public:
