@@ -31,7 +31,7 @@ LONG_MODULES = (
     "test_families",
     "test_training_runs",
     "test_harness",
-    "test_cpu_kernel",
+    "test_kernel_attention",
     "test_conversion_processes",
     "test_generation",
     "test_attention_backends",
