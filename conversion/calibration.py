@@ -12,7 +12,7 @@ import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .families.base import Family
-from .sources import Source
+from .source import Source
 
 
 # Attention maps of the first so many tokens measure the mean rotations: averages over millions of pairs.
@@ -190,14 +190,16 @@ class SourceRun:
         self.measured = len(sequences) if measured is None else measured
         self.source, self.family, self.weighting, self.dtype = source, family, weighting, getattr(torch, dtype)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        model = family.skeleton(config).model
+        model = family.meta_model(config).model
         self.layers = model.layers
         rotary = type(model.rotary_emb)(config).to(self.device)
-        self.embeddings = source.read(family.copied(config, None)["model.embed_tokens.weight"])[sequences].float()
+        self.embeddings = source.read(family.passthrough_tensors(config, None)["model.embed_tokens.weight"])[
+            sequences
+        ].float()
         self.states = self.embeddings
         positions = torch.arange(T, device=self.device)[None]
         tables = rotary(self.embeddings[:1].to(self.device), positions)
-        self.context = {"position_ids": positions, **family.context(tables)}
+        self.layer_kwargs = {"position_ids": positions, **family.layer_kwargs(tables)}
         frequencies = rotary.inv_freq[: family.shape(config).frequencies]
         self.phases = torch.polar(torch.ones_like(frequencies), torch.outer(positions[0].float(), frequencies))
         self.mask = torch.full((1, 1, T, T), -torch.inf, device=self.device).triu(1)
@@ -209,10 +211,12 @@ class SourceRun:
         shape, T = family.shape(source.config), self.states.shape[1]
         rotates = family.rotates(source.config, layer_idx)
         phases = self.phases if rotates else torch.ones_like(self.phases)
-        tensors = {name: source.tensor(f"model.layers.{layer_idx}.{name}").float() for name in layer.state_dict()}
+        tensors = {
+            name: source.tensor(f"{family.layer_prefix(layer_idx)}{name}").float() for name in layer.state_dict()
+        }
         layer.load_state_dict(tensors, assign=True)
         layer.to(self.device)
-        seen = _watch(layer, family.probes(source.config))
+        seen = _watch(layer, family.hooked_modules(source.config))
         sums = _Sums(shape.kv_width, self.weighting)
         states, outputs = torch.empty_like(self.states), torch.empty_like(self.states)
         for index, states_before in enumerate(self.states):
@@ -224,7 +228,7 @@ class SourceRun:
             mask = self.mask if measured else None
             reduced = self.dtype != torch.float32 and not measured
             with torch.autocast(self.device.type, dtype=self.dtype, enabled=reduced):
-                states[index] = layer(before[None], attention_mask=mask, **self.context)[0]
+                states[index] = layer(before[None], attention_mask=mask, **self.layer_kwargs)[0]
             *probed, attention, attended = seen
             # Where norms stand behind attention, they take its output, else the sum with what was before.
             outputs[index] = attended[0] - before if hasattr(layer, "input_layernorm") else attended[0]

@@ -359,9 +359,9 @@ def _decouple(shape, mixings, slots):
 
 
 def _turn(rows: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
-    """Rows of heads `[H, d, ...]`, each pair multiplied by its complex number in `rotation` `[H, F]`.
+    """TensorSlice of heads `[H, d, ...]`, each pair multiplied by its complex number in `rotation` `[H, F]`.
 
-    Rows behind the `F` pairs belong to no pair and stay.
+    TensorSlice behind the `F` pairs belong to no pair and stay.
     """
     F = rotation.shape[1]
     first, second, rest = rows.split([F, F, rows.shape[1] - 2 * F], dim=1)

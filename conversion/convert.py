@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import PreTrainedConfig
 from transformers.dynamic_module_utils import custom_object_save
 
 import egmla
 from egmla import EGMLAConfig
 from egmla.utils.files import read_json
+from egmla.utils.folders import JOURNAL, check_space, check_target, staged_folder, staging_path
+from egmla.utils.models import meta_model
 from egmla.utils.provenance import (
     CONVERSION_REPORT,
     machine,
@@ -31,6 +33,7 @@ from .deepseek_export import check_layout, deepseek_attention, deepseek_config, 
 from .estimates import disk, estimate
 from .families import find_family
 from .families.base import Family
+from .journal import Journal, check_unfinished
 from .layers import exact_layer, gate_at_identity, low_rank_layer, smaller_latent_layer, target_config
 from .plan import Plan, deal_ranks, full_widths, is_full_latent, plan_conversion, plan_latent
 from .recipes import Recipe, find_recipe, nearest_recipe, recipe_options, refinement_options
@@ -44,8 +47,10 @@ from .report import (
     source_perplexity,
     write_report,
 )
+from .shards import ShardWriter
+from .source import Source
 from .source_checks import check_tensors
-from .sources import Source, open_source
+from .sources import open_source
 from .texts import (
     MAX_CHARACTERS_PER_TOKEN,
     EvaluationText,
@@ -53,16 +58,6 @@ from .texts import (
     check_token_ids,
     open_evaluation,
     read_text,
-)
-from .writing import (
-    JOURNAL,
-    Journal,
-    ShardWriter,
-    check_space,
-    check_target,
-    check_unfinished,
-    staged_folder,
-    staging_path,
 )
 
 
@@ -180,9 +175,9 @@ def convert_checkpoint(
         calibration_report["sequences_measured"] = measured_sequences(sequences, refined=bool(refinement.steps))
     check_tensors(opened, family)
     family.check_weights(opened)
-    stored = output_dtype or opened.tensor("model.layers.0.self_attn.o_proj.weight").dtype
+    stored = output_dtype or opened.tensor(f"{family.layer_prefix(0)}self_attn.o_proj.weight").dtype
     states_shape = (0, 0, 0) if exact else (*sequences.shape, opened.config.hidden_size)
-    room = disk(_wanted_shapes(_empty_model(planned)).values(), stored, states_shape, refinement)
+    room = disk(_wanted_shapes(meta_model(planned)).values(), stored, states_shape, refinement)
     if unmeasured is None:
         check_space(target, room.needed_bytes)
     report: dict[str, Any] = {
@@ -254,7 +249,7 @@ def convert_checkpoint(
             finished = len(journal.layers)
             writer = ShardWriter(folder, parts=finished + 1 if finished else 0)
             if not finished:
-                for name, rows in family.copied(opened.config, None).items():
+                for name, rows in family.passthrough_tensors(opened.config, None).items():
                     writer.add(name, _cast(name, opened.read(rows), output_dtype))
                 writer.end_part()
             elif progress is not None:
@@ -263,13 +258,13 @@ def convert_checkpoint(
                 opened, family, plan, recipe, refinement, sequences, journal, progress
             ):
                 layer_idx = details["layer"]
-                for name, rows in family.copied(opened.config, layer_idx).items():
+                for name, rows in family.passthrough_tensors(opened.config, layer_idx).items():
                     writer.add(name, _cast(name, opened.read(rows), output_dtype))
-                own_dtype = opened.tensor(f"model.layers.{layer_idx}.self_attn.o_proj.weight").dtype
+                own_dtype = opened.tensor(f"{family.layer_prefix(layer_idx)}self_attn.o_proj.weight").dtype
                 if layout == "deepseek_v3":
                     tensors = deepseek_attention(tensors, query_factor(own, planned))
                 for name, tensor in tensors.items():
-                    name = f"model.layers.{layer_idx}.self_attn.{name}"
+                    name = f"{family.layer_prefix(layer_idx)}self_attn.{name}"
                     writer.add(name, _cast(name, tensor, output_dtype or own_dtype))
                 writer.end_part()
                 journal.finish_layer(details, states)
@@ -425,8 +420,8 @@ def _converted_layers(
             "energy_kept": float(spectrum[:rank].sum() / spectrum.sum()),
             "energy_by_rank": energy_by_rank(spectrum),
         }
-        copied = {name: source.read(rows) for name, rows in family.copied(config, layer_idx).items()}
-        prefix = f"model.layers.{layer_idx}."
+        copied = {name: source.read(rows) for name, rows in family.passthrough_tensors(config, layer_idx).items()}
+        prefix = family.layer_prefix(layer_idx)
         layer_tensors = {name.removeprefix(prefix): tensor for name, tensor in copied.items()}
         layer_tensors |= {f"self_attn.{name}": tensor for name, tensor in tensors.items()}
         # Of the config only this layer is looked at, so the layers to come may have its slots.
@@ -494,16 +489,6 @@ def _planned_config(config: PreTrainedConfig, family: Family, plan: Plan, recipe
     return target_config(config, family, plan, slots, recipe.latent_norm)
 
 
-def _empty_model(config: Any) -> Any:
-    """The converted model without weights."""
-    with torch.device("meta"):
-        return (
-            egmla.EGMLAForCausalLM(config)
-            if isinstance(config, EGMLAConfig)
-            else AutoModelForCausalLM.from_config(config)
-        )
-
-
 def _wanted_shapes(model: Any) -> dict[str, torch.Size]:
     """The tensors in a model's checkpoint, by name."""
     wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
@@ -514,7 +499,7 @@ def _wanted_shapes(model: Any) -> dict[str, torch.Size]:
 
 def _write_companions(folder: Path, config: Any, source: Source, writer: ShardWriter) -> None:
     """Config, code, tokenizer and generation settings; checks that the weights are just those the model wants."""
-    model = _empty_model(config)
+    model = meta_model(config)
     wanted = _wanted_shapes(model)
     if wanted != writer.shapes:
         different = sorted(set(wanted.items()) ^ set(writer.shapes.items()))[:4]

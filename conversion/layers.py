@@ -13,7 +13,7 @@ from .closed_form import LatentAttention, exact_attention, low_rank_attention, s
 from .families.base import Family
 from .plan import Plan
 from .recipes import Recipe
-from .sources import Source
+from .source import Source
 
 
 def low_rank_layer(
@@ -72,7 +72,7 @@ def smaller_latent_layer(
 def exact_layer(source: Source, family: Family, layer_idx: int) -> tuple[dict[str, torch.Tensor], list[int]]:
     """Attention tensors and rotary slots of a layer that keeps its function."""
     if family.latent:
-        prefix = f"model.layers.{layer_idx}.self_attn."
+        prefix = f"{family.layer_prefix(layer_idx)}self_attn."
         parts = family.attention(source.config, layer_idx)
         return {name.removeprefix(prefix): source.read(rows) for name, rows in parts.items()}, []
     shape, weights = family.shape(source.config), family.read_attention(source, layer_idx)

@@ -1,10 +1,11 @@
 """Whether the tensors of a checkpoint are those that its configuration asks for, before any work."""
 
 import torch
-from transformers import AutoModelForCausalLM
+
+from egmla.utils.models import meta_model
 
 from .families.base import Family
-from .sources import Rows, Source
+from .source import Source, TensorSlice
 
 
 # Families that may store layers behind the last, to predict further tokens; Transformers leaves them out too.
@@ -13,11 +14,11 @@ PREDICTING = ("deepseek_v3", "glm4_moe_lite")
 
 def check_tensors(source: Source, family: Family) -> None:
     """Every tensor the conversion needs is there and of its shape, and none is left that it does not know."""
-    parts: list[Rows] = list(family.copied(source.config, None).values())
+    parts: list[TensorSlice] = list(family.passthrough_tensors(source.config, None).values())
     for layer_idx in range(source.config.num_hidden_layers):
-        parts += family.copied(source.config, layer_idx).values()
+        parts += family.passthrough_tensors(source.config, layer_idx).values()
         parts += family.attention(source.config, layer_idx).values()
-        parts += map(Rows, (*family.norms(layer_idx).values(), *family.gate(source.config, layer_idx)))
+        parts += map(TensorSlice, (*family.norms(layer_idx).values(), *family.gate(source.config, layer_idx)))
     needed = {rows.name for rows in parts}
     _check_attention_extras(source, family)
     missing = sorted(needed - source.names)
@@ -38,7 +39,7 @@ def check_tensors(source: Source, family: Family) -> None:
     known = needed | {head}
     layers = source.config.num_hidden_layers
     more = getattr(source.config, "num_nextn_predict_layers", 1) if source.config.model_type in PREDICTING else 0
-    left_out = tuple(f"model.layers.{layer_idx}." for layer_idx in range(layers, layers + (more or 0)))
+    left_out = tuple(family.layer_prefix(layer_idx) for layer_idx in range(layers, layers + (more or 0)))
     unknown = sorted(
         name
         for name in source.names - known
@@ -49,8 +50,7 @@ def check_tensors(source: Source, family: Family) -> None:
             f"{source.label} has {len(unknown)} tensors that a {source.config.model_type} model does not, first "
             f"{unknown[0]}; converting would drop them. Is config.json the right one?"
         )
-    with torch.device("meta"):
-        wanted = AutoModelForCausalLM.from_config(source.config).state_dict()
+    wanted = meta_model(source.config).state_dict()
     for name in sorted(needed):
         if source.shape(name) != tuple(wanted[name].shape):
             raise ValueError(
@@ -70,7 +70,7 @@ def _check_attention_extras(source: Source, family: Family) -> None:
             "have; use a checkpoint without."
         )
     for layer_idx in range(0 if family.latent else source.config.num_hidden_layers):
-        names = [f"model.layers.{layer_idx}.self_attn.{role}_proj.bias" for role in "qkv"]
+        names = [f"{family.layer_prefix(layer_idx)}self_attn.{role}_proj.bias" for role in "qkv"]
         there = [name for name in names if name in source.names]
         absent = [name for name in names if name not in source.names]
         if there and absent:

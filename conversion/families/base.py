@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from egmla import EGMLAConfig
-from egmla.conversion.sources import Rows, Source
+from egmla.conversion.source import Source, TensorSlice
+from egmla.utils import models
 
 
 # Configuration fields with the same name and meaning in the source and in EG-MLA.
@@ -89,9 +90,9 @@ class AttentionWeights:
     o_bias: torch.Tensor
 
 
-def unchanged(*names: str) -> dict[str, Rows]:
+def identity(*names: str) -> dict[str, TensorSlice]:
     """Tensors that keep their name and content."""
-    return {name: Rows(name) for name in names}
+    return {name: TensorSlice(name) for name in names}
 
 
 class Family:
@@ -108,6 +109,10 @@ class Family:
     partial_rotary = False
     window_per_layer = False
     qk_norm: str | None = None
+
+    def layer_prefix(self, layer_idx: int) -> str:
+        """Return what the tensor names of a layer begin with, in the source and in EG-MLA."""
+        return f"model.layers.{layer_idx}."
 
     def check(self, config: PreTrainedConfig) -> None:
         """Raises `ValueError` for a variant of the architecture that cannot be converted."""
@@ -175,33 +180,34 @@ class Family:
         """Which of the projections `q`, `k`, `v`, `o` have a bias."""
         return "qkvo" if getattr(config, "attention_bias", False) else ""
 
-    def attention(self, config: PreTrainedConfig, layer_idx: int) -> dict[str, Rows]:
+    def attention(self, config: PreTrainedConfig, layer_idx: int) -> dict[str, TensorSlice]:
         """A layer's attention tensors by role: `q`, `k`, `v`, `o`, `q_bias`, ..."""
-        prefix = f"model.layers.{layer_idx}.self_attn."
-        names = {role: Rows(f"{prefix}{role}_proj.weight") for role in "qkvo"}
-        return names | {f"{role}_bias": Rows(f"{prefix}{role}_proj.bias") for role in self.bias_roles(config)}
+        prefix = f"{self.layer_prefix(layer_idx)}self_attn."
+        names = {role: TensorSlice(f"{prefix}{role}_proj.weight") for role in "qkvo"}
+        return names | {f"{role}_bias": TensorSlice(f"{prefix}{role}_proj.bias") for role in self.bias_roles(config)}
 
-    def probes(self, config: PreTrainedConfig) -> tuple[str, ...]:
+    def hooked_modules(self, config: PreTrainedConfig) -> tuple[str, ...]:
         """Attention modules, in order of use, that give all queries and then the features a latent is linear in."""
         return ("q_norm", "k_norm", "v_proj") if self.qk_norm else ("q_proj", "k_proj", "v_proj")
 
     def norms(self, layer_idx: int) -> dict[str, str]:
         """Names of the norms of queries and keys by role, `q` and `k`; empty where there are none."""
-        return {role: f"model.layers.{layer_idx}.self_attn.{role}_norm.weight" for role in "qk" if self.qk_norm}
+        return {role: f"{self.layer_prefix(layer_idx)}self_attn.{role}_norm.weight" for role in "qk" if self.qk_norm}
 
-    def mlp(self, config: PreTrainedConfig, prefix: str) -> dict[str, Rows]:
-        """The tensors of a layer's MLP, by their names in EG-MLA."""
+    def mlp(self, config: PreTrainedConfig, layer_idx: int) -> dict[str, TensorSlice]:
+        """Return the tensors of a layer's MLP, by their names in EG-MLA."""
+        prefix = self.layer_prefix(layer_idx)
         kinds = ["weight", "bias"] if getattr(config, "mlp_bias", False) else ["weight"]
-        return unchanged(*(f"{prefix}mlp.{part}_proj.{kind}" for part in ("gate", "up", "down") for kind in kinds))
+        return identity(*(f"{prefix}mlp.{part}_proj.{kind}" for part in ("gate", "up", "down") for kind in kinds))
 
-    def copied(self, config: PreTrainedConfig, layer_idx: int | None) -> dict[str, Rows]:
+    def passthrough_tensors(self, config: PreTrainedConfig, layer_idx: int | None) -> dict[str, TensorSlice]:
         """What stays as it is, by its name in EG-MLA: of a layer, or with `None` of everything outside of them."""
         if layer_idx is None:
             head = [] if config.tie_word_embeddings else ["lm_head.weight"]
-            return unchanged("model.embed_tokens.weight", "model.norm.weight", *head)
-        prefix = f"model.layers.{layer_idx}."
-        norms = unchanged(*(f"{prefix}{norm}.weight" for norm in self.layer_norms(config)))
-        return norms | self.mlp(config, prefix)
+            return identity("model.embed_tokens.weight", "model.norm.weight", *head)
+        prefix = self.layer_prefix(layer_idx)
+        norms = identity(*(f"{prefix}{norm}.weight" for norm in self.layer_norms(config)))
+        return norms | self.mlp(config, layer_idx)
 
     def layer_norms(self, config: PreTrainedConfig) -> tuple[str, ...]:
         """Names of the norms of a layer outside of its attention."""
@@ -218,12 +224,11 @@ class Family:
         """Whether the latent of an MLA source is normalised."""
         return self.latent
 
-    def skeleton(self, config: PreTrainedConfig) -> PreTrainedModel:
+    def meta_model(self, config: PreTrainedConfig) -> PreTrainedModel:
         """The source's model without weights, whose layers calibration runs."""
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
+        return models.meta_model(config, torch.float32, "eager").eval()
 
-    def context(self, tables: Any) -> dict[str, Any]:
+    def layer_kwargs(self, tables: Any) -> dict[str, Any]:
         """What a layer is called with beside hidden states and mask; `tables` are the rotary embedding's."""
         return {"position_embeddings": tables}
 

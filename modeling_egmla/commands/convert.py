@@ -102,7 +102,7 @@ def convert(
 
 def _kept(target: Path) -> str | None:
     """What an interrupted conversion has left to go on from."""
-    from egmla.conversion.writing import JOURNAL, staging_path
+    from egmla.utils.folders import JOURNAL, staging_path
 
     target = target.resolve()
     if (staging_path(target) / JOURNAL).is_file():

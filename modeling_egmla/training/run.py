@@ -20,9 +20,9 @@ from transformers import AutoTokenizer, PrinterCallback, TrainingArguments, defa
 from transformers.trainer_utils import set_seed
 
 from egmla import EGMLAConfig, EGMLAForCausalLM
-from egmla.conversion.writing import staged_folder
 from egmla.utils.accounting import meta_model
 from egmla.utils.files import write_json
+from egmla.utils.folders import staged_folder
 from egmla.utils.machine import multiplies_bf16
 from egmla.utils.perplexity import perplexity
 from egmla.utils.plotting import check_matplotlib

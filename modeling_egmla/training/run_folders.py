@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from egmla.conversion.writing import check_target
+from egmla.utils.folders import check_target
 
 from .data import Progress, TextSource, check_apart, read_sequences, reports, write_sequences
 from .settings import CHECKPOINTS_KEPT, TrainingSettings

@@ -1,29 +1,22 @@
 """Parameters by part, and cache elements and bytes, of any causal language model; nothing here needs weights."""
 
-import copy
 from collections import Counter
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
+
+from . import models
 
 
 PARTS = ("embeddings", "attention", "gate tables", "MLP", "norms and other")
 
 
 def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """The model of a configuration on the meta device: shapes without memory."""
-    with torch.device("meta"):
-        # A copy: the format is noted in the configuration.
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.bfloat16)
-    for module in model.modules():
-        # Experts one by one look at numbers, and grouped products want certain formats and widths.
-        experts: Any = getattr(module, "config", None)
-        if getattr(experts, "_experts_implementation", None) in ("eager", "grouped_mm"):
-            experts._experts_implementation = "batched_mm"
-    return model
+    """Builds a configuration's model on the meta device in bf16, ready for the forward passes that count its cache."""
+    return models.meta_model(config, torch.bfloat16, counts_experts=True)
 
 
 def _part(name: str) -> str:

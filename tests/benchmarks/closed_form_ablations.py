@@ -26,7 +26,8 @@ from egmla.conversion.families.base import Family
 from egmla.conversion.layers import gate_at_identity, low_rank_layer, smaller_latent_layer, target_config
 from egmla.conversion.plan import Plan, deal_ranks, plan_conversion, plan_latent
 from egmla.conversion.recipes import RECIPES, Recipe
-from egmla.conversion.sources import Source, load_source, open_source
+from egmla.conversion.source import Source
+from egmla.conversion.sources import load_source, open_source
 from egmla.utils.perplexity import perplexity, token_windows
 
 
@@ -59,13 +60,15 @@ LATENT_CHOICES = ("default", "not centred", "tokens weighted equally", "output m
 def converted(source: Source, family: Family, plan: Plan, recipe: Recipe, statistics: list[LayerStatistics]):
     """The converted model in fp32, and the spectrum of each layer's latent."""
     compute = smaller_latent_layer if family.latent else low_rank_layer
-    tensors = {name: source.read(rows) for name, rows in family.copied(source.config, None).items()}
+    tensors = {name: source.read(rows) for name, rows in family.passthrough_tensors(source.config, None).items()}
     slots, spectra = [], []
     for layer_idx, layer in enumerate(statistics):
         attention, layer_slots, spectrum = compute(source, family, layer_idx, layer, plan, recipe)
         attention |= gate_at_identity(plan.ranks[layer_idx], source.config, layer_idx)
         tensors |= {f"model.layers.{layer_idx}.self_attn.{name}": tensor for name, tensor in attention.items()}
-        tensors |= {name: source.read(rows) for name, rows in family.copied(source.config, layer_idx).items()}
+        tensors |= {
+            name: source.read(rows) for name, rows in family.passthrough_tensors(source.config, layer_idx).items()
+        }
         slots.append(layer_slots)
         spectra.append(spectrum)
     config = target_config(source.config, family, plan, slots, recipe.latent_norm)

@@ -121,7 +121,7 @@ CASES = {
         {"target": "short.txt/model"},
         ["short.txt/model cannot be written", "another target"],
     ),
-    "source missing": (None, {"source": "./nothing"}, ["./nothing is no folder", "give a local checkpoint folder"]),
+    "source missing": (None, {"source": "./nothing"}, ["There is no folder ./nothing", "give the folder of a checkpoint"]),
     "source without config": (lambda folder: (folder / "config.json").unlink(), {}, ["has no config.json"]),
     "shard missing": (lose_a_shard, {}, ["lacks model-00002-of-00002.safetensors", "download the checkpoint again"]),
     "one shard of two truncated": (
@@ -404,7 +404,7 @@ def test_a_package_that_the_tokenizer_needs(llama_folder, tmp_path, monkeypatch)
     for file in source.glob("*token*"):
         file.unlink()
     (source / "tokenizer.model").write_bytes(b"of SentencePiece")
-    monkeypatch.setattr("egmla.conversion.sources.find_spec", lambda name: None)
+    monkeypatch.setattr("egmla.conversion.companions.find_spec", lambda name: None)
     with pytest.warns(UserWarning, match=r"can be read \(its tokenizer.model needs .*: pip install sentencepiece\)"):
         convert_checkpoint(source, tmp_path / "t", exact=True)
 

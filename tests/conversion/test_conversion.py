@@ -1,6 +1,7 @@
 """Conversion: exact mode equals the source, the closed form is what it claims, bad input leaves nothing behind."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -17,12 +18,14 @@ from transformers import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from egmla import EGMLACache
-from egmla.conversion import Recipe, Refinement, convert_checkpoint, sources, writing
+from egmla.conversion import Recipe, Refinement, convert_checkpoint, sources
+from egmla.conversion import source as source_module
 from egmla.conversion.calibration import LayerStatistics
 from egmla.conversion.closed_form import exact_attention, low_rank_attention, smaller_latent
 from egmla.conversion.families import AttentionShape, AttentionWeights
 from egmla.conversion.refinement import ConvertedRun as refinement_run
 from egmla.conversion.refinement import causal_attention_in_blocks
+from egmla.conversion.shards import ShardWriter
 
 
 # fp32 sums in another order than the source's: a few units in the last place of logits of size 10.
@@ -303,7 +306,7 @@ def test_exact_attention_needs_equal_blocks():
 def test_shards_and_dtype(make_source, tmp_path, monkeypatch):
     _, folder = make_source("llama-mha", max_shard_size="100KB")
     assert len(list(folder.glob("*.safetensors"))) > 1
-    monkeypatch.setattr(writing.ShardWriter.__init__, "__defaults__", (100_000,))
+    monkeypatch.setattr(ShardWriter.__init__, "__defaults__", (100_000,))
     target = tmp_path / "converted"
     convert_checkpoint(folder, target, exact=True, dtype="bfloat16")
     shards = sorted(target.glob("model-*.safetensors"))
@@ -330,12 +333,12 @@ def test_room_on_disk(make_source, calibration, tmp_path, monkeypatch):
     target, arguments = tmp_path / "t", {**SHRUNK, "calibration": calibration}
     room = convert_checkpoint(folder, target, **arguments, dry_run=True)["disk"]
     used, parts = [0], []
-    usage = writing.shutil.disk_usage(tmp_path)
+    usage = shutil.disk_usage(tmp_path)
 
     def less(missing):
         there = sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())
         monkeypatch.setattr(
-            writing.shutil, "disk_usage", lambda path: usage._replace(free=room["needed_bytes"] - there - missing)
+            shutil, "disk_usage", lambda path: usage._replace(free=room["needed_bytes"] - there - missing)
         )
 
     def watch(*step):
@@ -536,9 +539,9 @@ def test_an_interrupt_that_safetensors_turns_into_an_error(make_source, monkeypa
 
     class Interrupted:
         def __init__(self, *args, **kwargs):
-            raise ValueError(sources.INTERRUPTED)
+            raise ValueError(source_module.INTERRUPTED)
 
-    monkeypatch.setattr(sources, "safe_open", Interrupted)
+    monkeypatch.setattr(source_module, "safe_open", Interrupted)
     with pytest.raises(KeyboardInterrupt):
         source.tensor("lm_head.weight")
 

@@ -80,7 +80,7 @@ def test_killed_conversion_resumes_to_the_same_bytes(make_source, calibration, t
 
 
 def test_two_processes_do_not_write_one_target(make_source, tmp_path):
-    from egmla.conversion.writing import staged_folder
+    from egmla.utils.folders import staged_folder
 
     _, folder = make_source("llama-mha")
     with staged_folder(tmp_path / "t") as staging:

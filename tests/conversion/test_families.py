@@ -343,7 +343,7 @@ def test_calibration_runs_the_source(make_source, name):
     ids = torch.randint(2, 128, (3, 40))
     family, seen, attended = FAMILIES[source.config.model_type], [], []
     source.model.layers[-1].self_attn.register_forward_hook(lambda *args: attended.append(args[2][0]))
-    for probe in family.probes(source.config):
+    for probe in family.hooked_modules(source.config):
         module = source.model.layers[-1].self_attn.get_submodule(probe)
         module.register_forward_hook(lambda *args: seen.append(args[2].double().reshape(120, -1)))
     source(ids)

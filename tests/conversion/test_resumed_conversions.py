@@ -10,7 +10,7 @@ import test_families
 import torch
 from transformers import AutoModelForCausalLM
 
-from egmla.conversion import Recipe, Refinement, convert, convert_checkpoint, writing
+from egmla.conversion import Recipe, Refinement, convert, convert_checkpoint, journal, shards
 
 
 make_source = test_families.make_source  # the fixture
@@ -67,7 +67,7 @@ def assert_same_files(target: Path, whole: Path) -> None:
 @pytest.fixture(scope="module", autouse=True)
 def several_shards():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(writing.ShardWriter.__init__, "__defaults__", (0, 60_000))
+        patch.setattr(shards.ShardWriter.__init__, "__defaults__", (0, 60_000))
         yield
 
 
@@ -90,14 +90,14 @@ def whole(make_source, calibration, tmp_path_factory):
 
 # What raises, and at which of its calls: the model has two layers.
 POINTS = {
-    "the first layer's part is written, not noted": (writing.Journal, "finish_layer", lambda call, *_: call == 1),
-    "the second layer's part is written, not noted": (writing.Journal, "finish_layer", lambda call, *_: call == 2),
-    "its states are written, not noted": (writing.Journal, "_write", lambda call, *_: call == 2),
-    "it is noted, the states before it are there": (writing.Journal, "_remove_stale", lambda call, *_: call == 2),
-    "no shard is written": (writing.ShardWriter, "finish", lambda call, *_: call == 1),
-    "one shard is written": (writing, "_join", lambda call, *_: call == 2),
-    "the report is written, the journal knows of no model": (writing.Journal, "finish", lambda call, *_: call == 1),
-    "the parts are there": (writing.Journal, "_remove_stale", lambda call, *_: call == 3),
+    "the first layer's part is written, not noted": (journal.Journal, "finish_layer", lambda call, *_: call == 1),
+    "the second layer's part is written, not noted": (journal.Journal, "finish_layer", lambda call, *_: call == 2),
+    "its states are written, not noted": (journal.Journal, "_write", lambda call, *_: call == 2),
+    "it is noted, the states before it are there": (journal.Journal, "_remove_stale", lambda call, *_: call == 2),
+    "no shard is written": (shards.ShardWriter, "finish", lambda call, *_: call == 1),
+    "one shard is written": (shards, "_join", lambda call, *_: call == 2),
+    "the report is written, the journal knows of no model": (journal.Journal, "finish", lambda call, *_: call == 1),
+    "the parts are there": (journal.Journal, "_remove_stale", lambda call, *_: call == 3),
 }
 
 
@@ -147,7 +147,7 @@ def test_files_of_others_in_a_half_published_target(whole, tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_goes_on_behind_its_first_layer(whole, tmp_path, kind):
     expected, folder, arguments = whole(kind)
-    with stopped_at(writing.Journal, "finish_layer", lambda call, *_: call == 2):
+    with stopped_at(journal.Journal, "finish_layer", lambda call, *_: call == 2):
         convert_checkpoint(folder, tmp_path / "t", **arguments)
     done = []
     convert_checkpoint(folder, tmp_path / "t", **arguments, progress=lambda _, *step: done.append(step[0]))
@@ -161,19 +161,19 @@ def test_report_covers_all_runs(whole, tmp_path, monkeypatch):
     expected, folder, arguments = whole("exact")
     assert json.loads((expected / "conversion_report.json").read_text())["runs"] == 1
     clock = iter(range(0, 1000, 10))
-    for module in (convert, writing):
+    for module in (convert, journal):
         monkeypatch.setattr(module, "time", SimpleNamespace(time=lambda: next(clock)))
-    monkeypatch.setattr(writing, "peak_bytes", lambda: 7)
-    with stopped_at(writing.Journal, "finish_layer", lambda call, *_: call == 2):
+    monkeypatch.setattr(journal, "peak_bytes", lambda: 7)
+    with stopped_at(journal.Journal, "finish_layer", lambda call, *_: call == 2):
         convert_checkpoint(folder, tmp_path / "t", **arguments)  # starts at 0, the first layer ends at 10
-    monkeypatch.setattr(writing, "peak_bytes", lambda: 5)
+    monkeypatch.setattr(journal, "peak_bytes", lambda: 5)
     report = convert_checkpoint(folder, tmp_path / "t", **arguments)  # 20; 30 and 40
     assert (report["runs"], report["seconds"], report["peak_bytes"]) == (2, 30.0, 7)
 
 
 def test_no_resume_starts_over(whole, tmp_path):
     expected, folder, arguments = whole("closed form")
-    with stopped_at(writing.Journal, "finish_layer", lambda call, *_: call == 2):
+    with stopped_at(journal.Journal, "finish_layer", lambda call, *_: call == 2):
         convert_checkpoint(folder, tmp_path / "t", **arguments)
     # Other settings may be given, too.
     with stopped_at(convert, "target_config", lambda *_: True):
@@ -190,7 +190,7 @@ def test_other_threads_are_refused(whole, tmp_path):
     """They sum in another order, and the result would be neither run's."""
     expected, folder, arguments = whole("refined")
     assert json.loads((expected / "conversion_report.json").read_text())["machine"]["threads"] == 1
-    with stopped_at(writing.Journal, "finish_layer", lambda call, *_: call == 2):
+    with stopped_at(journal.Journal, "finish_layer", lambda call, *_: call == 2):
         convert_checkpoint(folder, tmp_path / "t", **arguments)
     torch.set_num_threads(2)
     try:
