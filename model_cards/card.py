@@ -6,9 +6,7 @@ training_report.json      what was trained: after the conversion (`training.py`)
 evaluation/*.json         scores (`scores.py`)
 """
 
-import os
 import shlex
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,9 +14,9 @@ from typing import Any
 from egmla import EGMLAConfig
 from egmla.evaluation.compare import metric_name, plot_scores, with_error
 from egmla.evaluation.harness import scores as flat_scores
-from egmla.evaluation.harness import task_leaves, write_json
+from egmla.evaluation.harness import task_leaves
 from egmla.model_cards import from_scratch as scratch
-from egmla.utils.files import read_json
+from egmla.utils.files import read_json, write_json, write_text
 from egmla.utils.provenance import CONVERSION_FIGURE, CONVERSION_REPORT, TRAINING_REPORT, weights_sha256
 
 from .figure import FIGURE_NAME, draw_architecture
@@ -97,11 +95,7 @@ def write_card(
     # All is known to be right: now the files.
     written = [] if content is None else _write_scores(folder / SCORES_FOLDER, content)
     draw_architecture(_config(folder), folder / FIGURE_NAME)
-    handle, name = tempfile.mkstemp(dir=folder, prefix=f".{CARD_NAME}.")
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        file.write(text)
-    os.chmod(name, 0o644)
-    os.replace(name, card)
+    write_text(card, text)
     return [*written, folder / FIGURE_NAME, card]
 
 
@@ -112,7 +106,6 @@ def _write_scores(target: Path, content: Mapping[str, Any]) -> list[Path]:
         (target / name).unlink(missing_ok=True)
     for name, part in content.items():
         write_json(target / name, part)
-        (target / name).chmod(0o644)
     written = [target / name for name in content]
     if COMPARISON in content:
         plot_scores(comparison_to_plot(content[COMPARISON]), target / PLOT)

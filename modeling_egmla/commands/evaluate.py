@@ -34,7 +34,7 @@ def evaluate(
     threads: Threads = None,
 ) -> None:
     """Score a model with lm-eval: a table with standard errors, results as JSON."""
-    from egmla.evaluation.harness import check_output, parse_model_args, parse_settings, scores, write_json
+    from egmla.evaluation.harness import check_output, parse_model_args, parse_settings, scores, write_results
     from egmla.evaluation.harness import evaluate as score
 
     from .common import console, quiet_lm_eval, quiet_transformers, read_limit, split_names
@@ -57,7 +57,7 @@ def evaluate(
         )
     console().print(_table(model, scores(results)))
     if output is not None:
-        write_json(output, results)
+        write_results(output, results)
         console().print(f"Written to {output}", style="dim", soft_wrap=True)
 
 

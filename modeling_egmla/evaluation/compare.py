@@ -21,7 +21,7 @@ from .harness import (
     run_settings,
     scores,
     task_leaves,
-    write_json,
+    write_results,
 )
 
 
@@ -165,7 +165,7 @@ def compare_scores(
                 start = time.perf_counter()
                 part = _run(loaded, model, arguments, task, manager, limit, num_fewshot, batch_size, settings)
                 part = {"key": key, "seconds": round(time.perf_counter() - start, 1), **part}
-                write_json(_part_file(output, name, task), part)
+                write_results(_part_file(output, name, task), part)
                 # As a resumed run reads it: tuples are lists, numbers are Python's.
                 parts[task] = part = json.loads(_part_file(output, name, task).read_text(encoding="utf-8"))
                 how = f"{part['seconds']} s"
@@ -187,10 +187,10 @@ def compare_scores(
             )
         )
         questions[name] = {leaf: values for part in done for leaf, values in part["questions"].items()}
-        write_json(output / f"{_file_name(name)}.json", compared[-1].results)
+        write_results(output / f"{_file_name(name)}.json", compared[-1].results)
 
     result = Comparison(compared, _all_scores(compared, list(reported), questions), common)
-    write_json(output / "comparison.json", result.to_dict())
+    write_results(output / "comparison.json", result.to_dict())
     return result
 
 

@@ -4,10 +4,8 @@ import ast
 import difflib
 import importlib.util
 import inspect
-import json
 import math
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from numbers import Real
@@ -17,7 +15,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from egmla.utils.files import check_writable
+from egmla.utils.files import check_writable, write_json
 
 
 TOKENIZER_FILES = (
@@ -214,22 +212,12 @@ def check_output(path: Path) -> None:
     check_writable(path)
 
 
-def write_json(path: str | os.PathLike, content: Any) -> None:
-    """Writes JSON as lm-eval does, all or nothing: an interruption leaves the file that was there."""
+def write_results(path: str | os.PathLike, results: Mapping[str, Any]) -> None:
+    """Write lm-eval's results as JSON, atomically, with lm-eval's rule for values that JSON lacks."""
     check_lm_eval()
     from lm_eval.utils import handle_non_serializable
 
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(content, indent=2, ensure_ascii=False, default=handle_non_serializable) + "\n"
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    write_json(path, results, default=handle_non_serializable)
 
 
 def scores(results: Mapping[str, Any], names: Sequence[str] | None = None) -> list[dict[str, Any]]:
