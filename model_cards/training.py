@@ -64,7 +64,11 @@ def _rounded(dtype: str) -> str:
 
 def _share(perplexity: Mapping[str, float | None]) -> str:
     share = recovered_share(*(perplexity[name] for name in ("teacher", "0 tokens", "trained")))
-    return "" if share is None else f" Healing won back {share:.1%} of what the start had lost in log-perplexity."
+    if share is None:
+        return ""
+    if share < 0:
+        return f" Healing lost another {-share:.1%} of what the start had lost in log-perplexity."
+    return f" Healing won back {share:.1%} of what the start had lost in log-perplexity."
 
 
 def _stage(report: Mapping[str, Any]) -> list[str]:

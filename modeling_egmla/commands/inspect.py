@@ -1,5 +1,6 @@
 """`egmla inspect`."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -25,7 +26,9 @@ SHAPE_FIELDS = (
 
 
 def inspect(
-    model: Annotated[str, typer.Argument(metavar="MODEL_OR_PRESET", help="Preset name, local folder or hub id.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL_OR_PRESET", help="Preset name, local folder, GGUF file or Hub id.")
+    ],
 ) -> None:
     """Show shapes, parameters by part and cache bytes of a preset or of any causal language model."""
     from rich.table import Table
@@ -43,7 +46,7 @@ def inspect(
     from .common import console, find_config, in_bytes, in_units, quiet_transformers
 
     quiet_transformers()
-    config = find_config(model)
+    config = _gguf_config(Path(model)) if model.endswith(".gguf") else find_config(model)
     empty = meta_model(config)
     counts = count_parameters(empty)
     per_layer, windows = cache_elements_per_layer(empty), cache_windows(empty)
@@ -78,6 +81,22 @@ def inspect(
         held = sum(count * min(context, window or context) for count, window in zip(per_layer, windows, strict=True))
         table.add_row(f"  at {context // 1024}K tokens", in_bytes(2 * held + ids * context))
     console().print(table)
+
+
+def _gguf_config(file: Path):
+    """Configuration of the model in a GGUF file; its weights are not read."""
+    from transformers import AutoConfig
+
+    if not file.is_file():
+        raise FileNotFoundError(f"There is no file {file}; check the path.")
+    try:
+        return AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+    except ImportError as error:
+        raise ImportError(f"Reading {file} needs the gguf package: pip install 'egmla[gguf]' ({error})") from error
+    except Exception as error:  # the gguf package has no error class of its own for files that it cannot read
+        raise ValueError(
+            f"Transformers cannot read {file} ({error}): it is damaged, no GGUF file, or of an unknown architecture."
+        ) from error
 
 
 def _gate(config) -> str:

@@ -18,6 +18,7 @@ from .harness import (
     check_lm_eval,
     check_model,
     check_model_args,
+    quiet_git,
     run_settings,
     scores,
     task_leaves,
@@ -255,15 +256,16 @@ def _run(loaded, model, arguments, task, manager, limit, num_fewshot, batch_size
 
     from egmla.utils.accounting import cache_elements_per_layer, cache_id_bytes
 
-    results: Any = simple_evaluate(
-        model=loaded,
-        tasks=[task],
-        limit=limit,
-        num_fewshot=num_fewshot,
-        batch_size=batch_size,
-        task_manager=manager,
-        **{**settings, "log_samples": True},
-    )
+    with quiet_git():
+        results: Any = simple_evaluate(
+            model=loaded,
+            tasks=[task],
+            limit=limit,
+            num_fewshot=num_fewshot,
+            batch_size=batch_size,
+            task_manager=manager,
+            **{**settings, "log_samples": True},
+        )
     results["config"].update(model="egmla", model_args={"pretrained": model, **arguments})
     questions = {}
     for leaf, samples in results.pop("samples").items():

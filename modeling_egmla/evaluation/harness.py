@@ -1,16 +1,19 @@
-"""Scores of causal language models by lm-eval, on its own `simple_evaluate`. lm-eval is imported when it is needed."""
+"""Score causal language models with lm-eval's own `simple_evaluate`. lm-eval is imported when it is first needed."""
 
 import ast
+import contextlib
 import difflib
 import importlib.util
 import inspect
 import math
 import os
-from collections.abc import Mapping, Sequence
+import shlex
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from transformers import AutoTokenizer
@@ -26,24 +29,30 @@ TOKENIZER_FILES = (
     "vocab.txt",
     "spiece.model",
 )
-# What has a parameter of its own here, or cannot be written as text.
+# Arguments of `simple_evaluate` that have a parameter of their own here, or that no text can express.
 RESERVED = ("model", "model_args", "tasks", "task_manager", "evaluation_tracker", "limit", "num_fewshot", "batch_size")
 
 
 def check_lm_eval() -> None:
-    """Raises `ImportError` saying how to install lm-eval when it is missing."""
+    """Raise `ImportError` with the command that installs lm-eval, when it is missing."""
     if importlib.util.find_spec("lm_eval") is None:
         raise ImportError("Evaluation needs lm-eval, which is not installed; run: pip install 'egmla[eval]'")
 
 
 def check_model(model: str, tokenizer: str | None = None) -> None:
-    """Looks at a model's folder and tokenizer, without loading weights.
+    """Check a model's folder and tokenizer, without loading weights.
+
+    Args:
+        model (`str`): a folder or a Hub id.
+        tokenizer (`str`, *optional*): folder or Hub id of the tokenizer; the model's own by default.
 
     Raises:
         FileNotFoundError: when the folder holds no model or no tokenizer.
-        ValueError: when the tokenizer has none of the tokens that can fill up a batch.
+        ValueError: for a GGUF file, or a tokenizer without any token that can pad a batch.
     """
     folder = Path(model)
+    if folder.suffix == ".gguf":
+        _refuse_gguf(folder)
     local = folder.is_dir()
     if local and not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{model} is a folder without a config.json, so it holds no model; check the path.")
@@ -60,15 +69,27 @@ def check_model(model: str, tokenizer: str | None = None) -> None:
     if all(getattr(loaded, token) is None for token in ("pad_token", "unk_token", "eos_token")):
         raise ValueError(
             f"The tokenizer of {name} has no pad token and no unk or eos token to stand in for it, so batches cannot "
-            "be filled up; set one with tokenizer.pad_token = ... and save it again."
+            "be padded; set one with tokenizer.pad_token = ... and save it again."
         )
 
 
+def _refuse_gguf(file: Path) -> NoReturn:
+    if not file.is_file():
+        raise FileNotFoundError(f"There is no file {file}; check the path.")
+    raise ValueError(
+        f"{file} is a GGUF file, and scores are taken of Transformers checkpoints. Convert it first, which keeps its "
+        f"logits: egmla convert {shlex.quote(str(file))} FOLDER --exact"
+    )
+
+
 def parse_settings(pairs: Sequence[str]) -> dict[str, Any]:
-    """Arguments of `simple_evaluate` from texts like `bootstrap_iters=100`; values are Python literals or plain text.
+    """Read arguments of `simple_evaluate` from texts like `bootstrap_iters=100`.
+
+    Values are Python literals or plain text.
 
     Raises:
-        ValueError: for what is no pair, no argument, or an argument that cannot be set so.
+        ValueError: for a text that is no pair, or an argument that `simple_evaluate` does not have or that has an
+            option of its own.
     """
     check_lm_eval()
     from lm_eval import simple_evaluate
@@ -93,10 +114,10 @@ def parse_settings(pairs: Sequence[str]) -> dict[str, Any]:
 
 
 def parse_model_args(text: str | None) -> dict[str, Any]:
-    """Model arguments as a dictionary, from lm-eval's form `key=value,key=value`.
+    """Read model arguments from lm-eval's form `key=value,key=value`.
 
     Raises:
-        ValueError: when there is something else in it.
+        ValueError: when a part is no pair.
     """
     if not text:
         return {}
@@ -108,13 +129,13 @@ def parse_model_args(text: str | None) -> dict[str, Any]:
 
 
 def check_model_args(arguments: Mapping[str, Any] | None) -> None:
-    """Raises `ValueError` when model arguments name another model than the one that is scored, or no known dtype."""
+    """Raise `ValueError` when model arguments name a model, or a dtype that PyTorch does not have."""
     if "pretrained" in (arguments or {}):
-        raise ValueError("pretrained among the model arguments: the model is named by itself, leave it out there.")
+        raise ValueError("pretrained among the model arguments: the model is given separately; leave it out there.")
     dtype = (arguments or {}).get("dtype", "auto")
     if dtype != "auto" and not isinstance(getattr(torch, str(dtype).removeprefix("torch."), None), torch.dtype):
         raise ValueError(
-            f"dtype={dtype} among the model arguments: PyTorch has no such format; use auto, float32, bfloat16 or "
+            f"dtype={dtype} among the model arguments: PyTorch has no such dtype; use auto, float32, bfloat16 or "
             "float16."
         )
 
@@ -131,18 +152,18 @@ def evaluate(
     include_path: str | os.PathLike | Sequence[str | os.PathLike] | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
-    """Scores a model on tasks; everything that can be wrong is looked at before the weights are loaded.
+    """Score a model on tasks. Bad input is reported before the weights are loaded.
 
     Args:
-        model (`str`): folder or hub id of a causal language model, EG-MLA or not.
+        model (`str`): folder or Hub id of a causal language model, EG-MLA or not.
         tasks (`Sequence[str]`): tasks, groups or tags of lm-eval, `egmla_paper`, `egmla_quick`, or task files.
-        limit (`float`, *optional*): questions of each task; below 1 a share of them.
+        limit (`float`, *optional*): questions of each task; below 1, the fraction of them.
         num_fewshot (`int`, *optional*): solved examples before each question; the task's own number by default.
-        batch_size (`int` or `str`): rows at once, or `"auto"`.
+        batch_size (`int` or `str`): rows of a batch, or `"auto"`.
         model_args (`Mapping`, *optional*): arguments of lm-eval's `hf` model, such as `dtype`.
         data_dir (`str`, *optional*): folder of files that replace the official data sets.
-        include_path (*optional*): further folders of task files.
-        **settings: further arguments of `simple_evaluate`.
+        include_path (*optional*): more folders of task files.
+        **settings: more arguments of `simple_evaluate`.
 
     Returns:
         `dict`: lm-eval's results.
@@ -166,25 +187,47 @@ def evaluate(
     manager = EGMLATaskManager(data_dir, include_path, settings.get("metadata"))
     names = manager.match(tasks)
     manager.prepare(names, num_fewshot)
-    results = simple_evaluate(
-        model="egmla",
-        model_args=arguments,
-        tasks=names,
-        limit=limit,
-        num_fewshot=num_fewshot,
-        batch_size=batch_size,
-        task_manager=manager,
-        **{"log_samples": False, **settings},
-    )
-    if not results:  # all but the first process of a distributed run
+    with quiet_git():
+        results = simple_evaluate(
+            model="egmla",
+            model_args=arguments,
+            tasks=names,
+            limit=limit,
+            num_fewshot=num_fewshot,
+            batch_size=batch_size,
+            task_manager=manager,
+            **{"log_samples": False, **settings},
+        )
+    if not results:  # in a distributed run, only the first process has results
         return {}
-    # lm-eval does not record all that its figures depend on.
+    # lm-eval does not record everything that its results depend on.
     results["settings"] = run_settings(limit, num_fewshot, batch_size, model_args, include_path, settings)
     return results
 
 
+@contextlib.contextmanager
+def quiet_git() -> Iterator[None]:
+    """Keep git from printing "fatal: not a git repository" when lm-eval asks it for the current commit."""
+    from lm_eval import evaluator
+
+    ask = evaluator.get_git_commit_hash
+
+    def ask_in_a_repository() -> str | None:
+        try:
+            found = subprocess.run(["git", "describe", "--always"], capture_output=True).returncode == 0
+        except OSError:  # git is not installed
+            found = False
+        return ask() if found else None
+
+    evaluator.get_git_commit_hash = ask_in_a_repository
+    try:
+        yield
+    finally:
+        evaluator.get_git_commit_hash = ask
+
+
 def run_settings(limit, num_fewshot, batch_size, model_args, include_path, settings) -> dict[str, Any]:
-    """What figures depend on besides model, tasks and data, with versions, for the record."""
+    """Settings and versions that results depend on, besides the model, the tasks and their data."""
     return {
         "limit": limit,
         "num_fewshot": num_fewshot,
@@ -197,14 +240,14 @@ def run_settings(limit, num_fewshot, batch_size, model_args, include_path, setti
 
 
 def check_batch_size(batch_size: int | str) -> None:
-    """Raises `ValueError` unless it is a positive number, `"auto"` or `"auto:N"`."""
+    """Raise `ValueError` unless the batch size is a positive number, `"auto"` or `"auto:N"`."""
     text = str(batch_size)
     if not (text == "auto" or (text.removeprefix("auto:").isdecimal() and int(text.removeprefix("auto:")) > 0)):
         raise ValueError(f"batch_size={batch_size}: must be a positive number of rows, auto, or auto:N.")
 
 
 def check_output(path: Path) -> None:
-    """Raises `OSError` when a file cannot be written there; asked before hours of scoring."""
+    """Raise `OSError` when a file cannot be written at a path. Called before hours of scoring."""
     if path.is_dir():
         raise IsADirectoryError(
             f"{path} is a folder; give the name of a file to write, such as {path / 'scores.json'}."
@@ -221,11 +264,11 @@ def write_results(path: str | os.PathLike, results: Mapping[str, Any]) -> None:
 
 
 def scores(results: Mapping[str, Any], names: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    """Figures of lm-eval results in a flat form.
+    """Flatten lm-eval's results to one row per task, metric and filter.
 
     Args:
         results (`Mapping`): lm-eval's results.
-        names (`Sequence[str]`, *optional*): tasks to report, all by default.
+        names (`Sequence[str]`, *optional*): tasks to report; all by default.
 
     Returns:
         `list[dict]`: `task`, `metric`, `filter`, `value`, `stderr` (None where lm-eval gives none), `questions`.
@@ -256,6 +299,6 @@ def scores(results: Mapping[str, Any], names: Sequence[str] | None = None) -> li
 
 
 def task_leaves(results: Mapping[str, Any], task: str) -> list[str]:
-    """The tasks with questions of their own that a task or group stands for."""
+    """List the tasks with questions of their own that a task or group stands for."""
     members = results.get("group_subtasks", {}).get(task)
     return [leaf for member in members for leaf in task_leaves(results, member)] if members else [task]

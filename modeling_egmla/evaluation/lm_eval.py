@@ -1,6 +1,6 @@
-"""The model name `egmla` for lm-eval, registered on import. Needs `egmla[eval]`.
+"""Register the model name `egmla` with lm-eval, on import. Needs `egmla[eval]`.
 
-`python -m egmla.evaluation.lm_eval ...` is lm-eval's own command line with the name known to it.
+`python -m egmla.evaluation.lm_eval ...` is lm-eval's own command line, which then knows that name.
 """
 
 from collections.abc import Sequence
@@ -13,15 +13,26 @@ import egmla  # noqa: F401  registers the architecture with the Auto classes
 from egmla.utils.machine import available_bytes
 
 
-# More rows at once are no faster on a CPU, so memory beyond this buys nothing.
+# Larger batches are no faster on a CPU.
 CPU_BATCH_BYTES = 2**30
 
 
 def rows_in_budget(model, length: int, most: int, budget: int) -> int:
-    """Rows of `length` tokens whose forward pass fits into a number of bytes; from 1 to `most`.
+    """Count the rows of `length` tokens whose forward pass fits into a number of bytes.
 
-    Counts the logits in the model's format and twice in float32 (their log-softmax), and a dozen hidden states and
-    four widths of the MLP for one layer at a time. Source: derived from what lm-eval's `_loglikelihood_tokens` keeps.
+    The estimate holds the logits in the model's dtype and twice in float32 (for their log-softmax). For one layer at a
+    time it adds twelve hidden states and four MLP activations.
+
+    Args:
+        model: the model.
+        length (`int`): tokens of a row.
+        most (`int`): the largest number of rows to return.
+        budget (`int`): bytes.
+
+    Returns:
+        `int`: from 1 to `most`.
+
+    Source: derived from what lm-eval's `_loglikelihood_tokens` keeps.
     """
     config = model.config.get_text_config()
     itemsize = model.dtype.itemsize
@@ -33,16 +44,16 @@ def rows_in_budget(model, length: int, most: int, budget: int) -> int:
 
 @register_model("egmla")
 class EGMLAHarnessModel(HFLM):
-    """lm-eval's `hf` model, knowing EG-MLA without `trust_remote_code`, and with `batch_size=auto` safe on a CPU.
+    """lm-eval's `hf` model that loads EG-MLA without `trust_remote_code`, and has a safe `batch_size=auto` on a CPU.
 
-    lm-eval finds its largest batch by running out of memory and catching the error, which a CPU does not raise: the
-    process is killed instead. Here the batch on a CPU is what fits into a quarter of the memory left, 1 GiB at most.
+    lm-eval finds its largest batch by catching out-of-memory errors. A CPU raises none: the system kills the process.
+    Here a batch on a CPU takes at most a quarter of the free memory, and at most 1 GiB.
 
     Args:
-        pretrained (`str` or `PreTrainedModel`): folder, hub id or model.
-        device (`str`, *optional*): an accelerator when there is one by default, else the CPU (lm-eval's own default,
-            "cuda", fails where PyTorch has none).
-        **arguments: as of lm-eval's `hf` model.
+        pretrained (`str` or `PreTrainedModel`): folder, Hub id or model.
+        device (`str`, *optional*): by default the GPU if there is one, else the CPU. (lm-eval's own default, "cuda",
+            fails without a GPU.)
+        **arguments: arguments of lm-eval's `hf` model.
     """
 
     def __init__(self, pretrained, device: str | None = None, **arguments) -> None:
@@ -60,10 +71,13 @@ class EGMLAHarnessModel(HFLM):
 
 
 def main() -> None:
-    """lm-eval's command line."""
+    """Run lm-eval's command line."""
     from lm_eval.__main__ import cli_evaluate
 
-    cli_evaluate()
+    from egmla.evaluation.harness import quiet_git
+
+    with quiet_git():
+        cli_evaluate()
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """Publishing a checkpoint folder on the Hub: checks before anything is sent, then one commit."""
 
+from egmla.model_cards.metadata import check_repo_id
+
 from .loading import check_loads_without_package
-from .preflight import FolderReport, check_folder, check_repo_id
+from .preflight import FolderReport, check_folder
 from .push import PushedFile, PushReport, push_folder
 
 

@@ -2,16 +2,15 @@
 
 import ast
 import contextlib
-import math
 import pickletools
 import re
 import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from egmla.configuration_egmla import AUTO_MAP
+from egmla.model_cards.metadata import card_problems
 from egmla.utils.files import read_json
 
 
@@ -61,18 +60,6 @@ VOCABULARIES = {"tokenizer.json", "vocab.json", "vocab.txt", "merges.txt"}
 MAX_SCANNED_BYTES = 256 * 1024**2
 IGNORED_FOLDERS = {".git", ".cache", "__pycache__", ".ipynb_checkpoints"}
 SENT_HIDDEN = {".gitattributes", ".eval_results"}
-# `namespace/name` as the Hub takes it; huggingface_hub checks the rest.
-REPO_ID = re.compile(r"[^/\s]+/[^/\s]+")
-
-# Fields of a card's metadata: what their values look like, and that in words.
-CARD_FIELDS = {
-    "license": (r"[a-z0-9][a-z0-9.+-]*", "a licence's short name on the Hub, such as apache-2.0"),
-    "language": (r"[a-z]{2,3}(-[A-Za-z]+)?|code|multilingual", "a code of ISO 639, such as en"),
-    "pipeline_tag": (r"[a-z0-9]+(-[a-z0-9]+)*", "a task's name on the Hub, such as text-generation"),
-    "library_name": (r"[A-Za-z0-9._-]+", "a library's name, such as transformers"),
-    "tags": (r"\S.*", "a text that is not empty"),
-    "datasets": (r"[\w.-]+(/[\w.-]+)?", "a data set's id on the Hub"),
-}
 
 
 @dataclass
@@ -88,21 +75,6 @@ class FolderReport:
     files: dict[str, int]
     left_out: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
-
-
-def check_repo_id(repo_id: str) -> None:
-    """Raises `ValueError` when the Hub cannot take this name."""
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
-
-    if not REPO_ID.fullmatch(repo_id):
-        raise ValueError(
-            f"{repo_id!r} is no repository id: it must be NAMESPACE/NAME, your user or organization and the model's "
-            "name, such as my-name/my-model."
-        )
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise ValueError(f"{repo_id!r} is no repository id: {error} Write it as my-name/my-model.") from error
 
 
 def check_folder(folder: Path, secrets: Iterable[str] = (), allow: Iterable[str] = ()) -> FolderReport:
@@ -320,46 +292,6 @@ def _card_problems(folder: Path, warnings: list[str]) -> list[str]:
         warnings.append("README.md has no metadata (the YAML block between two lines of ---), so the Hub shows none.")
         return []
     return card_problems(text)
-
-
-def card_problems(text: str) -> list[str]:
-    """What the Hub would refuse in the metadata of a model card, told without asking it.
-
-    Source: the fields and forms of huggingface.co/docs/hub/model-cards; huggingface_hub's parser for `model-index`.
-    """
-    import yaml
-    from huggingface_hub import ModelCard
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
-
-    try:
-        data = ModelCard(text).data.to_dict()
-    except (yaml.YAMLError, ValueError, TypeError, KeyError, AttributeError) as error:
-        return [f"The metadata of README.md are no valid card ({' '.join(str(error).split())})."]
-    problems = []
-    for name, (pattern, form) in CARD_FIELDS.items():
-        for value in _as_list(data.get(name)):
-            if not (isinstance(value, str) and re.fullmatch(pattern, value)):
-                problems.append(f"{name} in README.md is {value!r}: it must be {form}.")
-    for result in _as_list(data.get("model-index")):
-        for entry in result.get("results", ()):
-            for metric in entry.get("metrics", ()):
-                value = metric.get("value")
-                if isinstance(value, float) and not math.isfinite(value):
-                    problems.append(f"A figure of {metric.get('name')} in README.md is {value}; leave it out.")
-    if data.get("license") == "other" and not data.get("license_name"):
-        problems.append("license in README.md is other, which needs a license_name beside it.")
-    for value in _as_list(data.get("base_model")):
-        try:
-            validate_repo_id(str(value))
-        except HFValidationError as error:
-            problems.append(f"base_model in README.md is {value!r}, no repository id ({error}).")
-    return problems
-
-
-def _as_list(value: Any) -> list[Any]:
-    if value is None:
-        return []
-    return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 def _some(names: list[str], most: int = 5) -> str:

@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from egmla.model_cards.metadata import check_repo_id
 from egmla.utils.provenance import CONVERSION_FIGURE, CONVERSION_REPORT, TRAINING_REPORT
 
 from .loading import check_loads_without_package
-from .preflight import FolderReport, check_folder, check_repo_id
+from .preflight import FolderReport, check_folder
 
 
 DEFAULT_MESSAGE = "Upload EG-MLA model"

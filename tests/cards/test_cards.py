@@ -18,8 +18,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from egmla import EGMLAConfig
 from egmla.conversion import Refinement, convert_checkpoint
 from egmla.model_cards import render_card, write_card
+from egmla.model_cards.metadata import card_problems
 from egmla.publishing import check_folder
-from egmla.publishing.preflight import card_problems
 
 
 CARDS = sorted(path.parent for path in (Path(__file__).parents[2] / "model_cards").glob("*/README.md"))
@@ -418,6 +418,8 @@ def test_published_cards(folder):
         rows = {row[0]: row[2] for row in table_rows(card, "Healing")}
         shown = {"teacher": "teacher", "converted": "0 tokens", "this model": "trained"}
         assert rows == {name: f"{report['perplexity'][key]:.3f}" for name, key in shown.items()}
+        # A perplexity is in the card, so no heading may say that none was measured.
+        assert "## Perplexity\n\nNot measured." not in card
 
     report = json.loads((folder / "conversion_report.json").read_text())
     config = json.loads((folder / "config.json").read_text())

@@ -136,6 +136,31 @@ def test_inspect_says_what_it_cannot_find(name, message):
     assert result.stdout == ""
 
 
+def test_inspect_a_gguf_file(tmp_path):
+    gguf = pytest.importorskip("gguf")
+    path = tmp_path / "tiny.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_name("tiny")
+    for name, value in (("block_count", 3), ("context_length", 64), ("embedding_length", 32)):
+        getattr(writer, f"add_{name}")(value)
+    writer.add_feed_forward_length(48)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_vocab_size(97)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    result = run("inspect", path)
+    assert result.exit_code == 0, result.output
+    # Keys and values of 2 heads 8 wide, in 3 layers.
+    assert "LlamaForCausalLM" in result.stdout and "96" in result.stdout
+    missing = run("inspect", tmp_path / "missing.gguf")
+    assert missing.exit_code == 1 and "There is no file" in missing.stderr
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF and nothing else")
+    broken = run("inspect", tmp_path / "broken.gguf")
+    assert broken.exit_code == 1 and "broken.gguf" in broken.stderr and "Traceback" not in broken.output
+
+
 def test_inspect_a_folder_that_is_no_model(tmp_path):
     result = run("inspect", tmp_path)
     assert result.exit_code == 1

@@ -418,6 +418,40 @@ def test_bad_models_are_named_before_weights_are_loaded(model, tmp_path, no_weig
     assert not (tmp_path / "out").exists()
 
 
+def test_git_says_nothing_outside_of_a_repository(model, tmp_path, monkeypatch, capfd):
+    """lm-eval asks git for a commit after each task, and git's complaint went to the terminal."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    results = harness.evaluate(str(model), ["piqa"], data_dir=DATA, limit=1, bootstrap_iters=0)
+    assert results["git_hash"] is None
+    options = {"data_dir": DATA, "limit": 1, "bootstrap_iters": 0}
+    shutil.copytree(model, tmp_path / "copy")
+    score_comparison.compare_scores([str(model), str(tmp_path / "copy")], ["piqa"], tmp_path / "out", **options)
+    assert "fatal" not in capfd.readouterr().err
+
+
+def test_the_commit_of_a_repository_is_kept(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    author = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
+    for words in (["init", "-q"], [*author, "commit", "-q", "--allow-empty", "-m", "one"]):
+        subprocess.run(["git", *words], check=True)
+    head = subprocess.run(["git", "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+    results = harness.evaluate(str(model), ["piqa"], data_dir=DATA, limit=1, bootstrap_iters=0)
+    assert results["git_hash"] and head.startswith(results["git_hash"])
+
+
+@pytest.mark.parametrize("command", [("eval",), ("compare", "{model}")])
+def test_gguf_files_are_named_with_the_command_that_converts_them(command, model, tmp_path, no_weights):
+    file = tmp_path / "small.Q4_1.gguf"
+    file.write_bytes(b"GGUF")
+    words = [word.format(model=model) for word in command]
+    done = run(*words, file, "--tasks", "piqa", "--data-dir", DATA)
+    assert done.exit_code == 1
+    assert f"egmla convert {file} FOLDER --exact" in done.stderr and "There is no folder" not in done.stderr
+    done = run(*words, tmp_path / "missing.gguf", "--tasks", "piqa", "--data-dir", DATA)
+    assert f"There is no file {tmp_path / 'missing.gguf'}" in done.stderr
+
+
 def test_without_lm_eval(model, monkeypatch):
     monkeypatch.setattr(harness.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"pip install 'egmla\[eval\]'"):

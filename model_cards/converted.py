@@ -1,0 +1,113 @@
+"""What a card says of a converted model, from its conversion report."""
+
+from pathlib import Path
+
+from egmla import EGMLAConfig
+from egmla.utils.provenance import CONVERSION_FIGURE
+
+
+def summary(config: EGMLAConfig, conversion: dict, base_model: str | None, trained: bool) -> str:
+    plan, origin = conversion["plan"], conversion["source"]
+    name = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else f"`{origin['label']}`"
+    then = " and then trained further" if trained else ""
+    text = (
+        f"{name}, converted to EG-MLA (embedding-gated multi-head latent attention){then}: each layer caches one "
+        "latent and one rotary key per token for all heads, and decoding reads them as they are."
+    )
+    if plan["exact"] and trained:
+        return f"{text} The conversion was exact, so the cache is of the source's size."
+    if plan["exact"]:
+        return f"{text} This is the exact conversion: the source's function, and a cache of the source's size."
+    return (
+        f"{text} The cache holds {config.cache_elements_per_token:,} elements per token, "
+        f"{plan['cache_kept']:.1%} of the source's {plan['source_elements']:,}."
+    )
+
+
+def perplexity(conversion: dict, trained: bool) -> str:
+    """What `egmla convert --evaluate` measured; empty where it did not."""
+    evaluation = conversion.get("evaluation")
+    if evaluation is None:
+        return ""
+    name = "converted, not yet trained" if trained else "this model"
+    lines = ["| | perplexity |", "| --- | ---: |", f"| source | {evaluation['source']:.3f} |"]
+    lines += [f"| {name} | {evaluation['converted']:.3f} |", ""]
+    lines.append(
+        f"Measured when it was converted, in float32, on {evaluation['windows']:,} windows of "
+        f"{evaluation['window']:,} tokens of `{evaluation['file']}` (SHA-256 of the text read "
+        f"`{evaluation['sha256']}`)."
+    )
+    return "\n".join(lines)
+
+
+def made(conversion: dict, folder: Path) -> str:
+    origin, calibration, recipe = conversion["source"], conversion["calibration"], conversion["recipe"]
+    lines = [f"```bash\n{conversion['command']}\n```\n"]
+    lines.append(f"- source: `{origin['label']}` ({origin['model_type']})")
+    if calibration:
+        lines.append(
+            f"- calibration: {calibration['sequences']} sequences of {calibration['sequence_length']:,} tokens from "
+            f"`{calibration['file']}`, SHA-256 of the text read `{calibration['sha256']}`"
+        )
+        lines += _refinement(conversion)
+    else:
+        lines.append("- calibration: none, an exact conversion needs none")
+    if recipe:
+        lines.append("- recipe: " + ", ".join(f"{name} {value}" for name, value in recipe.items()))
+    lines.append("- versions: " + ", ".join(f"{name} {value}" for name, value in conversion["versions"].items()))
+    commit = conversion["commit"]
+    lines.append(f"- commit of egmla: {f'`{commit}`' if commit else 'not known, an installed package made it'}")
+    if (folder / CONVERSION_FIGURE).is_file():
+        lines.append(f"\n![How each layer fared in the conversion]({CONVERSION_FIGURE})")
+    return "\n".join(lines)
+
+
+def _refinement(conversion: dict) -> list[str]:
+    """The line about the refinement; none for reports from before there was one."""
+    if "refinement" not in conversion:
+        return []
+    refinement = conversion["refinement"]
+    if refinement is None:
+        return ["- refinement: none, the closed form as it is"]
+    batch, length = refinement["batch_size"], conversion["calibration"]["sequence_length"]
+    gate = "the gate trained with the rest" if refinement["gate"] else "the gate not trained"
+    return [
+        f"- refinement: each layer's attention by itself, {refinement['steps']} steps of {batch} of those sequences "
+        f"({refinement['steps'] * batch * length:,} tokens), {gate}; learning rate {refinement['learning_rate']:g}, "
+        f"matrix products in {refinement['dtype']}"
+    ]
+
+
+def limits(conversion: dict, results: dict | None, training: dict | None, changed: bool) -> list[str]:
+    limits = []
+    refinement = conversion.get("refinement")
+    if conversion["plan"]["exact"]:
+        limits.append("The cache is as large as the source's: a starting point for training, not a saving.")
+    elif training is None and not changed:
+        what = (
+            "Each layer's attention was refined by itself on the calibration text and nothing was trained end to end"
+            if refinement
+            else "Nothing was trained after the conversion"
+        )
+        limits.append(f"{what}, so quality below the source's is to be expected.")
+    if changed:
+        limits.append("The weights have changed since they were last reported on, and nothing here says how.")
+    elif training is None and refinement and refinement["gate"]:
+        limits.append("The gate was trained in that refinement only.")
+    elif training is None:
+        limits.append("The gate is at identity: it changes nothing until the model is trained.")
+    if training is not None:
+        limits.append("The text it was healed on is all it was trained on since: other domains may have gained less.")
+    if conversion["source"]["label"].endswith(".gguf"):
+        limits.append("The source was read from a quantised GGUF file: these are the weights of the rounded model.")
+    if results is None:
+        limits.append("No task was measured.")
+    limits.append("What the source does wrong, this model does too.")
+    return limits
+
+
+def licence(license: str | None, name: str | None, source: str) -> str:
+    if license is None:
+        return f"The source, {source}, states none that this card could carry over: look it up before use."
+    stated = f"{license} ({name})" if name else license
+    return f"That of the source, {source}: {stated}. The code in this repository is Apache-2.0."
