@@ -1,4 +1,4 @@
-"""Peak of memory while a long prompt is read in chunks, against weights, cache and one chunk's activations.
+"""Measure peak memory while a long prompt is read in chunks, against weights + cache + one chunk's activations.
 
     python tests/benchmarks/chunked_prefill.py --tokens 32768 --chunk 512
     python tests/benchmarks/chunked_prefill.py --tokens 32768 --chunk 512 --config '{"num_hidden_layers": 2}'
@@ -20,14 +20,14 @@ from egmla.utils.machine import peak_resident_bytes, reset_peak_resident, reside
 
 
 def activation_bytes(config: EGMLAConfig, chunk: int, itemsize: int) -> int:
-    """Bytes alive at once while a chunk of `T` tokens behind a past passes through a layer.
+    """Count the bytes alive at once while a chunk of `T` tokens after a past passes through a layer.
 
-    - Hidden states `T D`: the residual, the normed input, the layer's output; and the MLP's inner width three times
-      (gate, up, product).
+    - Hidden states `T D`: the residual, the normed input and the layer's output. Also three times the MLP's inner
+      width (gate, up, product).
     - Queries `T H`: expanded `N + P`, absorbed `R + P`, and three outputs of that width (past, own tokens, merged).
 
-    Neither scores nor a mask, so nothing that grows with the past: heads times tokens are beyond what is packed, and
-    absorption pays for the chunk.
+    Nothing grows with the past: there are no scores and no mask. The chunk is too long for packed queries, and short
+    enough for absorption to pay.
     """
     states = chunk * 3 * (config.hidden_size + config.intermediate_size)
     width = max(config.layer_kv_lora_ranks) + config.qk_rope_head_dim
@@ -46,7 +46,7 @@ def main() -> None:
     config = EGMLAConfig(**{"max_position_embeddings": options.tokens + 1, **options.config})
     dtype = getattr(torch, options.dtype)
     ids = torch.randint(config.vocab_size, (1, options.tokens))
-    # Threads, kernels and their buffers are there before the first reading.
+    # Create threads, kernels and their buffers before the first reading.
     tiny = EGMLAForCausalLM(EGMLAConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=1, vocab_size=64))
     tiny.to(dtype).generate(torch.ones(1, 8, dtype=torch.long), max_new_tokens=1, do_sample=False)
     del tiny

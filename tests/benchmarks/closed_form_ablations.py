@@ -1,11 +1,10 @@
-"""Perplexity of a source converted by the closed form at several cache sizes, one choice of the recipe changed each.
+"""Measure perplexity of closed-form conversions at several cache sizes, with one choice of the recipe changed each.
 
     python tests/benchmarks/closed_form_ablations.py SOURCE --calibration wiki.train.txt --text wiki.test.raw \
         --cache 0.5,0.3125,0.1875 --output ablations.json
 
-The source runs over the calibration text once per weighting of its tokens; every choice then works on the same
-statistics. Finished rows are kept in the output file, so the same command goes on where it stopped. The last line of
-the output is one JSON object.
+The source runs over the calibration text once per weighting of its tokens. All choices then use the same statistics.
+The output file keeps finished rows, and the same command resumes. The last line of the output is one JSON object.
 """
 
 import argparse
@@ -31,7 +30,7 @@ from egmla.conversion.sources import load_source, open_source
 from egmla.utils.perplexity import perplexity, token_windows
 
 
-# Each a recipe and what is changed of it.
+# Each choice: a recipe, and its changes.
 CHOICES: dict[str, tuple[str, dict[str, Any]]] = {
     "default": ("default", {}),
     "rotary components by key energy": ("default", {"rope_metric": "key"}),
@@ -53,12 +52,12 @@ CHOICES: dict[str, tuple[str, dict[str, Any]]] = {
     "transmla-like": ("transmla-like", {}),
     "mha2mla-like": ("mha2mla-like", {}),
 }
-# What there is to choose for a source that has its latent already.
+# Choices for a source that already has a latent.
 LATENT_CHOICES = ("default", "not centred", "tokens weighted equally", "output metric", "metric of the weights")
 
 
 def converted(source: Source, family: Family, plan: Plan, recipe: Recipe, statistics: list[LayerStatistics]):
-    """The converted model in fp32, and the spectrum of each layer's latent."""
+    """Return the converted model in fp32, and the spectrum of each layer's latent."""
     compute = smaller_latent_layer if family.latent else low_rank_layer
     tensors = {name: source.read(rows) for name, rows in family.passthrough_tensors(source.config, None).items()}
     slots, spectra = [], []
@@ -88,9 +87,9 @@ def main() -> int:
     parser.add_argument("--calibration-tokens", type=int, default=65536)
     parser.add_argument("--text", required=True)
     parser.add_argument("--windows", type=int, default=4)
-    parser.add_argument("--cache", default="0.5,0.3125,0.1875", help="shares of the source's cache")
+    parser.add_argument("--cache", default="0.5,0.3125,0.1875", help="fractions of the source's cache")
     parser.add_argument("--choices", help="names of choices, separated by semicolons; all by default")
-    parser.add_argument("--output", help="JSON file for the rows; what is in it is not computed again")
+    parser.add_argument("--output", help="JSON file for the rows; rows in it are not computed again")
     options = parser.parse_args()
     source = open_source(options.source)
     family = find_family(source.config)

@@ -1,4 +1,4 @@
-"""Decode steps with the compiled CPU kernel and without, in turns, and a layer's attention by itself.
+"""Time decode steps with the compiled CPU kernel and without, interleaved, and one layer's attention alone.
 
     python tests/benchmarks/cpu_kernel.py --context 2048,8192,32768 --dtype float32,bfloat16 --threads 2
 
@@ -25,7 +25,7 @@ PRESET = "egmla-kv64-120m"
 
 
 class Switched:
-    """A model that runs with the kernel, or without; else it is the model."""
+    """Wrap a model to run with the kernel or without it."""
 
     def __init__(self, model, runner, operators):
         self.model, self.runner, self.operators = model, runner, operators
@@ -35,7 +35,7 @@ class Switched:
         return self.runner(*args, **kwargs)
 
     @property
-    def _orig_mod(self):  # what fills caches
+    def _orig_mod(self):  # filling caches needs the model that is not compiled
         return self.model
 
     def __getattr__(self, name):
@@ -43,7 +43,7 @@ class Switched:
 
 
 def time_steps(model, context: int, names: list[str], rounds: int) -> list[dict]:
-    """A row per contestant: medians with and without the kernel, and how they and the full cache compare in pairs."""
+    """Return a row per contestant: medians with and without the kernel, and ratios over pairs of one round."""
     with compiling() as compiled:
         runners = {name: compiled(model) if CONTESTANTS[name].compiled else model for name in names}
         models, caches = {}, {}
@@ -72,7 +72,7 @@ def time_steps(model, context: int, names: list[str], rounds: int) -> list[dict]
 
 @torch.no_grad()
 def time_layer(config, context: int, dtype: torch.dtype, rounds: int) -> dict:
-    """Milliseconds of one layer's attention, in turns over all layers' entries, and of reading them."""
+    """Return milliseconds of one layer's attention, interleaved over all layers' entries, and of reading them."""
     width, rank = config.kv_lora_rank + config.qk_rope_head_dim, config.kv_lora_rank
     layers = [torch.randn(1, 1, context, width).to(dtype) for _ in range(config.num_hidden_layers)]
     query = torch.randn(1, config.num_attention_heads, 1, width).to(dtype)

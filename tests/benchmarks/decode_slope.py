@@ -1,13 +1,13 @@
-"""How much longer a decode step takes at a long context, beside what the cache's further bytes take to be read.
+"""Compare the growth of a decode step with the context with the time to read the cache's further bytes.
 
     python tests/benchmarks/decode_slope.py --context 2048,32768 --dtype float32 --threads 2
 
-Random weights, batch 1, the fixed-size cache compiled and the growing one, with the CPU kernel. Unlike in
-`egmla bench` the contexts take turns, and reading is measured in each round, so that a machine whose speed changes
-within minutes changes all of a round; and fixed caches of both have the room of the long one. Bytes are read in two
-ways: by a plain sum, the most the machine gives, and by products of matrices with a vector, which is what decoding
-does with weights and what shares of the ceiling are of. Each round's line has the speed of large products too, which
-tells quiet rounds from others. The last line of the output is one JSON object.
+Random weights, batch 1, with the CPU kernel; the fixed-size cache compiled, and the growing cache eager. Unlike in
+`egmla bench`, contexts are interleaved and reading is measured in each round. So a machine whose speed changes
+within minutes changes a whole round. Fixed caches of both contexts have the capacity of the long one. Reading is
+measured in two ways: a plain sum, the most the machine gives, and GEMV, which is how decoding reads weights. Each
+round's line also has the speed of large matmuls, which shows quiet rounds. The last line of the output is one JSON
+object.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from egmla.configuration import load_preset
 from egmla.utils.provenance import software_versions
 
 
-WARMUP = 2  # steps of a turn that are not timed
+WARMUP = 2  # untimed steps before the timed ones of a round
 
 
 def main() -> None:

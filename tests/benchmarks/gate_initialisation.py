@@ -1,15 +1,14 @@
-"""Gates set from calibration statistics, without training, against gates at identity.
+"""Set gates from calibration statistics, without training, and compare them with gates at identity.
 
     python tests/benchmarks/gate_initialisation.py SOURCE CONVERTED --calibration wiki.train.raw --text wiki.test.raw \
         --text stories.txt
 
-One pass over the calibration text gives the gradient of the divergence from the source with respect to each value of
-each gate. Its linear regression on the tokens' embeddings, each channel divided by the mean square of its gradients
-(the curvature, as in natural gradients) and the average over channels, is the direction of the gates: what a gate
-could know of its token, taken once. Steps of several lengths along it, given as the root mean square of what the
-gates differ from 1 by, are measured on texts that it does not come from. The mean of every gate over the tokens stays
-1: another mean is a scale of the up-projection and needs no gate.
-The last line of the output is one JSON object.
+One pass over the calibration text gives the gradient of the divergence from the source with respect to each gate's
+values. A linear regression of these gradients on the tokens' embeddings is the direction of the gates. Each
+channel is divided by its curvature, the mean square of its gradients plus the average over channels, as in natural
+gradients. Steps of several lengths along the direction are measured on other texts. A length is the root mean
+square of the gates' difference from 1. The mean of every gate over the tokens stays 1: another mean is a scale of
+the up-projection and needs no gate. The last line of the output is one JSON object.
 """
 
 import argparse
@@ -29,7 +28,7 @@ from egmla.utils.perplexity import token_windows
 
 
 def gradients_of_gates(model, source, windows):
-    """Embeddings `[tokens, D]` and each layer's gradients `[tokens, R]` of the divergence from the source."""
+    """Return embeddings `[tokens, D]` and each layer's gradients `[tokens, R]` of the divergence from the source."""
     gates, layers, embeddings = {}, [layer.self_attn for layer in model.model.layers], []
 
     def as_leaf(idx):
@@ -48,7 +47,7 @@ def gradients_of_gates(model, source, windows):
             wanted = source(ids).logits[0].float().log_softmax(-1)
         given = model(ids, use_cache=False).logits[0].float().log_softmax(-1)
         torch.nn.functional.kl_div(given, wanted, reduction="sum", log_target=True).backward()
-        # Without the first token: all attend to it, whatever it is.
+        # Without the first token: all tokens attend to it, whatever it is.
         embeddings.append(model.get_input_embeddings()(ids)[0, 1:])
         for idx in range(len(layers)):
             gradients[idx].append(gates[idx].grad[0, 1:])
@@ -56,11 +55,11 @@ def gradients_of_gates(model, source, windows):
     print(file=sys.stderr)
     for hook in hooks:
         hook.remove()
-    return torch.cat(embeddings), [torch.cat(pieces) for pieces in gradients]
+    return torch.cat(embeddings), [torch.cat(windows) for windows in gradients]
 
 
 def directions(embeddings: torch.Tensor, gradients: list[torch.Tensor], ridge: float):
-    """For each layer the gate's projection `[R, D]` to channels of variance 1, and each channel's length `[R]`.
+    """Return each layer's gate projection `[R, D]` to channels of variance 1, and each channel's length `[R]`.
 
     The root mean square of all lengths is 1. `ridge` is in units of the embeddings' mean variance.
     """
@@ -81,7 +80,7 @@ def directions(embeddings: torch.Tensor, gradients: list[torch.Tensor], ridge: f
 
 @torch.no_grad()
 def set_gates(model, embeddings, found, step: float):
-    """Sets every gate to 1 plus `step` times its direction, with mean 1 over the tokens of `embeddings`."""
+    """Set every gate to 1 plus `step` times its direction, with mean 1 over the tokens of `embeddings`."""
     for layer, (projection, length) in zip(model.model.layers, found, strict=True):
         attention = layer.self_attn
         attention.kv_gate_proj.weight.copy_(projection)

@@ -1,8 +1,8 @@
-"""Time and peak memory of converting a random checkpoint of a 7B model's shape, in a process of its own.
+"""Measure time and peak memory of converting a random checkpoint of a 7B model's shape, in a process of its own.
 
     python tests/benchmarks/large_conversion.py FOLDER --tokens 512
 
-FOLDER gets the checkpoint (14.5 GB in bf16, kept for the next run) and the conversion (removed at the end). The last
+The checkpoint in FOLDER (14.5 GB in bf16) is kept for the next run, and the conversion is removed at the end. The last
 line of the output is one JSON object.
 """
 
@@ -46,7 +46,7 @@ print(json.dumps({"seconds": report["seconds"], "peak_bytes": report["peak_bytes
 
 
 def make_checkpoint(folder: Path) -> None:
-    """A checkpoint with random weights, written shard by shard: the whole is never in memory."""
+    """Write a checkpoint with random weights, shard by shard: the whole is never in memory."""
     config = MistralConfig(**SHAPE, tie_word_embeddings=False)
     config.architectures, config.dtype = ["MistralForCausalLM"], torch.bfloat16
     with torch.device("meta"):

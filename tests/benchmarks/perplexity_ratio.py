@@ -1,11 +1,11 @@
-"""Perplexity of a converted model against its source, on the same windows of a text.
+"""Measure perplexity of converted models against their source, on the same windows of a text.
 
     python tests/benchmarks/perplexity_ratio.py SOURCE CONVERTED --text wiki.test.raw --windows 9 --window 2048
     python tests/benchmarks/perplexity_ratio.py SOURCE HEALED --text stories.txt --windows 4 --window 1024 --divergence
 
-With --divergence also how far its predictions are from the source's, and how often both expect the same token. Of
-several converted models each is set beside the first: the mean difference of the windows' losses, with 95 %.
-The last line of the output is one JSON object.
+--divergence adds the KL divergence from the source's predictions, and how often both have the same best token.
+Several converted models are compared with the first: the mean difference of the windows' losses, with a 95 %
+interval. The last line of the output is one JSON object.
 """
 
 import argparse
@@ -23,19 +23,19 @@ from egmla.utils.perplexity import perplexity, token_windows
 
 
 def window_losses(model, windows) -> list[float]:
-    """Nats per token of each window."""
+    """Return nats per token of each window."""
     return [math.log(perplexity(model, window[None])) for window in windows]
 
 
 def paired_difference(losses: list[float], others: list[float]) -> tuple[float, float]:
-    """Mean of what windows lose beyond others' losses of them in nats a token, and its 95 % interval's half width."""
+    """Return the mean difference of the windows' losses in nats a token, and half of its 95 % interval."""
     differences = [one - other for one, other in zip(losses, others, strict=True)]
     return statistics.mean(differences), 1.96 * statistics.stdev(differences) / math.sqrt(len(differences))
 
 
 @torch.inference_mode()
 def divergence(source, converted, windows) -> tuple[float, float]:
-    """Mean KL divergence from the source's next-token distribution in nats, and how often the best one is the same."""
+    """Return the mean KL divergence from the source in nats, and how often the best token is the same."""
     total, same, count = 0.0, 0, 0
     for window in windows:
         ids = torch.as_tensor(window).view(1, -1)

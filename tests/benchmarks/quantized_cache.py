@@ -1,10 +1,10 @@
-"""Bytes, perplexity and decode time of quantised caches of a model against its full cache.
+"""Measure bytes, perplexity and decode time of a model's quantised caches against its full cache.
 
     python tests/benchmarks/quantized_cache.py FOLDER --text wiki.test.raw --windows 4 --window 2048
 
-Each window goes through the cache in chunks, so that every token reads its past as the cache holds it; with
-`--chunk 1 --cpu-kernel` by decode steps with the compiled kernel, which rounds queries and weights too. The last line
-of the output is one JSON object.
+Each window goes through the cache in chunks: every token reads its past as the cache holds it. With `--chunk 1` and
+`--cpu-kernel`, chunks are decode steps of the compiled kernel, which also rounds queries and weights. The last line of
+the output is one JSON object.
 """
 
 import argparse
@@ -27,7 +27,7 @@ CONTESTANTS = {"full": {}, "int8": {"quantization": "int8"}, "int4": {"quantizat
 
 @torch.no_grad()
 def perplexity_through_cache(model, windows: torch.Tensor, chunk: int, **options) -> float:
-    """Perplexity of `windows` `[windows, window]`, given in chunks of `chunk` tokens to a cache with these options."""
+    """Return perplexity of `windows` `[windows, window]`, read in chunks by a cache with these options."""
     total, scored = 0.0, 0
     for ids in windows:
         cache = EGMLACache(model.config, **options)
@@ -40,7 +40,7 @@ def perplexity_through_cache(model, windows: torch.Tensor, chunk: int, **options
 
 
 def filled_cache(config, context: int, dtype: torch.dtype, **options) -> EGMLACache:
-    """A cache with random entries of `context` tokens."""
+    """Return a cache with random entries of `context` tokens."""
     cache = EGMLACache(config, **options)
     for layer_idx, rank in enumerate(config.layer_kv_lora_ranks):
         latent, rope_key = torch.randn(1, 1, context, rank), torch.randn(1, 1, context, config.qk_rope_head_dim)
@@ -50,7 +50,7 @@ def filled_cache(config, context: int, dtype: torch.dtype, **options) -> EGMLACa
 
 @torch.no_grad()
 def attention_milliseconds(context: int, dtype: torch.dtype, steps: int) -> dict[str, float]:
-    """Median processor time of one thread for attention of one token, 12 heads, over a layer of 64 + 64 elements."""
+    """Return one thread's median processor time for attention of one token: 12 heads, one layer, 64 + 64 elements."""
     config = EGMLAConfig(num_hidden_layers=1, kv_lora_rank=64, qk_rope_head_dim=64)
     layers = {name: filled_cache(config, context, dtype, **CONTESTANTS[name]).layers[0] for name in CONTESTANTS}
     query = torch.randn(1, 12, 1, 128).to(dtype)
@@ -66,7 +66,7 @@ def attention_milliseconds(context: int, dtype: torch.dtype, steps: int) -> dict
 
 @torch.no_grad()
 def decode_milliseconds(model, context: int, steps: int) -> dict[str, float]:
-    """Median milliseconds of a decode step at `context` tokens, contestants taking turns."""
+    """Return median milliseconds of a decode step at `context` tokens, with interleaved contestants."""
     caches = {name: filled_cache(model.config, context, model.dtype, **CONTESTANTS[name]) for name in CONTESTANTS}
     seconds: dict[str, list[float]] = {name: [] for name in CONTESTANTS}
     token = torch.tensor([[5]])

@@ -1,12 +1,12 @@
-"""The paper's claim at toy scale: does the embedding gate let the latent shrink without loss?
+"""Test the paper's claim at toy scale: does the embedding gate let the latent shrink without loss?
 
     python tests/benchmarks/reproduction.py --data train-1.txt --data train-2.txt --eval-data valid.txt --output repro
     python tests/benchmarks/reproduction.py --output repro --report
 
-Trains small models from new weights on the same tokens in the same order (`egmla train`'s own engine), one variant and
-seed after another, all variants of a seed before the next seed. Every finished run is a line of `results.jsonl` in the
-output folder; a killed command goes on, in the middle of a run too, and lines from other machines may be added. Then
-(or with --report alone) a table with confidence intervals, `table.md`, and `reproduction.png`.
+Trains small models from new weights with the engine of `egmla train`, on the same tokens in the same order. All
+variants of a seed run before the next seed. Every finished run is a line of `results.jsonl` in the output folder,
+and lines from other machines may be added. A killed command resumes, in the middle of a run too. At the end, or
+with --report alone, it writes a table with confidence intervals, `table.md`, and `reproduction.png`.
 """
 
 import argparse
@@ -47,8 +47,8 @@ SHAPE = {
 LATENT = {"qk_nope_head_dim": 32, "qk_rope_head_dim": 32, "v_head_dim": 64}
 RANK = 128  # r; a quarter is 32, a sixteenth 8
 TABLE = 85  # width of a gate table; a third of the hidden size, as in the paper
-# Width, depth, heads and MLP are equal. Latent attention turns half of each query, Llamas (those with
-# `key_value_heads`) all of it.
+# Width, depth, heads and MLP are equal. Latent attention rotates half of each query. Llamas (those with
+# `key_value_heads`) rotate all of it.
 VARIANTS: dict[str, dict[str, Any]] = {
     "MLA r": {"kv_lora_rank": RANK, "kv_gate": None},
     "MLA r/4": {"kv_lora_rank": RANK // 4, "kv_gate": None},
@@ -70,7 +70,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "kv_gate_embedding_dim": TABLE,
     },
 }
-# Differences that the paper's claim is about: the first minus the second, by seed.
+# Differences for the paper's claim: the first minus the second, paired by seed.
 CLAIMS = (
     ("MLA r/4", "MLA r"),
     ("EG-MLA r/4, table", "MLA r"),
@@ -87,14 +87,14 @@ CLAIMS = (
     ("EG-MLA r/16, table", "MLA r"),
     ("MLA r", "MHA"),
 )
-# What runs must have in common to be compared.
+# Runs are comparable only if these are equal.
 CONDITIONS = ("tokens", "batch_size", "eval_tokens", "learning_rate", "texts")
 # Two-sided 95 % points of Student's t by degrees of freedom.
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 def make_config(variant: str) -> Any:
-    """Configuration of a variant."""
+    """Return the configuration of a variant."""
     fields = dict(VARIANTS[variant])
     heads = fields.pop("key_value_heads", None)
     if heads is not None:
@@ -103,7 +103,7 @@ def make_config(variant: str) -> Any:
 
 
 def make_model(config: Any, seed: int) -> Any:
-    """New weights: matrices of one name and shape are the same in all variants of a seed."""
+    """Make new weights. Matrices of one name and shape are the same in all variants of a seed."""
     model = (EGMLAForCausalLM if config.model_type == "egmla" else LlamaForCausalLM)(config).float()
     for name, parameter in model.named_parameters():
         if parameter.ndim > 1:
@@ -114,7 +114,7 @@ def make_model(config: Any, seed: int) -> Any:
 
 
 def run(variant: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Trains one variant with one seed; goes on where it was interrupted."""
+    """Train one variant with one seed, or resume it."""
     settings = scratch_settings(
         data=options.data,
         eval_data=options.eval_data,
@@ -128,7 +128,7 @@ def run(variant: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     )
     config = make_config(variant)
     target = options.output / f"{variant.replace('/', '-').replace(',', '').replace(' ', '_')}-{seed}"
-    shutil.rmtree(target, ignore_errors=True)  # of a run that was killed before its line was written
+    shutil.rmtree(target, ignore_errors=True)  # left by a run that was killed before its line was written
     place = Place.of(target, None, True, False)
     job = Job(
         "train",
@@ -141,7 +141,7 @@ def run(variant: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     )
     started = time.time()
     report = run_job(job, place, settings)
-    shutil.rmtree(target)  # figures are kept, weights not
+    shutil.rmtree(target)  # results are kept, weights are not
     return {
         "variant": variant,
         "seed": seed,
@@ -158,14 +158,14 @@ def run(variant: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def conditions(options: argparse.Namespace) -> dict[str, Any]:
-    """`CONDITIONS` of this command; texts by content."""
+    """Return the `CONDITIONS` of this command. Texts are identified by content."""
     texts = [sha256(Path(name).read_bytes()).hexdigest()[:16] for name in (*options.data, *options.eval_data)]
     values = {**vars(options), "texts": texts}
     return {name: values[name] for name in CONDITIONS}
 
 
 def interval(values: list[float]) -> tuple[float, float | None]:
-    """Mean, and half the width of its 95 % interval by Student's t; `None` from one value."""
+    """Return the mean, and half of its 95 % interval by Student's t (`None` for one value)."""
     mean = statistics.fmean(values)
     if len(values) < 2:
         return mean, None
@@ -179,7 +179,7 @@ def shown(pair: tuple[float, float | None], sign: str = "") -> str:
 
 
 def make_table(rows: list[dict[str, Any]]) -> str:
-    """Losses by variant and the claims' differences, paired by seed, as Markdown."""
+    """Return losses by variant and the claims' differences, paired by seed, as Markdown."""
     losses: dict[str, dict[int, float]] = {}
     for row in rows:
         losses.setdefault(row["variant"], {})[row["seed"]] = row["loss"]
@@ -207,7 +207,7 @@ def make_table(rows: list[dict[str, Any]]) -> str:
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Held-out loss against cache elements per token, and what gate tables of several widths change, by seed."""
+    """Plot held-out loss against cache elements per token, and the effect of gate tables by width and seed."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -250,10 +250,10 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:
-    """Earlier runs, one for each variant and seed.
+    """Read earlier runs, one for each variant and seed.
 
     Raises:
-        SystemExit: when they are not of one experiment.
+        SystemExit: if they are not of one experiment.
     """
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
     for name in CONDITIONS:
@@ -292,7 +292,7 @@ def main() -> None:
                     f"{results} has runs with {name}={rows[0][name]}, and now it is {value}; use another --output."
                 )
     for name in chosen:
-        make_config(name)  # whatever cannot be made is found before hours of training
+        make_config(name)  # fails before hours of training
     wanted = [] if options.report else [(name, seed) for seed in range(options.seeds) for name in chosen]
     for index, (variant, seed) in enumerate(wanted):
         if (variant, seed) in done:

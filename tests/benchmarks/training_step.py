@@ -1,13 +1,13 @@
-"""Time and memory of a training step: EG-MLA against MLA of the same rank, and against Transformers' DeepSeek-V3.
+"""Measure time and memory of a training step: EG-MLA, MLA of the same rank, and Transformers' DeepSeek-V3.
 
     python tests/benchmarks/training_step.py
     python tests/benchmarks/training_step.py --config '{"num_hidden_layers": 4}' --tokens 512 --batch 2 --rounds 6
     python tests/benchmarks/training_step.py --reproduction --tokens 256 --batch 8      # variants of reproduction.py
 
-A step is forward, backward and AdamW (fused, as Trainer has it) on random tokens. Contestants take turns in one
-process; medians, and ratios over pairs of one round, to the first contestant. Peak memory is that of a process of its
-own beyond the start, gate tables apart: they are frozen there and their weights subtracted. The last line of the
-output is one JSON object.
+A step is forward, backward and AdamW (fused, as in Trainer) on random tokens. Contestants are interleaved in one
+process. Times are medians, and ratios are over pairs of one round, to the first contestant. Peak memory is
+measured in a process of its own, beyond the start. Gate tables are frozen there, and their weights subtracted. The
+last line of the output is one JSON object.
 """
 
 import argparse
@@ -37,7 +37,7 @@ CONTESTANTS: dict[str, dict[str, Any]] = {
 
 
 def make_config(name: str, options: argparse.Namespace) -> Any:
-    """Configuration of a contestant."""
+    """Return the configuration of a contestant."""
     if options.reproduction:
         return reproduction.make_config(name)
     config = EGMLAConfig(**{**options.config, **CONTESTANTS[name]})
@@ -45,7 +45,7 @@ def make_config(name: str, options: argparse.Namespace) -> Any:
 
 
 def make_step(name: str, options: argparse.Namespace, train_tables: bool = True) -> tuple[Any, Any]:
-    """The model of a contestant, and a function that does one step and gives its seconds."""
+    """Return a contestant's model, and a function that runs one step and returns its seconds."""
     config = make_config(name, options)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).train()
@@ -65,7 +65,7 @@ def make_step(name: str, options: argparse.Namespace, train_tables: bool = True)
 
 
 def measure_memory(name: str, options: argparse.Namespace) -> None:
-    """Prints this process's peak in bytes over three steps, gate tables apart."""
+    """Print this process's peak in bytes over three steps, without gate tables."""
     tiny: Any = EGMLAConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=1, vocab_size=64)
     AutoModelForCausalLM.from_config(tiny)(torch.ones(1, 8, dtype=torch.long)).logits.sum().backward()
     gc.collect()
