@@ -10,8 +10,7 @@ import torch
 from torch import nn
 from transformers.utils import is_torchdynamo_compiling
 
-from .cpu_kernel_egmla import CPU_KERNEL_DTYPES, cpu_operators
-from .linear_egmla import is_traced
+from .cpu_egmla import CPU_KERNEL_DTYPES, cpu_operators, is_traced
 from .quantization_egmla import QuantizedEntries
 
 
@@ -19,17 +18,6 @@ from .quantization_egmla import QuantizedEntries
 SPLIT_MIN_TOKENS = 512
 # Up to this many query rows (heads x new tokens) are packed into one problem; more would copy the mask too often.
 PACK_MAX_ROWS = 512
-
-
-def absorption_pays(new_tokens: int, kv_lora_rank: int, qk_nope_head_dim: int, v_head_dim: int) -> bool:
-    """Whether `T` new tokens behind a long past attend with fewer operations in the latent space than expanded.
-
-    Per head, absorbed attention takes `T S (2R + P)` multiplications, expanded attention `T S (N + P + V)` plus
-    `S R (N + V)` for the expansion. So absorbed wins while `T < R (N + V) / (2R - N - V)`, always where `2R <= N + V`.
-    Derived in the design, performance arithmetic 1.3.
-    """
-    excess = 2 * kv_lora_rank - qk_nope_head_dim - v_head_dim
-    return excess <= 0 or new_tokens * excess < kv_lora_rank * (qk_nope_head_dim + v_head_dim)
 
 
 def latent_attention(

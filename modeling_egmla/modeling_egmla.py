@@ -39,11 +39,12 @@ from transformers.utils import TransformersKwargs, can_return_tuple, is_torchdyn
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .absorption_egmla import absorption_pays, affine_map, can_absorb
 from .cache_egmla import EGMLACache
 from .configuration_egmla import AUTO_MAP, MOE_MODULES, EGMLAConfig
 from .continuous_batching_egmla import PagedView, append_paged, check_pages, without_flash
-from .latent_attention_egmla import absorption_pays, latent_attention, needs_no_mask
-from .linear_egmla import EGMLALinear
+from .cpu_egmla import linear
+from .latent_attention_egmla import latent_attention, needs_no_mask
 
 
 class EGMLARMSNorm(LlamaRMSNorm):
@@ -62,10 +63,13 @@ class EGMLAMLP(LlamaMLP):
         nn.Module.__init__(self)
         self.config = config
         D, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.gate_proj = EGMLALinear(D, inner, bias=bias)
-        self.up_proj = EGMLALinear(D, inner, bias=bias)
-        self.down_proj = EGMLALinear(inner, D, bias=bias)
+        self.gate_proj = nn.Linear(D, inner, bias=bias)
+        self.up_proj = nn.Linear(D, inner, bias=bias)
+        self.down_proj = nn.Linear(inner, D, bias=bias)
         self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return linear(self.down_proj, self.act_fn(linear(self.gate_proj, x)) * linear(self.up_proj, x))
 
 
 class EGMLAGateNorm(nn.LayerNorm):
@@ -148,34 +152,34 @@ class EGMLAAttention(nn.Module):
 
         D, R, bias = config.hidden_size, self.kv_lora_rank, config.attention_bias
         if self.query_norm_dim is not None:
-            self.q_proj = EGMLALinear(D, self.num_heads * self.qk_nope_head_dim, bias=config.query_bias)
+            self.q_proj = nn.Linear(D, self.num_heads * self.qk_nope_head_dim, bias=config.query_bias)
             self.q_norm = EGMLARMSNorm(self.query_norm_dim, eps=config.rms_norm_eps)
             if self.qk_rope_head_dim:
                 self.q_rope_scale = nn.Parameter(torch.ones(self.num_heads, self.qk_rope_head_dim // 2))
         elif self.q_lora_rank is None:
-            self.q_proj = EGMLALinear(D, self.num_heads * self.qk_head_dim, bias=config.query_bias)
+            self.q_proj = nn.Linear(D, self.num_heads * self.qk_head_dim, bias=config.query_bias)
         else:
-            self.q_a_proj = EGMLALinear(D, self.q_lora_rank, bias=bias)
+            self.q_a_proj = nn.Linear(D, self.q_lora_rank, bias=bias)
             self.q_a_layernorm = EGMLARMSNorm(self.q_lora_rank, eps=config.latent_norm_eps)
-            self.q_b_proj = EGMLALinear(self.q_lora_rank, self.num_heads * self.qk_head_dim, bias=config.query_bias)
+            self.q_b_proj = nn.Linear(self.q_lora_rank, self.num_heads * self.qk_head_dim, bias=config.query_bias)
         if config.kv_encoder_dim is not None:
-            self.kv_encoder_proj = EGMLALinear(D, config.kv_encoder_dim, bias=bias)
+            self.kv_encoder_proj = nn.Linear(D, config.kv_encoder_dim, bias=bias)
             self.kv_encoder_norm = EGMLARMSNorm(config.kv_encoder_norm_dim, eps=config.latent_norm_eps)
-        self.kv_a_proj_with_mqa = EGMLALinear(config.kv_encoder_dim or D, R + self.qk_rope_head_dim, bias=bias)
+        self.kv_a_proj_with_mqa = nn.Linear(config.kv_encoder_dim or D, R + self.qk_rope_head_dim, bias=bias)
         if config.kv_latent_norm:
             self.kv_a_layernorm = EGMLARMSNorm(R, eps=config.latent_norm_eps)
         if config.qk_norm_dim is not None:
             if self.q_lora_rank is None:
                 self.q_norm = EGMLARMSNorm(config.qk_norm_dim, eps=config.rms_norm_eps)
             self.k_norm = EGMLARMSNorm(config.qk_norm_dim, eps=config.rms_norm_eps)
-        self.kv_b_proj = EGMLALinear(R, self.num_heads * (self.qk_nope_head_dim + self.v_head_dim), bias=False)
-        self.o_proj = EGMLALinear(self.num_heads * self.v_head_dim, D, bias=bias)
+        self.kv_b_proj = nn.Linear(R, self.num_heads * (self.qk_nope_head_dim + self.v_head_dim), bias=False)
+        self.o_proj = nn.Linear(self.num_heads * self.v_head_dim, D, bias=bias)
         if config.kv_gate is not None:
             # No padding row in the table: a zero embedding is a gate like any other.
             if config.kv_gate_embedding_dim is not None:
                 self.kv_gate_embedding = nn.Embedding(config.vocab_size, config.kv_gate_embedding_dim)
             width = self.kv_b_proj.out_features if config.kv_gate == "expanded" else R
-            self.kv_gate_proj = EGMLALinear(config.kv_gate_embedding_dim or D, width, bias=False)
+            self.kv_gate_proj = nn.Linear(config.kv_gate_embedding_dim or D, width, bias=False)
             self.kv_gate_norm = EGMLAGateNorm(width, eps=config.rms_norm_eps)
         slots = config.layer_rope_slots(layer_idx)
         self.rope_slots = None if slots is None else nn.Buffer(torch.tensor(slots, dtype=torch.long), persistent=False)
@@ -189,21 +193,21 @@ class EGMLAAttention(nn.Module):
         """
         if self.kv_gate_embedding_dim is not None:
             gate_input = self.kv_gate_embedding(gate_input)
-        return self.kv_gate_norm(self.kv_gate_proj(gate_input))
+        return self.kv_gate_norm(linear(self.kv_gate_proj, gate_input))
 
     def project_queries(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Queries without position `[B, H, T, N]` and rotary queries, not yet turned, `[B, H, T, P]`."""
         if self.query_norm_dim is not None:
             return self._project_normed_queries(hidden_states)
         if self.q_lora_rank is None:
-            queries = self.q_proj(hidden_states)
+            queries = linear(self.q_proj, hidden_states)
         else:
-            queries = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_states)))
+            queries = linear(self.q_b_proj, self.q_a_layernorm(linear(self.q_a_proj, hidden_states)))
         queries = queries.view(*hidden_states.shape[:-1], -1, self.qk_head_dim).transpose(1, 2)
         return queries.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
 
     def _project_normed_queries(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        queries = self.q_proj(hidden_states)
+        queries = linear(self.q_proj, hidden_states)
         queries = self.q_norm(queries.unflatten(-1, (-1, self.query_norm_dim))).flatten(-2)
         queries = queries.unflatten(-1, (-1, self.qk_nope_head_dim)).transpose(1, 2)
         if not self.qk_rope_head_dim:
@@ -216,7 +220,7 @@ class EGMLAAttention(nn.Module):
 
     def encode(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Features `[B, T, kv_encoder_dim]` that latents and rotary keys are linear in, the first ones normalised."""
-        features = self.kv_encoder_proj(hidden_states)
+        features = linear(self.kv_encoder_proj, hidden_states)
         normed, plain = features.tensor_split([self.kv_encoder_normed], dim=-1)
         normed = self.kv_encoder_norm(normed.unflatten(-1, (-1, self.kv_encoder_norm_dim))).flatten(-2)
         return torch.cat((normed, plain), dim=-1)
@@ -225,7 +229,7 @@ class EGMLAAttention(nn.Module):
         """Latents to cache `[B, 1, T, R]`, gated if the gate is theirs, and rotary keys `[B, 1, T, P]`, not turned."""
         if self.kv_encoder_norm_dim is not None:
             hidden_states = self.encode(hidden_states)
-        compressed = self.kv_a_proj_with_mqa(hidden_states)
+        compressed = linear(self.kv_a_proj_with_mqa, hidden_states)
         latents, rope_keys = compressed.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
         if self.kv_latent_norm:
             latents = self.kv_a_layernorm(latents)
@@ -241,22 +245,15 @@ class EGMLAAttention(nn.Module):
             cos, sin = cos[..., self.rope_slots], sin[..., self.rope_slots]
         return rotate_pairs(x, cos, sin, self.rope_interleave)
 
-    def up_projections(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`W_UK` `[H, N, R]` and `W_UV` `[H, V, R]`, read off `kv_b_proj`.
+    def up_projections(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Return `W_UK` `[H, N, R]`, `W_UV` `[H, V, R]` and the values' bias `[H, V]`, as `kv_b_proj` is now.
 
-        Anything but a plain Linear with its weight at hand (LoRA, quantised, offloaded or sharded by hooks) is asked
-        for its effect on the identity instead, in the dtype and on the device of the activation `like`, so that
-        absorption never sees raw or stale weights and needs no weight attribute.
+        A bias on keys adds the same to every score of a query, which the softmax cancels. `like` is an activation.
         """
-        layer = self.kv_b_proj
-        plain = type(layer) in (EGMLALinear, nn.Linear) and type(layer.weight) is nn.Parameter
-        if plain and not hasattr(layer, "_hf_hook"):
-            weight = layer.weight
-        else:
-            identity = torch.eye(self.kv_lora_rank, dtype=like.dtype, device=like.device)
-            weight = layer(identity).transpose(0, 1)
-        weight = weight.view(-1, self.qk_nope_head_dim + self.v_head_dim, self.kv_lora_rank)
-        return weight.split([self.qk_nope_head_dim, self.v_head_dim], dim=1)
+        weight, bias = affine_map(self.kv_b_proj, self.kv_lora_rank, like)
+        parts = [self.qk_nope_head_dim, self.v_head_dim]
+        key_up, value_up = weight.view(-1, sum(parts), self.kv_lora_rank).split(parts, dim=1)
+        return key_up, value_up, None if bias is None else bias.view(-1, sum(parts))[:, parts[0] :]
 
     def expand_kv(
         self, latents: torch.Tensor, rope_keys: torch.Tensor, gate_input: torch.Tensor | None = None
@@ -267,7 +264,7 @@ class EGMLAAttention(nn.Module):
 
         Source: `DeepseekV3Attention.expand_kv`, whose name and contract serving engines look for.
         """
-        expanded = self.kv_b_proj(latents.squeeze(1))
+        expanded = linear(self.kv_b_proj, latents.squeeze(1))
         if self.kv_gate == "expanded":
             expanded = expanded * self.gate(gate_input)
         expanded = expanded.view(*expanded.shape[:-1], -1, self.qk_nope_head_dim + self.v_head_dim).transpose(1, 2)
@@ -311,7 +308,7 @@ class EGMLAAttention(nn.Module):
         read once for all sequences.
         """
         B, H, T, _ = nope.shape
-        key_up, value_up = self.up_projections(nope)
+        key_up, value_up, value_bias = self.up_projections(nope)
         absorbed = torch.bmm(nope.transpose(0, 1).reshape(H, B * T, -1), key_up)  # [H, B T, R]
         absorbed = absorbed.view(H, B, T, self.kv_lora_rank).transpose(0, 1)
         query = torch.cat((absorbed, rope), dim=-1)
@@ -331,6 +328,8 @@ class EGMLAAttention(nn.Module):
             output = latent_attention(query, entries, attention_mask, self.scaling, self.kv_lora_rank)
         output = output.transpose(0, 1).reshape(H, B * T, self.kv_lora_rank)
         output = torch.bmm(output, value_up.transpose(1, 2))  # [H, B T, V]
+        if value_bias is not None:  # weights of a row sum to one
+            output = output + value_bias.unsqueeze(1)
         return output.view(H, B, T, self.v_head_dim).permute(1, 2, 0, 3), weights
 
     def forward(
@@ -384,7 +383,7 @@ class EGMLAAttention(nn.Module):
             output, weights = self.attend_expanded(
                 nope, rope, latents, rope_keys, attention_mask, gate_input, **kwargs
             )
-        return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
+        return linear(self.o_proj, output.reshape(*hidden_states.shape[:-1], -1)), weights
 
 
 def mixture_of_experts(config: EGMLAConfig) -> nn.Module:
@@ -539,17 +538,20 @@ class EGMLAModel(EGMLAPreTrainedModel):
             return self.embed_tokens(ids)
         return ids
 
-    def _absorb(self, new_tokens: int, past_key_values: Cache | None) -> bool:
+    def _absorb(self, new_tokens: int, past_key_values: Cache | None, like: torch.Tensor) -> bool:
         """Whether this forward attends in the latent space: decoding, and any continuation where that is cheaper."""
         if past_key_values is None or (self.training and self.config.attention_dropout):
             return False
         if self.config.kv_gate == "expanded":  # every token has up-projections of its own
             return False
-        # PEFT tells each sequence's adapter by such a hook: every one has up-projections of its own.
-        if any(layer.self_attn.kv_b_proj._forward_pre_hooks_with_kwargs for layer in self.layers):
+        if new_tokens > 1 and not self._continues_cheaper_absorbed(new_tokens, past_key_values):
             return False
-        if new_tokens == 1:
-            return True
+        return can_absorb(
+            (layer.self_attn.kv_b_proj for layer in self.layers), max(self.config.layer_kv_lora_ranks), like
+        )
+
+    def _continues_cheaper_absorbed(self, new_tokens: int, past_key_values: Cache) -> bool:
+        """Tell whether several new tokens after a past take fewer operations in the latent space."""
         # The pages of continuous batching are of many sequences, and have no length.
         length = getattr(past_key_values, "get_seq_length", None)
         if length is not None and (is_torchdynamo_compiling() or int(length()) == 0):
@@ -589,7 +591,7 @@ class EGMLAModel(EGMLAPreTrainedModel):
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_length
             position_ids = position_ids.unsqueeze(0)
 
-        absorb = self._absorb(inputs_embeds.shape[1], kwargs.get("cache", past_key_values))
+        absorb = self._absorb(inputs_embeds.shape[1], kwargs.get("cache", past_key_values), inputs_embeds)
         mask_config = self.config
         if absorb and self.config._attn_implementation != "eager":
             # The latent path takes dense masks, whatever the attention implementation of the expanded one wants.
@@ -670,7 +672,7 @@ class EGMLAForCausalLM(EGMLAPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = EGMLAModel(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = EGMLALinear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     @can_return_tuple
@@ -708,7 +710,7 @@ class EGMLAForCausalLM(EGMLAPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
-        logits = self.lm_head(hidden_states)
+        logits = linear(self.lm_head, hidden_states)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)

@@ -19,8 +19,7 @@ from functools import cache
 import torch
 from transformers.utils import is_torchdynamo_compiling
 
-from .cpu_kernel_egmla import CPU_KERNEL_DTYPES, cpu_operators
-from .linear_egmla import is_traced
+from .cpu_egmla import CPU_KERNEL_DTYPES, cpu_operators, is_traced
 
 
 # Elements (int8) or tokens (int4) per group by default. A group takes 2 and 4 bytes beside its codes, 3.1 and 12.5 %.

@@ -110,12 +110,12 @@ CORE_CASES = ("input-gate", "table-gate", "gate-off", "no-rope", "rank-per-layer
 CODE_FILES = {
     f"{name}_egmla.py"
     for name in (
+        "absorption",
         "cache",
         "configuration",
         "continuous_batching",
-        "cpu_kernel",
+        "cpu",
         "latent_attention",
-        "linear",
         "modeling",
         "quantization",
     )

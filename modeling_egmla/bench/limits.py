@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from egmla.linear_egmla import inference_product
+from egmla.cpu_egmla import inference_matmul
 from egmla.utils.timing import Timer
 
 
@@ -53,7 +53,7 @@ class Limits:
 
         seconds = sweep(nn.functional.linear)
         if self._vector.dtype == torch.float32 and self._vector.device.type == "cpu":
-            seconds = min(seconds, sweep(inference_product))
+            seconds = min(seconds, sweep(inference_matmul))
         return self.nbytes / seconds
 
     @torch.no_grad()

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoConfig
 
 from egmla import EGMLAConfig, load_cpu_kernel  # also registers the architecture
-from egmla.cpu_kernel_egmla import cpu_operators
+from egmla.cpu_egmla import cpu_operators
 from egmla.utils.accounting import cache_nbytes
 from egmla.utils.machine import peak_resident_bytes, reset_peak_resident, resident_bytes
 from egmla.utils.timing import Timer

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from egmla.cpu_kernel_egmla import cpu_operators
+from egmla.cpu_egmla import cpu_operators
 from egmla.utils.accounting import decode_flops, swept_weight_bytes
 from egmla.utils.files import write_json
 from egmla.utils.machine import device_bytes, load_average

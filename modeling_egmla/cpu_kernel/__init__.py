@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from egmla import cpu_kernel_egmla
+from egmla import cpu_egmla
 
 from .build import WITHOUT, compiled_library
 from .self_check import check_results
@@ -40,14 +40,14 @@ def load_cpu_kernel() -> None:
         ImportError: if it cannot be compiled or loaded, or if its results are wrong on this machine.
     """
     with _lock:
-        if cpu_kernel_egmla.OPERATORS is not None:
+        if cpu_egmla.OPERATORS is not None:
             return
         if not hasattr(torch.ops.egmla, "latent_attention"):
             _load(compiled_library())
         check_results()
         operators: Any = torch.ops.egmla
-        operators.interface = cpu_kernel_egmla.INTERFACE
-        cpu_kernel_egmla.OPERATORS = operators
+        operators.interface = cpu_egmla.INTERFACE
+        cpu_egmla.OPERATORS = operators
 
 
 def _load(library: Path) -> None:

@@ -12,7 +12,7 @@ import time
 
 import torch
 
-from egmla import EGMLAForCausalLM, cpu_kernel_egmla, load_cpu_kernel
+from egmla import EGMLAForCausalLM, cpu_egmla, load_cpu_kernel
 from egmla.bench.contestants import CONTESTANTS, compiling
 from egmla.bench.decode import pair_ratios, time_decode
 from egmla.bench.limits import Limits
@@ -31,7 +31,7 @@ class Switched:
         self.model, self.runner, self.operators = model, runner, operators
 
     def __call__(self, *args, **kwargs):
-        cpu_kernel_egmla.OPERATORS = self.operators
+        cpu_egmla.OPERATORS = self.operators
         return self.runner(*args, **kwargs)
 
     @property
@@ -79,7 +79,7 @@ def time_layer(config, context: int, dtype: torch.dtype, rounds: int) -> dict:
     seconds: dict[str, list[float]] = {"kernel": [], "without": []}
     for _ in range(rounds + 1):
         for name, operators in (("kernel", torch.ops.egmla), ("without", None)):
-            cpu_kernel_egmla.OPERATORS = operators
+            cpu_egmla.OPERATORS = operators
             start = time.perf_counter()
             for entries in layers:
                 latent_attention(query, entries, None, 0.1, rank)

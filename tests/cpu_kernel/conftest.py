@@ -7,7 +7,7 @@ import pytest
 import torch
 from filelock import FileLock
 
-from egmla import cpu_kernel_egmla, load_cpu_kernel
+from egmla import cpu_egmla, load_cpu_kernel
 from egmla.cpu_kernel.build import compiled_library
 
 
@@ -21,7 +21,7 @@ def extensions(tmp_path_factory):
     folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "extensions"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCH_EXTENSIONS_DIR", str(folder))
-        patch.setattr(cpu_kernel_egmla, "OPERATORS", None)
+        patch.setattr(cpu_egmla, "OPERATORS", None)
         with FileLock(f"{folder}.lock"):
             compiled_library()
         load_cpu_kernel()
@@ -34,8 +34,8 @@ def folder(extensions):
     """Switch the kernel on for one module. Return the library's folder."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCH_EXTENSIONS_DIR", str(extensions))
-        patch.setattr(cpu_kernel_egmla, "OPERATORS", torch.ops.egmla)
-        patch.setattr(torch.ops.egmla, "interface", cpu_kernel_egmla.INTERFACE)
+        patch.setattr(cpu_egmla, "OPERATORS", torch.ops.egmla)
+        patch.setattr(torch.ops.egmla, "interface", cpu_egmla.INTERFACE)
         yield extensions / "egmla"
 
 
@@ -49,5 +49,5 @@ def calls(folder, monkeypatch):
             counts[name] += 1
             return getattr(torch.ops.egmla, name)
 
-    monkeypatch.setattr(cpu_kernel_egmla, "OPERATORS", Counting())
+    monkeypatch.setattr(cpu_egmla, "OPERATORS", Counting())
     return counts

@@ -5,7 +5,7 @@ import torch
 from cases import difference, needs_compiler, plain_attention, tiny_model, token_ids
 from kernel_cases import LAYERS
 
-from egmla import EGMLACache, cpu_kernel_egmla
+from egmla import EGMLACache, cpu_egmla
 from egmla.cache_egmla import Int8LatentLayer
 from egmla.latent_attention_egmla import latent_attention
 
@@ -63,7 +63,7 @@ def test_traced_and_exported_programs_quantise_in_pytorch(calls):
 
 @torch.no_grad()
 def test_exported_programs_attend_in_pytorch(folder, monkeypatch):
-    monkeypatch.setattr(cpu_kernel_egmla, "OPERATORS", torch.ops.egmla)
+    monkeypatch.setattr(cpu_egmla, "OPERATORS", torch.ops.egmla)
 
     class Attention(torch.nn.Module):
         def forward(self, query, entries):

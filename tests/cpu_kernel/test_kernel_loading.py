@@ -8,7 +8,7 @@ import pytest
 import torch
 from cases import needs_compiler
 
-from egmla import cpu_kernel_egmla, load_cpu_kernel
+from egmla import cpu_egmla, load_cpu_kernel
 from egmla.cpu_kernel import build, self_check
 
 
@@ -73,23 +73,23 @@ def test_a_damaged_library_is_named(folder, tmp_path, monkeypatch):
 
 def test_wrong_results_keep_the_kernel_off(folder, monkeypatch):
     monkeypatch.setattr(torch.ops.egmla, "interface", None)
-    monkeypatch.setattr(cpu_kernel_egmla, "OPERATORS", None)
+    monkeypatch.setattr(cpu_egmla, "OPERATORS", None)
     monkeypatch.setattr(self_check, "TOLERANCE", 0.0)
     with pytest.raises(ImportError, match=r"wrong on this machine.*differ by .*it is not used"):
         load_cpu_kernel()
-    assert cpu_kernel_egmla.OPERATORS is None
+    assert cpu_egmla.OPERATORS is None
     assert copy_of_the_code().cpu_operators() is None
 
 
 def test_code_of_a_checkpoint_finds_the_kernel(folder, monkeypatch):
     assert copy_of_the_code().cpu_operators() is torch.ops.egmla
-    monkeypatch.setattr(torch.ops.egmla, "interface", cpu_kernel_egmla.INTERFACE + 1)  # another version
+    monkeypatch.setattr(torch.ops.egmla, "interface", cpu_egmla.INTERFACE + 1)  # another version
     assert copy_of_the_code().cpu_operators() is None
 
 
 def copy_of_the_code():
     """Return a copy of the module, as `trust_remote_code` makes one."""
-    specification = importlib.util.spec_from_file_location("copy_of_it", cpu_kernel_egmla.__file__)
+    specification = importlib.util.spec_from_file_location("copy_of_it", cpu_egmla.__file__)
     copy = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(copy)
     return copy

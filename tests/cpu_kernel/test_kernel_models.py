@@ -5,7 +5,7 @@ import torch
 from cases import EXPANDED_CASES, difference, needs_compiler, tiny_model, token_ids
 from torch._inductor.compile_fx import compile_fx
 
-from egmla import EGMLACache, cpu_kernel_egmla
+from egmla import EGMLACache, cpu_egmla
 
 
 pytestmark = needs_compiler
@@ -37,7 +37,7 @@ def test_generation_matches_pytorchs(calls, case, kind, monkeypatch):
     given = generate()
     used = sum(count for name, count in calls.items() if name.startswith("latent_attention"))
     assert used == 7 * model.config.num_hidden_layers
-    monkeypatch.setattr(cpu_kernel_egmla, "OPERATORS", None)
+    monkeypatch.setattr(cpu_egmla, "OPERATORS", None)
     expected = generate()
     assert torch.equal(given.sequences, expected.sequences)
     # One code that is rounded differently is visible in the logits.
@@ -49,7 +49,7 @@ def test_generation_matches_pytorchs(calls, case, kind, monkeypatch):
 def test_compiled_steps_use_the_kernel(folder, monkeypatch):
     """One graph for all steps of a bucket, and the logits of eager steps."""
     model, ids = tiny_model(), token_ids(1, 40)
-    monkeypatch.setattr(cpu_kernel_egmla, "OPERATORS", torch.ops.egmla)
+    monkeypatch.setattr(cpu_egmla, "OPERATORS", torch.ops.egmla)
     expected = model(ids, use_cache=False).logits
     cache = EGMLACache(model.config, max_cache_len=48)
     model(ids[:, :8], past_key_values=cache)
@@ -73,7 +73,7 @@ def test_compiled_steps_use_the_kernel(folder, monkeypatch):
 def test_steps_of_an_int8_cache_are_compiled_once(folder, monkeypatch, with_kernel):
     """Two graphs, one for a constant length and one for any length, however many steps follow."""
     model, ids = tiny_model(), token_ids(1, 40)
-    monkeypatch.setattr(cpu_kernel_egmla, "OPERATORS", torch.ops.egmla if with_kernel else None)
+    monkeypatch.setattr(cpu_egmla, "OPERATORS", torch.ops.egmla if with_kernel else None)
     caches = [EGMLACache(model.config, quantization="int8") for _ in range(2)]
     for cache in caches:
         model(ids[:, :8], past_key_values=cache)

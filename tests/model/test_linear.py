@@ -8,8 +8,8 @@ from cases import tiny_model, token_ids
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from egmla import linear_egmla
-from egmla.linear_egmla import FEW_ROWS, ONEDNN_LINEAR, EGMLALinear
+from egmla import cpu_egmla
+from egmla.cpu_egmla import FEW_ROWS, ONEDNN_LINEAR, linear
 
 
 needs_onednn = pytest.mark.skipif(ONEDNN_LINEAR is None, reason="this PyTorch has no oneDNN")
@@ -17,7 +17,7 @@ needs_onednn = pytest.mark.skipif(ONEDNN_LINEAR is None, reason="this PyTorch ha
 
 @pytest.fixture(autouse=True)
 def on_any_processor(monkeypatch):
-    monkeypatch.setattr(linear_egmla, "ROWS_OF_MKL", 0)
+    monkeypatch.setattr(cpu_egmla, "ROWS_OF_MKL", 0)
 
 
 class Operators(TorchDispatchMode):
@@ -42,11 +42,21 @@ def uses_onednn(layer, inputs) -> bool:
     return any("_linear_pointwise" in name for name in operators(layer, inputs))
 
 
-def pair(bias: bool = True, dtype: torch.dtype = torch.float32) -> tuple[EGMLALinear, nn.Linear]:
-    """Ours and PyTorch's layer with the same weights, 24 to 40."""
-    ours, plain = EGMLALinear(24, 40, bias=bias, dtype=dtype), nn.Linear(24, 40, bias=bias, dtype=dtype)
-    plain.load_state_dict(ours.state_dict())
-    return ours, plain
+class Fast(nn.Module):
+    """A layer called through `linear`."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, inputs):
+        return linear(self.layer, inputs)
+
+
+def pair(bias: bool = True, dtype: torch.dtype = torch.float32) -> tuple[Fast, nn.Linear]:
+    """A layer 24 to 40 called through `linear`, and a copy called as PyTorch does."""
+    plain = nn.Linear(24, 40, bias=bias, dtype=dtype)
+    return Fast(copy.deepcopy(plain)), plain
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 0), (torch.float64, 0)])
@@ -65,11 +75,11 @@ def test_inputs_and_weights_that_are_views():
     wide = torch.randn(2, 48, 6)
     for inputs in (wide[:, ::2].transpose(1, 2), wide[:, :24, ::2].transpose(1, 2), torch.randn(1, 24).expand(5, 24)):
         torch.testing.assert_close(ours(inputs), plain(inputs), rtol=0, atol=1e-6)
-    for layer in (ours, plain):
+    for layer in (ours.layer, plain):
         layer.weight = nn.Parameter(torch.arange(24 * 40.0).view(24, 40).t() / 1000)
     torch.testing.assert_close(ours(wide[:, ::2].mT), plain(wide[:, ::2].mT), rtol=1e-6, atol=1e-6)
     for bias in (torch.arange(80.0)[::2], torch.ones(1).expand(40)):
-        ours.bias = plain.bias = nn.Parameter(bias)
+        ours.layer.bias = plain.bias = nn.Parameter(bias)
         torch.testing.assert_close(ours(wide[:, ::2].mT), plain(wide[:, ::2].mT), rtol=1e-6, atol=1e-6)
 
 
@@ -85,7 +95,7 @@ def test_only_plain_inference_in_fp32_takes_the_other_kernel():
             assert not uses_onednn(ours, inputs)
             assert ours(inputs).dtype == torch.bfloat16
         masked = copy.deepcopy(ours)
-        masked.weight = nn.Parameter(Wrapped(ours.weight.detach()))
+        masked.layer.weight = nn.Parameter(Wrapped(ours.layer.weight.detach()))
         assert not uses_onednn(masked, inputs)
     with torch.inference_mode():
         assert uses_onednn(ours, inputs)
@@ -98,7 +108,7 @@ def test_only_plain_inference_in_fp32_takes_the_other_kernel():
 @torch.no_grad()
 def test_few_rows_are_pytorchs_on_intels_processors(monkeypatch):
     ours, _ = pair()
-    monkeypatch.setattr(linear_egmla, "ROWS_OF_MKL", 4)
+    monkeypatch.setattr(cpu_egmla, "ROWS_OF_MKL", 4)
     assert [uses_onednn(ours, torch.randn(rows, 24)) for rows in (1, 4, 5, FEW_ROWS)] == [False, False, True, True]
 
 
@@ -108,9 +118,9 @@ def test_intels_processors_are_known_by_their_name(vendor, intel, monkeypatch, t
     file = tmp_path / "cpuinfo"
     if vendor is not None:
         file.write_text(f"processor\t: 0\nvendor_id\t: {vendor}\n")
-    monkeypatch.setattr(linear_egmla, "Path", lambda _: file)
-    monkeypatch.setattr(linear_egmla.platform, "processor", lambda: "Intel64 Family 6 Model 85, GenuineIntel")
-    assert linear_egmla._is_intel() == intel
+    monkeypatch.setattr(cpu_egmla, "Path", lambda _: file)
+    monkeypatch.setattr(cpu_egmla.platform, "processor", lambda: "Intel64 Family 6 Model 85, GenuineIntel")
+    assert cpu_egmla._is_intel() == intel
 
 
 @needs_onednn
@@ -124,7 +134,7 @@ def test_forward_derivatives_tracing_and_sparse_weights_are_pytorchs():
     assert torch.func.jvp(ours, (inputs,), (direction,))[1].abs().max() > 0
     torch.testing.assert_close(torch.jit.trace(ours, inputs)(direction), plain(direction))
     torch.testing.assert_close(torch.func.vmap(ours)(inputs), plain(inputs), rtol=0, atol=1e-6)
-    ours.weight = nn.Parameter(plain.weight.to_sparse_csr())
+    ours.layer.weight = nn.Parameter(plain.weight.to_sparse_csr())
     torch.testing.assert_close(ours(inputs), plain(inputs), rtol=0, atol=1e-6)
 
 
@@ -136,7 +146,7 @@ def test_gradients_are_pytorchs():
     ours, plain = pair()
     inputs = torch.randn(3, 24, requires_grad=True)
     ours(inputs).square().sum().backward()
-    found = inputs.grad, ours.weight.grad, ours.bias.grad
+    found = inputs.grad, ours.layer.weight.grad, ours.layer.bias.grad
     inputs.grad = None
     plain(inputs).square().sum().backward()
     for mine, theirs in zip(found, (inputs.grad, plain.weight.grad, plain.bias.grad), strict=True):
@@ -175,9 +185,39 @@ def test_exported_programs_have_the_plain_operator():
 
 @needs_onednn
 @torch.no_grad()
-def test_every_matrix_of_a_model_but_those_of_experts_and_heads_is_of_this_kind():
+def test_every_matrix_of_a_model_is_exactly_pytorchs_linear_layer():
+    """Tools that quantise look for the very type. All of them run on the faster kernel."""
     model = tiny_model("query-low-rank")
     kinds = {type(module) for module in model.modules() if isinstance(module, nn.Linear)}
-    assert kinds == {EGMLALinear}
+    assert kinds == {nn.Linear}
     seen = operators(model, token_ids(1, 5))
     assert not any(name.startswith(("aten.addmm", "aten.mm", "aten.linear")) for name in seen)
+
+
+@torch.no_grad()
+def test_what_is_put_around_a_layer_is_called():
+    """Hooks of the layer and of all modules, a replaced forward, a subclass: none is bypassed."""
+    inputs, calls = torch.randn(2, 24), []
+
+    def hook(*arguments):
+        calls.append(None)
+
+    for register in (nn.Linear.register_forward_hook, nn.Linear.register_forward_pre_hook):
+        ours, _ = pair()
+        register(ours.layer, hook)
+        ours(inputs)
+    assert len(calls) == 2
+    handle = nn.modules.module.register_module_forward_hook(hook)
+    linear(pair()[0].layer, inputs)
+    handle.remove()
+    assert len(calls) == 3
+    ours, plain = pair()
+    ours.layer.forward = lambda x: plain(x) + 1
+    assert torch.equal(ours(inputs), plain(inputs) + 1)
+
+    class Shifted(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) + 2
+
+    layer = Shifted(24, 40)
+    assert torch.equal(linear(layer, inputs), nn.functional.linear(inputs, layer.weight, layer.bias) + 2)

@@ -212,14 +212,14 @@ def test_choice_of_path():
     """The switch is the arithmetic of the design: `T (2R - N - V) < R (N + V)`, and never without a past."""
     model = tiny_model("input-gate")
     past = model(token_ids(1, 4)).past_key_values
-    body = model.model
-    assert not body._absorb(1, None) and not body._absorb(5, None)
-    assert not body._absorb(5, EGMLACache(model.config))
-    assert body._absorb(1, EGMLACache(model.config))
-    assert body._absorb(17, past) and not body._absorb(18, past)
+    body, like = model.model, torch.zeros(1)
+    assert not body._absorb(1, None, like) and not body._absorb(5, None, like)
+    assert not body._absorb(5, EGMLACache(model.config), like)
+    assert body._absorb(1, EGMLACache(model.config), like)
+    assert body._absorb(17, past, like) and not body._absorb(18, past, like)
     always = tiny_model("always-absorbed")
     past = always(token_ids(1, 4)).past_key_values
-    assert always.model._absorb(10_000, past)
+    assert always.model._absorb(10_000, past, like)
 
 
 # --- cached, chunked, padded ---
