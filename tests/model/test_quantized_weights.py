@@ -68,7 +68,7 @@ def test_bitsandbytes_quantises_every_layer_but_the_head(checkpoint, bits, toler
     saved = whole.get_memory_footprint() - model.get_memory_footprint()
     assert saved >= matrices * (4 - bits / 8) * 0.95
     expected = model(ids, use_cache=False).logits
-    assert 0 < rounding(expected, whole(ids).logits) < 0.5
+    assert 0 < rounding(expected, whole(ids).logits) < (0.7 if bits == 4 else 0.1)
     assert difference(cached_logits(model, ids), expected) <= tolerance
     assert model.generate(ids, max_new_tokens=3, do_sample=False).shape == (2, 12)
 
