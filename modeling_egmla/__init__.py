@@ -1,32 +1,11 @@
 """EG-MLA for Hugging Face Transformers: importing this package registers the model with the Auto classes."""
 
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-)
-
-from .cache_egmla import EGMLACache
-from .configuration_egmla import EGMLAConfig
-from .cpu_kernel import load_cpu_kernel
-from .modeling_egmla import (
-    EGMLAForCausalLM,
-    EGMLAForSequenceClassification,
-    EGMLAForTokenClassification,
-    EGMLAModel,
-    EGMLAPreTrainedModel,
-)
+import importlib
+import sys
+from typing import TYPE_CHECKING, Any
 
 
 __version__ = "0.1.0"
-
-AutoConfig.register("egmla", EGMLAConfig, exist_ok=True)
-AutoModel.register(EGMLAConfig, EGMLAModel, exist_ok=True)
-AutoModelForCausalLM.register(EGMLAConfig, EGMLAForCausalLM, exist_ok=True)
-AutoModelForSequenceClassification.register(EGMLAConfig, EGMLAForSequenceClassification, exist_ok=True)
-AutoModelForTokenClassification.register(EGMLAConfig, EGMLAForTokenClassification, exist_ok=True)
 
 __all__ = [
     "EGMLACache",
@@ -38,3 +17,33 @@ __all__ = [
     "EGMLAPreTrainedModel",
     "load_cpu_kernel",
 ]
+
+
+def _command_line_starts() -> bool:
+    """Whether this import is the start of the `egmla` command or of `python -m egmla`.
+
+    The command line registers the model when a command runs. Help and completion then need no PyTorch.
+    """
+    if sys.argv[:1] == ["-m"]:  # Python looks up the module that it is going to run
+        return "egmla" in sys.orig_argv and sys.orig_argv[sys.orig_argv.index("-m") + 1] == "egmla"
+    return getattr(sys.modules.get("egmla_command"), "starting", False)
+
+
+if TYPE_CHECKING or not _command_line_starts():
+    from .auto_classes import (
+        EGMLACache,
+        EGMLAConfig,
+        EGMLAForCausalLM,
+        EGMLAForSequenceClassification,
+        EGMLAForTokenClassification,
+        EGMLAModel,
+        EGMLAPreTrainedModel,
+        load_cpu_kernel,
+    )
+else:
+
+    def __getattr__(name: str) -> Any:
+        """Import a public name on first use."""
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(importlib.import_module(".auto_classes", __name__), name)

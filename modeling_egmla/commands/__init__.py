@@ -6,7 +6,8 @@ import typer
 
 from .bench import bench
 from .card import card
-from .common import CommandGroup, show_version
+from .command import Command, CommandGroup, with_config
+from .common import show_version
 from .compare import compare
 from .convert import convert
 from .demo import demo
@@ -25,6 +26,7 @@ app = typer.Typer(
     cls=CommandGroup,
     help="EG-MLA: language models with a small, gated KV cache for Hugging Face Transformers.",
     no_args_is_help=True,
+    rich_markup_mode=None,  # plain help: tables cut long names at 80 columns
     pretty_exceptions_show_locals=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -53,8 +55,8 @@ def options(
 
 
 for command in (demo, convert, sweep, heal, train, generate, compare, bench, inspect, presets, card, push):
-    app.command()(command)
-app.command("eval")(evaluate)
+    app.command(cls=Command)(with_config(command))
+app.command("eval", cls=Command)(with_config(evaluate))
 
 
 def main() -> None:

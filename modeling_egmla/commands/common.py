@@ -9,51 +9,24 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
-import typer.core
-from huggingface_hub.errors import StrictDataclassError
 from rich.console import Console
-from safetensors import SafetensorError
 
 
-# What the library raises for bad input; anything else is a bug and shows its traceback.
-EXPECTED_ERRORS = (ValueError, TypeError, OSError, ImportError, StrictDataclassError, SafetensorError)
+Device = Annotated[
+    str, typer.Option(metavar="NAME", help="auto, cpu, cuda or cuda:1. auto takes the first GPU where there is one.")
+]
 
 
 class DType(StrEnum):
-    """Number formats of weights."""
+    """Dtypes of weights."""
 
     auto = "auto"
     float32 = "float32"
     bfloat16 = "bfloat16"
     float16 = "float16"
-
-
-class CommandGroup(typer.core.TyperGroup):
-    """Shows expected errors as one red paragraph and exits with 1, or with 130 after Ctrl-C."""
-
-    def invoke(self, ctx):
-        try:
-            return super().invoke(ctx)
-        except BrokenPipeError:
-            raise  # the reader went away (`egmla presets | head`); typer leaves quietly
-        except EXPECTED_ERRORS as error:
-            if ctx.params.get("debug"):
-                raise
-            Console(stderr=True, soft_wrap=True, highlight=False).print(
-                f"Error: {_paragraph(error)}", style="red", markup=False
-            )
-            raise typer.Exit(1) from error
-        except KeyboardInterrupt as interruption:
-            if ctx.params.get("debug"):
-                raise
-            kept = f" {interruption}" if interruption.args else ""
-            Console(stderr=True, soft_wrap=True, highlight=False).print(
-                f"Interrupted.{kept}", style="red", markup=False
-            )
-            raise typer.Exit(130) from None
 
 
 @contextlib.contextmanager
@@ -67,10 +40,6 @@ def interruption_says(kept: Callable[[], str | None]) -> Iterator[None]:
         raise
 
 
-def _paragraph(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
-
-
 def show_version(wanted: bool) -> None:
     """Prints the version and leaves, when wanted."""
     if wanted:
@@ -78,6 +47,25 @@ def show_version(wanted: bool) -> None:
 
         typer.echo(f"egmla {__version__}")
         raise typer.Exit
+
+
+def find_device(name: str) -> str:
+    """Return the PyTorch device for `--device`: "cpu", or "cuda" with or without a number.
+
+    Raises:
+        ValueError: for another name, or a GPU that is not there.
+    """
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, number = name.partition(":")
+    if kind not in ("cpu", "cuda") or (":" in name and not (kind == "cuda" and number.isdecimal())):
+        raise ValueError(f"--device {name}: must be auto, cpu, cuda, or cuda:1 for the second GPU.")
+    there = torch.cuda.device_count() if kind == "cuda" else 0
+    if kind == "cuda" and int(number or 0) >= there:
+        raise ValueError(f"--device {name}: PyTorch sees {there} GPUs here. Choose cpu, or auto for what is there.")
+    return name
 
 
 def find_config(name: str):

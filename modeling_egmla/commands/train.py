@@ -7,6 +7,7 @@ import typer
 
 from egmla.commands import training as options
 
+from .command import read_config
 from .common import DType
 from .scoring import DataDir, Limit, check_tasks
 
@@ -24,7 +25,13 @@ def train(
         typer.Option(metavar="SIZE", help="Train a byte-level BPE of this many tokens on the data instead."),
     ] = None,
     config: Annotated[
-        list[str] | None, typer.Option(metavar="KEY=VALUE", help="Change a field of the configuration; repeatable.")
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=VALUE|FILE",
+            is_eager=True,
+            callback=read_config,
+            help="Change a field of the model's configuration, or read options from a YAML file; repeatable.",
+        ),
     ] = None,
     eval_data: options.EvalData = None,
     eval_share: options.EvalShare = 0.02,
