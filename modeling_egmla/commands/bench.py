@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from .common import Device
 from .scoring import Threads
 
 
@@ -28,7 +29,7 @@ def bench(
     ] = False,
     memory_tokens: Annotated[int, typer.Option(metavar="TOKENS", help="Tokens decoded there.")] = 256,
     threads: Threads = None,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; a GPU where there is one by default.")] = None,
+    device: Device = "auto",
     output: Annotated[
         Path, typer.Option(metavar="FOLDER", help="For bench.json, ms_per_token.png, cache_bytes.png.")
     ] = Path("egmla-bench"),
@@ -36,13 +37,12 @@ def bench(
     """Time decoding against other models of the same size; run it again after an interruption, and it goes on."""
     import json
 
-    import torch
     from rich.console import Console
 
     from egmla.bench.report import summary
     from egmla.bench.run import BenchSettings, run_bench
 
-    from .common import console, progress_bars, quiet_transformers, split_names
+    from .common import console, find_device, progress_bars, quiet_transformers, split_names
     from .scoring import set_threads
 
     quiet_transformers()
@@ -57,7 +57,7 @@ def bench(
         turn_seconds=turn_seconds,
         prefill_tokens=prefill,
         memory_tokens=memory_tokens if memory else 0,
-        device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        device=find_device(device),
     )
     settings.check()
     subjects = _subjects(models or ["egmla-kv64-120m"], settings.longest)

@@ -1,15 +1,19 @@
 """`egmla generate`."""
 
-from typing import Annotated
+import sys
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
-from .common import DType
+from .common import Device, DType
 
 
 def generate(
     model: Annotated[str, typer.Argument(help="Folder of a converted, trained or stock causal model, or a hub id.")],
-    prompt: Annotated[str, typer.Option(help="What to answer or continue.")],
+    prompt: Annotated[
+        str | None, typer.Option(help="What to answer or continue. Without it, every line you type is answered.")
+    ] = None,
     system: Annotated[str | None, typer.Option(help="System message (needs a chat template).")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Stop after this many tokens.")] = 128,
     temperature: Annotated[
@@ -20,16 +24,17 @@ def generate(
     chat: Annotated[
         bool, typer.Option("--chat/--no-chat", help="Use the tokenizer's chat template when it has one.")
     ] = True,
-    dtype: Annotated[DType, typer.Option(help="Format of weights and cache; auto is the checkpoint's.")] = DType.auto,
+    dtype: Annotated[DType, typer.Option(help="Dtype of weights and cache; auto: the checkpoint's.")] = DType.auto,
+    device: Device = "auto",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; all by default.")] = None,
 ) -> None:
-    """Generate text, shown as it comes; ends with the speed and the bytes the cache took."""
+    """Answer a prompt or chat; show the speed and the bytes of the cache."""
     import torch
 
     from egmla.configuration import preset_names
     from egmla.utils.streaming import encode_prompt, load_model, stream_answer
 
-    from .common import check_model_path, quiet_transformers
+    from .common import check_model_path, find_device, quiet_transformers
 
     quiet_transformers()
     if model in preset_names():
@@ -37,18 +42,69 @@ def generate(
             f"{model} is a preset, a shape without weights; give the folder of a converted or trained model."
         )
     check_model_path(model)
+    where = find_device(device)
     if threads is not None:
         torch.set_num_threads(threads)
-    loaded, tokenizer = load_model(model, dtype.value)
-    ids = encode_prompt(tokenizer, prompt, system, chat)
-    result = stream_answer(
-        loaded, tokenizer, ids, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed
-    )
-    print_summary(result)
+    try:
+        loaded, tokenizer = load_model(model, dtype.value, where)
+    except OSError as error:
+        if Path(model).is_dir():
+            raise
+        raise FileNotFoundError(
+            f"{model} is no local folder, and the Hub has no such model or cannot be reached. Check the spelling and "
+            "the connection; `egmla --debug generate ...` shows the Hub's answer."
+        ) from error
+    sampling: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
+    if prompt is None:
+        converse(loaded, tokenizer, system, chat, seed=seed, **sampling)
+    else:
+        ids = encode_prompt(tokenizer, prompt, system, chat)
+        print_summary(stream_answer(loaded, tokenizer, ids, seed=seed, **sampling))
+
+
+def converse(model, tokenizer, system: str | None, chat: bool, seed: int | None, **sampling: Any) -> None:
+    """Answer each line of standard input, with all earlier lines and answers in the prompt, until /exit or its end.
+
+    Args:
+        system (`str`, *optional*): system message, for a tokenizer with a chat template.
+        chat (`bool`): use the chat template. Without one, the text of all lines and answers is continued.
+        seed (`int`, *optional*): makes drawing repeatable over the whole conversation.
+    """
+    from egmla.utils.streaming import encode_messages, encode_prompt, stream_answer
+
+    templated = chat and tokenizer.chat_template is not None
+    if system is not None and not templated:
+        encode_prompt(tokenizer, "-", system, chat)  # says why there is no place for it
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    text = ""
+    typer.echo("Type a message. /exit or Ctrl-D ends the chat.", err=True)
+    while (line := _read_line()) is not None:
+        if not line.strip():
+            continue
+        if templated:
+            messages.append({"role": "user", "content": line})
+            ids = encode_messages(tokenizer, messages)
+        else:
+            text += line + "\n"
+            ids = encode_prompt(tokenizer, text, chat=False)
+        result = stream_answer(model, tokenizer, ids, seed=seed, **sampling)
+        seed = None
+        messages.append({"role": "assistant", "content": result.text})
+        text += result.text + "\n"
+        print_summary(result)
+
+
+def _read_line() -> str | None:
+    """Return the next line of standard input; None at its end and for /exit."""
+    try:
+        line = input("> " if sys.stdin.isatty() else "")
+    except EOFError:
+        return None
+    return None if line.strip() == "/exit" else line
 
 
 def print_summary(result) -> None:
-    """Prints what an answer took: tokens, speed, cache."""
+    """Print what an answer took: tokens, speed, cache."""
     from .common import console
 
     console().print(

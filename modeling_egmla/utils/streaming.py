@@ -41,8 +41,8 @@ class Generated:
         return self.new_tokens / self.seconds
 
 
-def load_model(path: str | os.PathLike, dtype: str = "auto") -> tuple[Any, Any]:
-    """A causal language model and its tokenizer, on the accelerator when there is one.
+def load_model(path: str | os.PathLike, dtype: str = "auto", device: str | None = None) -> tuple[Any, Any]:
+    """Load a causal language model and its tokenizer to `device`, by default to the GPU when there is one.
 
     Raises:
         OSError: when there is no model at `path`.
@@ -50,9 +50,15 @@ def load_model(path: str | os.PathLike, dtype: str = "auto") -> tuple[Any, Any]:
     """
     tokenizer = AutoTokenizer.from_pretrained(path)
     model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
-    if torch.cuda.is_available():
-        model = model.to("cuda")
-    return model.eval(), tokenizer
+    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(), tokenizer
+
+
+def encode_messages(tokenizer, messages: list[dict[str, str]]) -> torch.Tensor:
+    """Return the ids `[1, T]` of a conversation of `{"role": ..., "content": ...}` that the assistant continues."""
+    encoded = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    return encoded["input_ids"]
 
 
 def encode_prompt(tokenizer, prompt: str, system: str | None = None, chat: bool = True) -> torch.Tensor:
@@ -67,10 +73,7 @@ def encode_prompt(tokenizer, prompt: str, system: str | None = None, chat: bool 
         messages = [{"role": "user", "content": prompt}]
         if system is not None:
             messages.insert(0, {"role": "system", "content": system})
-        encoded = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-        return encoded["input_ids"]
+        return encode_messages(tokenizer, messages)
     if system is not None:
         reason = "the tokenizer has no chat template" if chat else "the chat template is turned off"
         raise ValueError(f"A system message was given, but {reason}; put its text into the prompt.")
