@@ -51,12 +51,11 @@ TOO_LARGE = {
     "egmla.conversion.convert",
     "egmla.conversion.convert.convert_checkpoint",
     "egmla.conversion.sweep.sweep",
-    "egmla.model_cards.card",
     "egmla.modeling_egmla",
     "egmla.training.run.run_job",
 }
-AGAINST_THE_ARROWS = {"egmla.model_cards.card"}
-IN_A_CIRCLE = {"egmla.conversion.families", "egmla.model_cards.card"}
+AGAINST_THE_ARROWS: set[str] = set()
+IN_A_CIRCLE = {"egmla.evaluation.lm_eval"}
 
 
 @cache
