@@ -5,7 +5,7 @@ stock frequencies of its width. A model that is just that keeps its function; an
 """
 
 import torch
-from transformers import DeepseekV3Config
+from transformers import DeepseekV3Config, PreTrainedConfig
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention, DeepseekV3RotaryEmbedding
 
 from egmla import EGMLAConfig
@@ -74,11 +74,54 @@ def deepseek_config(config: EGMLAConfig) -> DeepseekV3Config:
     return deepseek
 
 
-def deepseek_attention(tensors: dict[str, torch.Tensor], factor: float) -> dict[str, torch.Tensor]:
-    """A layer's attention tensors there: without the gate, which is at identity, and queries times `factor`."""
+def export_config(config: EGMLAConfig) -> DeepseekV3Config:
+    """Return the configuration of an export, whose rotary pairs are always neighbours.
+
+    Engines such as vLLM assume neighbours and do not read `rope_interleave`.
+
+    Raises:
+        ValueError: as `deepseek_config`.
+    """
+    deepseek = deepseek_config(config)
+    deepseek.rope_interleave = True
+    return deepseek
+
+
+def deepseek_attention(
+    tensors: dict[str, torch.Tensor], config: EGMLAConfig, deepseek: DeepseekV3Config
+) -> dict[str, torch.Tensor]:
+    """Return a layer's attention tensors in DeepSeek's class.
+
+    The gate, which is at identity, is left out. Queries take the difference of the score scales. Rotary rows are put
+    in the order of the export: pairs `(i, i + P / 2)` become the neighbours `(2 i, 2 i + 1)`.
+    """
     kept = {name: tensor for name, tensor in tensors.items() if not name.startswith("kv_gate_")}
     last = "q_b_proj.weight" if "q_b_proj.weight" in kept else "q_proj.weight"
-    return kept | {last: kept[last] * factor}
+    kept[last] = kept[last] * query_factor(config, deepseek)
+    if deepseek.rope_interleave and not config.rope_interleave:
+        heads, P = config.num_attention_heads, config.qk_rope_head_dim
+        kept[last] = _interleave_rows(kept[last].unflatten(0, (heads, -1)), P).flatten(0, 1)
+        for name in ("kv_a_proj_with_mqa.weight", "kv_a_proj_with_mqa.bias"):
+            if name in kept:
+                kept[name] = _interleave_rows(kept[name][None], P)[0]
+    return kept
+
+
+def _interleave_rows(rows: torch.Tensor, rope_dim: int) -> torch.Tensor:
+    """Reorder the last `P` rows of `[heads, rows, ...]` from halves to pairs of neighbours."""
+    order = torch.arange(rows.shape[1])
+    order[-rope_dim:] = order[-rope_dim:].view(2, -1).T.flatten()
+    return rows[:, order]
+
+
+def serving_note(config: PreTrainedConfig) -> str | None:
+    """Return what an engine must do to serve an export, or `None` where nothing is special."""
+    if config.model_type != "deepseek_v3" or not getattr(config, "attention_bias", False):
+        return None
+    return (
+        "This export has attention biases (attention_bias). Serve it with an engine that reads them: Transformers, or "
+        "vLLM with --model-impl transformers. vLLM's own DeepSeek class drops them silently and gives wrong tokens."
+    )
 
 
 def query_factor(config: EGMLAConfig, deepseek: DeepseekV3Config) -> float:

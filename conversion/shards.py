@@ -39,6 +39,12 @@ class ShardWriter:
         self.pending[name] = tensor.contiguous()
         self.shapes[name] = tensor.shape
 
+    def add_part(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Write a part with these tensors."""
+        for name, tensor in tensors.items():
+            self.add(name, tensor)
+        self.end_part()
+
     def end_part(self) -> None:
         """Writes what was added since the last part."""
         if self.pending:

@@ -11,7 +11,8 @@ from egmla.utils.files import read_json, write_json
 from egmla.utils.plotting import COLOURS, check_matplotlib
 from egmla.utils.provenance import CONVERSION_REPORT, public_name, software_versions, source_commit
 
-from .convert import CALIBRATION_TOKENS, REFINEMENT_TOKENS_FACTOR, convert_checkpoint
+from .convert import convert_checkpoint
+from .job import calibration_tokens as most_calibration_tokens
 from .recipes import find_recipe
 from .refinement import Refinement
 from .report import Progress, converted_perplexity, source_perplexity, write_report
@@ -66,7 +67,7 @@ def sweep(
         )
     opened = open_source(source)
     evaluation = open_evaluation(evaluate, opened.needed_tokenizer("evaluation"), opened.config, evaluation_windows)
-    most = calibration_tokens or CALIBRATION_TOKENS * REFINEMENT_TOKENS_FACTOR
+    most = most_calibration_tokens(calibration_tokens, refined=True)
     text = read_text(Path(calibration), "Calibration", MAX_CHARACTERS_PER_TOKEN * most)
     settings = {
         "source": public_name(opened.label),

@@ -17,6 +17,8 @@ from transformers import PreTrainedConfig
 
 from egmla.utils.perplexity import token_windows
 
+from .source import Source
+
 
 # More text than this per token asked for is not read: tokenising a whole corpus takes minutes.
 MAX_CHARACTERS_PER_TOKEN = 16
@@ -25,6 +27,7 @@ PASSAGE_WORDS = 16
 MIN_DISTINCT = 12  # tables and refrains occur everywhere
 MAX_PASSAGES = 128
 MAX_FOUND = 0.1
+MIN_SEQUENCES = 4
 
 WIKITEXT2_TEST_BYTES = 1_290_590
 WIKITEXT2_TEST_SHA256 = "173c87a53759e0201f33e0ccf978e510c2042d7f2cb78229d9a50d79b9e7dd08"
@@ -73,6 +76,11 @@ def read_text(path: Path, purpose: str, characters: int | None = None) -> str:
         FileNotFoundError: when there is no such file.
         ValueError: when it is empty, binary or no UTF-8.
     """
+    if path.is_dir():
+        raise ValueError(
+            f"{purpose} text {path} is a folder, and a conversion reads one file; give a plain text file, such as one "
+            "that joins those of the folder."
+        )
     if not path.is_file():
         raise FileNotFoundError(f"{purpose} text {path} does not exist; give a plain text file.")
     try:
@@ -111,6 +119,59 @@ def open_evaluation(path: str | Path, tokenizer: Any, config: PreTrainedConfig, 
     check_token_ids(ids, config)
     used = text[: math.ceil(len(text) * min(1.0, windows / len(ids)))]
     return EvaluationText(path.name, hashlib.sha256(text.encode()).hexdigest(), ids[:windows], used)
+
+
+def open_calibration(
+    source: Source, calibration: str | Path | None, tokens: int, length: int, evaluation: EvaluationText | None
+) -> tuple[torch.Tensor, dict[str, Any]]:
+    """Read the sequences of a calibration text.
+
+    Args:
+        source (`Source`): gives the tokenizer and the context.
+        calibration (`str` or `Path`, *optional*): a plain text file.
+        tokens (`int`): most tokens to use of it.
+        length (`int`): tokens of a sequence, at most the source's context.
+        evaluation (`EvaluationText`, *optional*): the text that it must have nothing in common with.
+
+    Returns:
+        Ids `[sequences, T]`, and what the report says of them.
+
+    Raises:
+        ValueError, FileNotFoundError: for a text that is missing, too short, or not apart from the evaluation text.
+    """
+    if calibration is None:
+        raise ValueError(
+            "A smaller cache needs calibration text: pass calibration=FILE (--calibration FILE), a plain text file "
+            f"of at least {MIN_SEQUENCES * length} tokens that is not your evaluation text."
+        )
+    path = Path(calibration)
+    text = read_text(path, "Calibration", MAX_CHARACTERS_PER_TOKEN * tokens)
+    tokenizer = source.needed_tokenizer("calibration")
+    check_calibration_text(path, text, evaluation)
+    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt", verbose=False)["input_ids"][0]
+    length = min(length, source.config.max_position_embeddings)
+    # Where the tokenizer puts a first token before every text, that token draws the attention: it must be measured.
+    first = tokenizer("a")["input_ids"][: -len(tokenizer("a", add_special_tokens=False)["input_ids"])]
+    first = [token for token in first if token == tokenizer.bos_token_id]
+    own = length - len(first)
+    count = min(ids.numel(), tokens) // own
+    if count < MIN_SEQUENCES:
+        raise ValueError(
+            f"{path.name} gives {min(ids.numel(), tokens)} calibration tokens; at least {MIN_SEQUENCES * length} are "
+            f"required ({MIN_SEQUENCES} sequences of {length}), {64 * length} are recommended. Use a longer text or "
+            "more calibration_tokens."
+        )
+    sequences = ids[: count * own].view(count, own)
+    if first:
+        sequences = torch.cat((torch.full((count, 1), first[0]), sequences), dim=1)
+    check_token_ids(sequences, source.config)
+    return sequences, {
+        "file": path.name,
+        "tokens_asked": tokens,
+        "sha256": hashlib.sha256(text.encode()).hexdigest(),
+        "sequences": count,
+        "sequence_length": length,
+    }
 
 
 def check_token_ids(ids: torch.Tensor, config: PreTrainedConfig) -> None:

@@ -95,6 +95,8 @@ def convert(
             progress=progress,
         )
     _print_report(report, "Plan (nothing was written)" if dry_run else f"Converted to {target}")
+    if "serving" in report:
+        console().print(report["serving"], style="yellow", markup=False)
     if not dry_run and layout == "egmla":
         command = f"egmla generate {shlex.quote(str(target))} --prompt 'What is the capital of France?'"
         console().print(f"Try it: {command}", style="dim", markup=False)

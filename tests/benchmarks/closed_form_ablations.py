@@ -19,7 +19,6 @@ import torch
 from egmla import EGMLAForCausalLM
 from egmla.conversion import find_recipe
 from egmla.conversion.calibration import LayerStatistics, SourceRun
-from egmla.conversion.convert import _calibration_sequences
 from egmla.conversion.families import find_family
 from egmla.conversion.families.base import Family
 from egmla.conversion.layers import gate_at_identity, low_rank_layer, smaller_latent_layer, target_config
@@ -27,6 +26,7 @@ from egmla.conversion.plan import Plan, deal_ranks, plan_conversion, plan_latent
 from egmla.conversion.recipes import RECIPES, Recipe
 from egmla.conversion.source import Source
 from egmla.conversion.sources import load_source, open_source
+from egmla.conversion.texts import open_calibration
 from egmla.utils.perplexity import perplexity, token_windows
 
 
@@ -114,7 +114,7 @@ def main() -> int:
     def statistics(recipe: Recipe) -> list[LayerStatistics]:
         key = recipe.weighting, recipe.sequence_length
         if key not in measured:
-            sequences, _ = _calibration_sequences(
+            sequences, _ = open_calibration(
                 source, options.calibration, options.calibration_tokens, recipe.sequence_length, None
             )
             with torch.no_grad():

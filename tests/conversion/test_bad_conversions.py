@@ -10,7 +10,7 @@ from command_line import run
 from safetensors.torch import load_file, save_file
 
 from egmla import EGMLAConfig
-from egmla.conversion import Refinement, convert, convert_checkpoint
+from egmla.conversion import Refinement, convert_checkpoint, layer_loop
 from egmla.evaluation.harness import check_model_args
 from egmla.samples import sample_text
 
@@ -121,7 +121,11 @@ CASES = {
         {"target": "short.txt/model"},
         ["short.txt/model cannot be written", "another target"],
     ),
-    "source missing": (None, {"source": "./nothing"}, ["There is no folder ./nothing", "give the folder of a checkpoint"]),
+    "source missing": (
+        None,
+        {"source": "./nothing"},
+        ["There is no folder ./nothing", "give the folder of a checkpoint"],
+    ),
     "source without config": (lambda folder: (folder / "config.json").unlink(), {}, ["has no config.json"]),
     "shard missing": (lose_a_shard, {}, ["lacks model-00002-of-00002.safetensors", "download the checkpoint again"]),
     "one shard of two truncated": (
@@ -381,7 +385,7 @@ def test_bad_input(llama_folder, calibration, texts, tmp_path, monkeypatch, name
     def long_work(*args, **kwargs):
         raise AssertionError("the long work began")
 
-    monkeypatch.setattr(convert, "SourceRun", long_work)
+    monkeypatch.setattr(layer_loop, "SourceRun", long_work)
     spoil, changes, fragments = CASES[name]
     source = llama_folder
     if spoil is not None:

@@ -153,7 +153,7 @@ def test_calibration_starts_as_the_tokenizer_does(make_source, calibration, tmp_
     """Where a tokenizer puts a first token before every text, each calibration sequence has it."""
     from tokenizers.processors import TemplateProcessing
 
-    from egmla.conversion import convert
+    from egmla.conversion import layer_loop
 
     _, folder = make_source("llama-mha")
     tokenizer = make_tokenizer()
@@ -161,8 +161,8 @@ def test_calibration_starts_as_the_tokenizer_does(make_source, calibration, tmp_
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="\x02 $A", special_tokens=[("\x02", 2)])
     tokenizer.save_pretrained(folder)
     seen = []
-    run = convert.SourceRun
-    monkeypatch.setattr(convert, "SourceRun", lambda *args: seen.append(args[2]) or run(*args))
+    run = layer_loop.SourceRun
+    monkeypatch.setattr(layer_loop, "SourceRun", lambda *args: seen.append(args[2]) or run(*args))
     convert_checkpoint(
         folder, tmp_path / "t", kv_lora_rank=8, qk_rope_head_dim=4, calibration=calibration, refinement=CLOSED_FORM
     )
@@ -431,11 +431,11 @@ def test_refinement_has_no_dropout(make_source, calibration, tmp_path, monkeypat
 
 def test_refined_states_are_those_of_the_written_model(make_source, calibration, tmp_path, monkeypatch):
     """What the next layer is refined on is what the model gives when it is loaded, gate and rotation included."""
-    from egmla.conversion import convert
+    from egmla.conversion import layer_loop
 
     _, folder = make_source("llama-yarn")
     runs = []
-    monkeypatch.setattr(convert, "ConvertedRun", lambda *args: runs.append(refinement_run(*args)) or runs[-1])
+    monkeypatch.setattr(layer_loop, "ConvertedRun", lambda *args: runs.append(refinement_run(*args)) or runs[-1])
     settings = {**SHRUNK, "refinement": Refinement(steps=3, gate=True, dtype="float32")}
     convert_checkpoint(folder, tmp_path / "t", **settings, calibration=calibration, dtype="float32")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "t").eval()
@@ -449,12 +449,12 @@ def test_refined_states_are_those_of_the_written_model(make_source, calibration,
 
 def test_errors_of_the_closed_form_are_those_of_the_written_model(make_source, calibration, tmp_path, monkeypatch):
     """Without refinement, too, the report has each attention's error, on the last sequence."""
-    from egmla.conversion import convert
+    from egmla.conversion import layer_loop
 
     source, folder = make_source("llama-yarn")
     seen = []
-    run = convert.SourceRun
-    monkeypatch.setattr(convert, "SourceRun", lambda *args: seen.append(args[2]) or run(*args))
+    run = layer_loop.SourceRun
+    monkeypatch.setattr(layer_loop, "SourceRun", lambda *args: seen.append(args[2]) or run(*args))
     settings = {**SHRUNK, "refinement": CLOSED_FORM, "dtype": "float32"}
     report = convert_checkpoint(folder, tmp_path / "t", **settings, calibration=calibration)
     converted = AutoModelForCausalLM.from_pretrained(tmp_path / "t").eval()

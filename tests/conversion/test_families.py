@@ -11,7 +11,7 @@ from test_conversion import EXACT_TOLERANCE, LLAMA3_ROPE, SMALL, YARN_ROPE, rand
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
 from egmla import EGMLACache, EGMLAConfig
-from egmla.conversion import FAMILIES, Recipe, Refinement, convert, convert_checkpoint
+from egmla.conversion import FAMILIES, Recipe, Refinement, convert_checkpoint, layer_loop
 from egmla.conversion.calibration import SourceRun
 from egmla.conversion.closed_form import low_rank_attention
 from egmla.conversion.estimates import _mlp_weights
@@ -367,7 +367,7 @@ def test_refined_states_are_those_of_the_written_model(make_source, calibration,
     """Encoders, norms behind attention and scaled branches are in what the next layer is refined on."""
     source, folder = make_source(name)
     runs = []
-    monkeypatch.setattr(convert, "ConvertedRun", lambda *args: runs.append(ConvertedRun(*args)) or runs[-1])
+    monkeypatch.setattr(layer_loop, "ConvertedRun", lambda *args: runs.append(ConvertedRun(*args)) or runs[-1])
     settings = {**QUICK, "refinement": Refinement(steps=20, dtype="float32"), "dtype": "float32"}
     asked = widths(source.config, 0.4)
     convert_checkpoint(folder, tmp_path / "t", **asked, calibration=calibration, **settings)

@@ -10,7 +10,7 @@ import test_families
 import torch
 from transformers import AutoModelForCausalLM
 
-from egmla.conversion import Recipe, Refinement, convert, convert_checkpoint, journal, shards
+from egmla.conversion import Recipe, Refinement, convert, convert_checkpoint, job, journal, shards
 
 
 make_source = test_families.make_source  # the fixture
@@ -176,7 +176,7 @@ def test_no_resume_starts_over(whole, tmp_path):
     with stopped_at(journal.Journal, "finish_layer", lambda call, *_: call == 2):
         convert_checkpoint(folder, tmp_path / "t", **arguments)
     # Other settings may be given, too.
-    with stopped_at(convert, "target_config", lambda *_: True):
+    with stopped_at(job, "target_config", lambda *_: True):
         convert_checkpoint(folder, tmp_path / "t", **{**arguments, "kv_lora_rank": 11}, resume=False)
     done = []
     convert_checkpoint(

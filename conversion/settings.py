@@ -1,0 +1,137 @@
+"""The settings of a conversion, their checks, and the command that repeats it."""
+
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+
+from egmla.utils.provenance import public_name
+
+from .deepseek_export import check_layout
+from .recipes import Recipe, find_recipe, nearest_recipe, recipe_options, refinement_options
+from .refinement import Refinement
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class ConversionSettings:
+    """Settings of a conversion.
+
+    Attributes:
+        exact (`bool`): same function and cache size as the source; needs no calibration.
+        kv_lora_rank (`int` or `list[int]`, *optional*): latent width `R`, one for all layers or one per layer.
+        qk_rope_head_dim (`int`, *optional*): rotary width `P`.
+        cache (`float`, *optional*): share of the source's cache to keep, instead of `kv_lora_rank`.
+        calibration (`str` or `Path`, *optional*): a plain text, required unless `exact`; never the evaluation text.
+        calibration_tokens (`int`, *optional*): most tokens to use of it; 65,536 by default, 196,608 with refinement.
+        evaluate (`str` or `Path`, *optional*): a plain text to measure perplexity on, of the source and the result.
+        evaluation_windows (`int`): most windows to use of it, of 2,048 tokens or the source's whole context.
+        recipe (`str` or `Recipe`, *optional*): choices of the closed form, or a name in `RECIPES`.
+        latent_norm (`bool`): normalise the latent, as layout `"deepseek_v3"` requires; a choice of the recipe too.
+        refinement (`Refinement`, *optional*): choices of the refinement after the closed form. `Refinement(steps=0)`
+            leaves it out, which is the default of the peers' recipes.
+        layout (`str`): `"egmla"`, or `"deepseek_v3"` for a checkpoint of Transformers' own DeepSeek-V3 class.
+        dtype (`str`, *optional*): dtype to write, `"float32"`, `"bfloat16"` or `"float16"`; the source's by default.
+        resume (`bool`): continue an interrupted conversion into the same target with the same settings.
+        dry_run (`bool`): check everything and return the plan, bytes on disk, and an estimate; write nothing.
+    """
+
+    exact: bool = False
+    kv_lora_rank: int | list[int] | None = None
+    qk_rope_head_dim: int | None = None
+    cache: float | None = None
+    calibration: str | Path | None = None
+    calibration_tokens: int | None = None
+    evaluate: str | Path | None = None
+    evaluation_windows: int = 9
+    recipe: str | Recipe | None = None
+    latent_norm: bool = False
+    refinement: Refinement | None = None
+    layout: str = "egmla"
+    dtype: str | None = None
+    resume: bool = True
+    dry_run: bool = False
+
+    @property
+    def output_dtype(self) -> torch.dtype | None:
+        """The dtype to write, or `None` for the source's."""
+        return None if self.dtype is None else DTYPES[self.dtype]
+
+    def made_exact(self) -> Self:
+        """Return the settings of an exact conversion, which takes no widths."""
+        return replace(self, exact=True, kv_lora_rank=None, qk_rope_head_dim=None)
+
+
+@dataclass(frozen=True)
+class CheckedSettings(ConversionSettings):
+    """Settings whose recipe and refinement are chosen; `check_settings` makes them."""
+
+    recipe: Recipe = field(default_factory=Recipe)
+    refinement: Refinement = field(default_factory=Refinement)
+    refinement_given: bool = False
+
+
+def find_settings(settings: ConversionSettings | None, options: Mapping[str, Any]) -> ConversionSettings:
+    """Join settings and single options, which win.
+
+    Raises:
+        TypeError: for options that are not settings.
+    """
+    known = [item.name for item in fields(ConversionSettings)]
+    if unknown := [name for name in options if name not in known]:
+        raise TypeError(f"convert_checkpoint has no option {', '.join(unknown)}; it has {', '.join(known)}.")
+    return replace(settings or ConversionSettings(), **options)
+
+
+def check_settings(settings: ConversionSettings) -> CheckedSettings:
+    """Fill in recipe and refinement, and check what needs no look at the source.
+
+    Raises:
+        ValueError, TypeError: for unknown names and values, and for settings that contradict one another.
+    """
+    recipe = find_recipe(settings.recipe, {"latent_norm": True} if settings.latent_norm else None)
+    refinement = settings.refinement
+    if refinement is None:
+        refinement = Refinement() if nearest_recipe(recipe) == "default" else Refinement(steps=0)
+    check_layout(settings.layout, refinement)
+    if settings.dtype is not None and settings.dtype not in DTYPES:
+        raise ValueError(
+            f"dtype={settings.dtype!r}: must be one of {', '.join(DTYPES)}, or left out for the source's own."
+        )
+    given = {item.name: getattr(settings, item.name) for item in fields(ConversionSettings)}
+    refined = settings.refinement is not None and settings.refinement.steps > 0
+    return CheckedSettings(**{**given, "recipe": recipe, "refinement": refinement}, refinement_given=refined)
+
+
+def command_line(
+    label: str, settings: CheckedSettings, calibration: Mapping[str, Any] | None, evaluation: Mapping[str, Any] | None
+) -> str:
+    """Return the command that repeats a conversion, with names in place of paths.
+
+    Args:
+        label (`str`): the source as the user named it.
+        settings (`CheckedSettings`): what was asked for.
+        calibration, evaluation (`Mapping`, *optional*): what the report says of the texts.
+    """
+    words = ["egmla", "convert", public_name(label), "TARGET"]
+    given = {name: getattr(settings, name) for name in ("exact", "kv_lora_rank", "qk_rope_head_dim", "cache")}
+    if calibration is not None:
+        given |= {"calibration": calibration["file"], "calibration_tokens": calibration["tokens_asked"]}
+        given["refine_steps"] = settings.refinement.steps
+    if evaluation is not None:
+        given |= {"evaluate": evaluation["file"], "evaluation_windows": evaluation["windows"]}
+    given |= {"layout": None if settings.layout == "egmla" else settings.layout, "dtype": settings.dtype}
+    for name, value in given.items():
+        option = f"--{name.replace('_', '-')}"
+        if value is True:
+            words.append(option)
+        elif value is not None and value is not False:
+            words += [option, ",".join(map(str, value)) if isinstance(value, list) else str(value)]
+    if calibration is not None and settings.refinement.steps:
+        words += refinement_options(settings.refinement)
+    return shlex.join(words + ([] if settings.exact else recipe_options(settings.recipe)))
