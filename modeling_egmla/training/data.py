@@ -1,7 +1,7 @@
-"""Text into packed sequences of token ids: files, `.jsonl`, hub data sets; and what is held out for evaluation.
+"""Pack text into sequences of token ids, and hold some of them out for evaluation.
 
-Tokens are written to one file of int32 and mapped into memory, so that a run of any length needs little of it and a
-resumed one reads the very same sequences.
+Text comes from files, `.jsonl` files and data sets of the Hub. Tokens are written to one file of int32. The file is
+mapped into memory, so a run of any length needs little memory. A resumed run reads exactly the same sequences.
 """
 
 import contextlib
@@ -9,7 +9,7 @@ import hashlib
 import importlib.util
 import json
 import mmap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,27 +17,27 @@ from typing import Any
 import numpy as np
 import torch
 
+from egmla.utils.progress import Progress
+
 
 PIECE_CHARACTERS = 2**20
-# Of an evaluation sequence, this many tokens in its middle are looked for in the training data.
+# Tokens in the middle of an evaluation sequence that are searched for in the training data.
 PROBE_TOKENS = 32
 MAX_PROBES = 128
-MIN_DISTINCT = 8  # blank lines and tables occur everywhere
+MIN_DISTINCT = 8  # a passage of fewer distinct tokens proves nothing: blank lines and tables occur everywhere
 MAX_FOUND = 0.1
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass
 class DataReport:
-    """What a source of text gave.
+    """Record of what was read from a source of text.
 
     Attributes:
         name: file name, or a data set's id with configuration and split; no folders.
         sha256: hash of the whole file, or of the text read from a data set.
-        documents: documents read (a plain text file is one).
+        documents: documents read; a plain text file is one document.
         tokens: tokens in the sequences used.
-        complete: whether all of it was read; otherwise the tokens asked for were there before its end.
+        complete: whether the source was read to its end; reading stops when there are enough tokens.
     """
 
     name: str
@@ -51,14 +51,14 @@ class TextSource:
     """Documents of a text file, a `.jsonl` file, or a data set of the Hub or a folder (streamed).
 
     Args:
-        name (`str`): path of a file (`.jsonl` holds one JSON object per line, anything else is one plain text), or
-            `DATASET[:CONFIGURATION[:SPLIT]]`, a hub id or a folder that `datasets.load_dataset` reads; the split is
-            `train` by default.
+        name (`str`): path of a file, or a data set as `DATASET[:CONFIGURATION[:SPLIT]]`. A `.jsonl` file holds one
+            JSON object per line; any other file is one plain text. `DATASET` is a Hub id or a folder that
+            `datasets.load_dataset` reads. The split is `train` by default.
         text_field (`str`): field of the text in `.jsonl` and data sets.
 
     Raises:
-        FileNotFoundError: when a path is not there.
-        ImportError: for a data set without the package `datasets`.
+        FileNotFoundError: when a path does not exist.
+        ImportError: for a data set when the package `datasets` is missing.
     """
 
     def __init__(self, name: str, text_field: str = "text") -> None:
@@ -85,10 +85,10 @@ class TextSource:
         return ":".join([Path(dataset).name if Path(dataset).is_dir() else dataset, *rest])
 
     def documents(self) -> Iterator[Iterator[str]]:
-        """Each document as an iterator of its pieces.
+        """Yield each document as an iterator of its pieces of text.
 
         Raises:
-            ValueError: for what is no UTF-8 text, no JSON, or has no such field.
+            ValueError: when a file is not UTF-8 text, a line is not JSON, or a row lacks the field.
         """
         if not self.is_file:
             yield from self._rows_of_data_set()
@@ -100,13 +100,15 @@ class TextSource:
         self.report.complete = True
 
     def _pieces(self) -> Iterator[str]:
-        """A file in pieces that end with a line, for lines are where tokenizers split anyway."""
+        """Yield a file in pieces that end at line breaks, where tokenizers split anyway."""
         try:
             with self.path.open(encoding="utf-8") as file:
                 while piece := file.read(PIECE_CHARACTERS):
                     yield piece + file.readline()
         except UnicodeDecodeError as error:
-            raise ValueError(f"{self.path} is no UTF-8 text ({error}); convert it, or choose another file.") from error
+            raise ValueError(
+                f"{self.path} is not UTF-8 text ({error}); convert it, or choose another file."
+            ) from error
 
     def _rows_of_lines(self) -> Iterator[Iterator[str]]:
         try:
@@ -117,10 +119,12 @@ class TextSource:
                     try:
                         row = json.loads(line)
                     except ValueError as error:
-                        raise ValueError(f"Line {number} of {self.path} is no JSON ({error}).") from error
+                        raise ValueError(f"Line {number} of {self.path} is not JSON ({error}).") from error
                     yield self._text(row, f"Line {number} of {self.path}")
         except UnicodeDecodeError as error:
-            raise ValueError(f"{self.path} is no UTF-8 text ({error}); convert it, or choose another file.") from error
+            raise ValueError(
+                f"{self.path} is not UTF-8 text ({error}); convert it, or choose another file."
+            ) from error
 
     def _rows_of_data_set(self) -> Iterator[Iterator[str]]:
         from datasets import load_dataset
@@ -128,7 +132,7 @@ class TextSource:
         name, configuration, split, *_ = [*self.name.split(":"), "", ""]
         try:
             rows = load_dataset(name, configuration or None, split=split or "train", streaming=True)
-        except Exception as error:  # the library raises many kinds
+        except Exception as error:  # the library raises many types
             raise ValueError(
                 f"The data set {self.name} cannot be opened ({type(error).__name__}: {error}); check its id, "
                 "configuration and split: NAME[:CONFIGURATION[:SPLIT]]."
@@ -161,7 +165,7 @@ def _file_digest(path: Path) -> str:
 
 
 def check_datasets() -> None:
-    """Raises `ImportError` saying how to install `datasets` when it is missing."""
+    """Raise `ImportError` with the command that installs `datasets` when it is missing."""
     if importlib.util.find_spec("datasets") is None:
         raise ImportError(
             "Data sets need the package datasets, which is not installed; run: pip install 'egmla[train]'"
@@ -169,7 +173,7 @@ def check_datasets() -> None:
 
 
 def token_stream(source: TextSource, tokenizer: Any) -> Iterator[list[int]]:
-    """Token ids of a source in pieces; the tokenizer's end token, where it has one, follows each document."""
+    """Yield a source's token ids in pieces; each document ends with the tokenizer's end token, if it has one."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     for document in source.documents():
         for piece in document:
@@ -178,21 +182,21 @@ def token_stream(source: TextSource, tokenizer: Any) -> Iterator[list[int]]:
 
 
 def first_tokens(tokenizer: Any) -> list[int]:
-    """What the tokenizer puts before every text: its begin token, which attention then leans on, or nothing."""
+    """Return the begin token if the tokenizer puts it before every text, else nothing; attention relies on it."""
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     return [token for token in tokenizer("a")["input_ids"][: -len(plain)] if token == tokenizer.bos_token_id]
 
 
 def packed_sequences(source: TextSource, tokenizer: Any, length: int) -> Iterator[np.ndarray]:
-    """Sequences of exactly `length` tokens, documents one after another; what does not fill the last one is dropped.
+    """Yield sequences of exactly `length` tokens from documents one after another; an incomplete last one is dropped.
 
     Args:
         source (`TextSource`): the text.
         tokenizer: a Transformers tokenizer.
-        length (`int`): tokens in a sequence, a begin token included where the tokenizer uses one.
+        length (`int`): tokens in a sequence, including the begin token if the tokenizer uses one.
 
-    Returns:
-        Iterator of ids `[length]`, int32.
+    Yields:
+        `np.ndarray`: ids `[length]`, int32.
     """
     first = first_tokens(tokenizer)
     own = length - len(first)
@@ -206,10 +210,10 @@ def packed_sequences(source: TextSource, tokenizer: Any, length: int) -> Iterato
 
 
 class PackedDataset(torch.utils.data.Dataset):
-    """Sequences `[count, length]` of token ids as Trainer wants them.
+    """Data set of token ids `[count, length]` in the form that Trainer expects.
 
     Args:
-        ids (`np.ndarray`): int32 ids `[count, length]`, possibly mapped from a file.
+        ids (`np.ndarray`): int32 ids `[count, length]`; may be mapped from a file.
     """
 
     def __init__(self, ids: np.ndarray) -> None:
@@ -234,22 +238,21 @@ def write_sequences(
     held_out_sequences: int = 0,
     progress: Progress | None = None,
 ) -> tuple[int, int]:
-    """Writes packed sequences of all sources, taken in turn, until there are enough or the sources end.
+    """Write packed sequences, one from each source after another, until there are enough or the sources end.
 
     Args:
-        sources (`Sequence[TextSource]`): where the text comes from; their reports are filled in.
+        sources (`Sequence[TextSource]`): the texts; their reports are updated.
         tokenizer: a Transformers tokenizer.
         length (`int`): tokens in a sequence.
         training (`Path`): file for the training sequences, int32.
-        sequences (`int`): training sequences wanted.
-        held_out (`Path`, *optional*): file for sequences that are evaluated and never trained on.
-        held_out_share (`float`): share of the sequences to hold out, every so many-th of each source, its
-            first included.
-        held_out_sequences (`int`): hold out at most this many.
+        sequences (`int`): number of training sequences to write.
+        held_out (`Path`, *optional*): file for evaluation sequences, which are never trained on.
+        held_out_share (`float`): fraction of each source's sequences to hold out, evenly spaced, from the first on.
+        held_out_sequences (`int`): largest number of sequences to hold out.
         progress (*optional*): called with (stage, done, total).
 
     Returns:
-        Sequences written for training and held out.
+        `tuple[int, int]`: number of training sequences and of held-out sequences written.
     """
     every = round(1 / held_out_share) if held_out is not None and held_out_share else 0
     count = kept = 0
@@ -279,18 +282,23 @@ def write_sequences(
 
 
 def read_sequences(path: Path, length: int) -> np.ndarray:
-    """Sequences `[count, length]` mapped from a file of `write_sequences`."""
+    """Map the sequences `[count, length]` of a file that `write_sequences` wrote."""
     if path.stat().st_size == 0:
         return np.empty((0, length), dtype=np.int32)
     return np.memmap(path, dtype=np.int32, mode="r").reshape(-1, length)
 
 
 def passages_in_common(training: Path, evaluation: np.ndarray) -> tuple[int, int]:
-    """How many evaluation sequences have a middle that occurs word for word in the training data, and of how many.
+    """Count the evaluation passages that occur word for word in the training data.
+
+    A passage is the middle of an evaluation sequence, 32 tokens.
 
     Args:
-        training (`Path`): file of `write_sequences`.
-        evaluation (`np.ndarray`): int32 ids `[count, length]`; at most 128 of them, spread evenly, are looked for.
+        training (`Path`): file that `write_sequences` wrote.
+        evaluation (`np.ndarray`): int32 ids `[count, length]`; at most 128 of them, spread evenly, are searched for.
+
+    Returns:
+        `tuple[int, int]`: passages found, and passages searched for.
     """
     probes = evaluation[np.linspace(0, len(evaluation) - 1, min(MAX_PROBES, len(evaluation))).astype(int)]
     start = max(0, probes.shape[1] // 2 - PROBE_TOKENS // 2)
@@ -310,15 +318,15 @@ def _occurs(text: mmap.mmap, probe: np.ndarray) -> bool:
 
 
 def check_apart(training: Path, evaluation: np.ndarray) -> None:
-    """Raises `ValueError` when more than a tenth of the evaluation text occurs in the training data."""
+    """Raise `ValueError` when more than a tenth of the evaluation passages occur in the training data."""
     found, looked_for = passages_in_common(training, evaluation)
     if found > MAX_FOUND * looked_for:
         raise ValueError(
-            f"{found} of {looked_for} passages of the evaluation text occur word for word in the training data: its "
-            "perplexity would measure memory. Train on other text, or evaluate on other text (--eval-data)."
+            f"{found} of {looked_for} passages of the evaluation text occur word for word in the training data, so "
+            "perplexity would measure memorised text. Train on other text, or evaluate on other text (--eval-data)."
         )
 
 
 def reports(sources: Sequence[TextSource]) -> list[dict[str, Any]]:
-    """The reports of sources as dictionaries."""
+    """Return the reports of sources as dictionaries."""
     return [asdict(source.report) for source in sources]

@@ -1,4 +1,4 @@
-"""Losses over the vocabulary, a few positions at a time: logits of a whole batch never exist."""
+"""Losses over the vocabulary in chunks of positions, so that the logits of a whole batch never exist."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 
-# Positions whose logits exist at one time: at a vocabulary of 49,152 some 50 MB a copy in fp32.
+# Positions whose logits exist at one time: 50 MB per copy in fp32 at a vocabulary of 49,152.
 CHUNK = 256
 
 
@@ -23,24 +23,24 @@ def distillation_loss(
     temperature: float = 1.0,
     chunk: int = CHUNK,
 ) -> torch.Tensor:
-    """Forward KL divergence to a teacher plus cross entropy to the next token, summed over positions.
+    """Sum the forward KL divergence to a teacher and the cross entropy to the next token over positions.
 
         kl_weight * temperature^2 * KL(teacher || student) + ce_weight * CE, in nats
 
-    Source: Hinton et al., arXiv 1503.02531 (the square keeps gradients comparable over temperatures).
+    Source: Hinton et al., arXiv 1503.02531. The square keeps gradients comparable between temperatures.
 
     Args:
         head (`nn.Module`): the student's output embedding, a map from `[..., D]` to `[..., vocabulary]`.
         hidden (`torch.Tensor`): the student's last hidden states `[B, T, D]`.
-        labels (`torch.Tensor`): token ids `[B, T]`, not shifted; -100 is not scored, neither is the first position.
-        teacher_head, teacher_hidden (*optional*): the same of the teacher, its width may differ; needed where
-            `kl_weight` is not 0. No gradient goes there.
+        labels (`torch.Tensor`): token ids `[B, T]`, not shifted. The first position and labels of -100 are not scored.
+        teacher_head, teacher_hidden (*optional*): the same of the teacher, whose width may differ. Required unless
+            `kl_weight` is 0. They get no gradient.
         kl_weight, ce_weight (`float`): weights of the two terms.
-        temperature (`float`): divides the logits of both in the KL term.
+        temperature (`float`): divides both models' logits in the KL term.
         chunk (`int`): positions whose logits exist at one time.
 
     Returns:
-        `torch.Tensor`: the sum over scored positions, a scalar in fp32; divide by their number for a mean.
+        `torch.Tensor`: the sum over scored positions, a scalar in fp32. Divide by their number for a mean.
     """
     scored = labels[:, 1:] != -100
     targets = labels[:, 1:][scored]
@@ -73,10 +73,10 @@ def _chunks(states: torch.Tensor, chunk: int) -> Iterator[tuple[int, torch.Tenso
 
 
 class _ChunkedSum(torch.autograd.Function):
-    """Sum of a loss over chunks whose gradients are taken chunk by chunk in the forward pass.
+    """Sum a loss over chunks, and compute the gradients of each chunk in the forward pass.
 
-    Recomputing the logits in the backward pass would save as much memory and cost one more product with the
-    vocabulary; keeping them is what is to be avoided.
+    Recomputing the logits in the backward pass would save as much memory, but cost one more matmul with the output
+    embedding.
     """
 
     @staticmethod
@@ -98,7 +98,7 @@ class _ChunkedSum(torch.autograd.Function):
             states = states.detach().requires_grad_()
             with torch.enable_grad():
                 loss = chunk_loss(states, start)
-            # Asked for by name, so that nothing lands in `.grad` and no hook of DDP fires before its time.
+            # `autograd.grad` writes no `.grad`, so hooks of DDP do not run too early.
             own, *others = torch.autograd.grad(loss, (states, *parameters))
             hidden_gradient[start : start + states.shape[0]] = own
             for gradient, other in zip(gradients, others, strict=True):

@@ -1,4 +1,4 @@
-"""What is trained: stages, groups of parameters for the optimiser, and LoRA adapters."""
+"""Choose what to train: stages, parameter groups of the optimiser, LoRA adapters."""
 
 import difflib
 import importlib.util
@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 STAGES = {
     "gate": "the gates alone",
-    "attention": "attention, gates and norms; MLP and embeddings stay as they are",
+    "attention": "attention, gates and norms; MLP and embeddings stay frozen",
     "all": "every weight",
 }
 GATE = "kv_gate_"
@@ -26,12 +26,12 @@ ATTENTION_TARGETS = (
 )
 GATE_TARGETS = ("kv_gate_proj", "kv_gate_embedding")
 MLP_TARGETS = ("gate_proj", "up_proj", "down_proj")
-# A gate starts with the weight of its norm at 0: until that moves, nothing before it has an effect.
+# A gate starts with its norm's weight at 0: until that changes, the layers before it have no effect.
 GATE_NORM = "kv_gate_norm"
 
 
 def check_stage(stage: str, has_gate: bool) -> None:
-    """Raises `ValueError` for an unknown stage, or for the stage `gate` of a model without gates."""
+    """Raise `ValueError` for an unknown stage, or for the stage `gate` when the model has no gates."""
     if stage not in STAGES:
         near = difflib.get_close_matches(stage, STAGES, n=1)
         hint = f"; did you mean {near[0]}?" if near else "."
@@ -41,10 +41,10 @@ def check_stage(stage: str, has_gate: bool) -> None:
 
 
 def set_trainable(model: PreTrainedModel, stage: str) -> None:
-    """Freezes what a stage of `STAGES` does not train, and nothing else.
+    """Mark the weights that a stage of `STAGES` trains, and freeze all others.
 
     Raises:
-        ValueError: for an unknown stage, or the gate stage of a model without gates.
+        ValueError: for an unknown stage, or the stage `gate` when the model has no gates.
     """
     check_stage(stage, any(GATE in name for name, _ in model.named_parameters()))
     for name, parameter in model.named_parameters():
@@ -57,15 +57,16 @@ def set_trainable(model: PreTrainedModel, stage: str) -> None:
 
 
 def check_peft() -> None:
-    """Raises `ImportError` saying how to install PEFT when it is missing."""
+    """Raise `ImportError` with the command that installs PEFT when it is missing."""
     if importlib.util.find_spec("peft") is None:
         raise ImportError("LoRA needs PEFT, which is not installed; run: pip install 'egmla[train]'")
 
 
 def lora_targets(model: PreTrainedModel, stage: str) -> list[str]:
-    """Names of the modules that get an adapter in a stage: the low-rank maps of attention, the gates' maps, the MLP.
+    """Return the names of the modules that get an adapter in a stage.
 
-    Embeddings and the head get none: tied, they could not be merged apart.
+    These are the gates' projections and tables, the low-rank maps of attention, and in stage `all` the MLP.
+    Embeddings and the output embedding get none: where they are tied, adapters could not be merged into each.
     """
     wanted = set(GATE_TARGETS)
     if stage in ("attention", "all"):
@@ -77,20 +78,20 @@ def lora_targets(model: PreTrainedModel, stage: str) -> list[str]:
 
 
 def add_lora(model: PreTrainedModel, stage: str, rank: int, alpha: float | None = None, dropout: float = 0.0) -> Any:
-    """Wraps a model in LoRA adapters; only they and the norms of the gates are trained.
+    """Wrap a model in LoRA adapters; only these and the norms of the gates are trained.
 
     Args:
         model (`PreTrainedModel`): an EG-MLA model.
-        stage (`str`): one of `STAGES`; says which modules get adapters.
-        rank (`int`): width of the adapters.
-        alpha (`float`, *optional*): scale, `2 * rank` by default.
+        stage (`str`): one of `STAGES`; decides which modules get adapters.
+        rank (`int`): rank of the adapters.
+        alpha (`float`, *optional*): LoRA's alpha, `2 * rank` by default.
         dropout (`float`): dropout of the adapters' inputs.
 
     Returns:
-        The `peft.PeftModel`; `merge_lora` turns it back.
+        `peft.PeftModel`: `merge_lora` makes a plain model of it.
 
     Raises:
-        ImportError: without PEFT.
+        ImportError: when PEFT is missing.
         ValueError: for a rank below 1, or an unknown stage.
     """
     check_peft()
@@ -112,10 +113,10 @@ def add_lora(model: PreTrainedModel, stage: str, rank: int, alpha: float | None 
 
 
 def merge_lora(model: Any) -> PreTrainedModel:
-    """The plain model that computes what a `PeftModel` does, to rounding.
+    """Merge the adapters into the weights; the plain model computes the same up to rounding.
 
     Raises:
-        ValueError: when an adapter holds values that are not finite; the weights are then left as they were.
+        ValueError: when an adapter holds values that are not finite; the weights then stay unchanged.
     """
     return model.merge_and_unload(safe_merge=True)
 
@@ -123,18 +124,18 @@ def merge_lora(model: Any) -> PreTrainedModel:
 def parameter_groups(
     model: nn.Module, decayed: set[str], weight_decay: float, learning_rate: float, gate_learning_rate: float
 ) -> list[dict[str, Any]]:
-    """Groups of trainable parameters for an optimiser: weights that decay, the rest, and gates.
+    """Return the optimiser's parameter groups: weights that decay, weights that do not, gates.
 
-    Trainer logs the first one's rate.
+    Trainer logs the learning rate of the first group.
 
     Args:
-        model (`nn.Module`): the model, adapters included.
-        decayed (`set[str]`): names of parameters that weight decay applies to; never to a gate.
-        weight_decay (`float`): their decay.
-        learning_rate, gate_learning_rate (`float`): rates of the gates and of all others.
+        model (`nn.Module`): the model, including adapters.
+        decayed (`set[str]`): names of parameters with weight decay; gates have none.
+        weight_decay (`float`): their weight decay.
+        learning_rate, gate_learning_rate (`float`): learning rate of all other weights, and of the gates.
 
     Returns:
-        `list[dict]`: groups that are not empty, each with its `name`.
+        `list[dict]`: the groups that are not empty, each with its `name`.
     """
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     groups: list[dict[str, Any]] = [

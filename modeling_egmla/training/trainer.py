@@ -1,19 +1,16 @@
-"""Transformers' Trainer with a loss that sees a teacher, and the guards of a long run."""
+"""Transformers' Trainer with a distillation loss, and checks that stop a run before it spoils its weights."""
 
-import contextlib
 import json
 import math
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_optimizer import is_optimizer_factory
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from egmla.utils.perplexity import states_for_head
+from egmla.utils.head import loss_in_place_of_logits, states_for_head
 
 from .losses import CHUNK, distillation_loss
 from .stages import parameter_groups
@@ -23,25 +20,25 @@ STATE_NAME = "trainer_state.json"
 
 
 class DivergedError(ValueError):
-    """Loss or gradients were not finite."""
+    """Error for a loss or gradients that are not finite."""
 
 
 class DistillationTrainer(Trainer):
     """`transformers.Trainer` whose loss is the forward KL divergence to a frozen teacher, cross entropy, or both.
 
-    Evaluation is plain cross entropy, logged with its perplexity. Works without a teacher where `kl_weight` is 0.
+    Evaluation is cross entropy, logged with its perplexity. With `kl_weight=0` no teacher is needed.
 
     Args:
         teacher (`PreTrainedModel`, *optional*): model with the student's vocabulary; it is frozen.
         kl_weight, ce_weight (`float`): weights of the two terms, see `distillation_loss`.
-        temperature (`float`): of the KL term.
-        gate_learning_rate (`float`, *optional*): learning rate of the gates; `args.learning_rate` by default. It
-            follows the same schedule.
+        temperature (`float`): temperature of the KL term.
+        gate_learning_rate (`float`, *optional*): learning rate of the gates, on the same schedule;
+            `args.learning_rate` by default.
         chunk (`int`): positions whose logits exist at one time.
-        **arguments: as of `transformers.Trainer`.
+        *arguments, **more: passed to `transformers.Trainer`.
 
     Raises:
-        ValueError: for weights that leave no loss, or a KL term without a teacher of the same vocabulary.
+        ValueError: when both weights are 0, or for a KL term without a teacher of the same vocabulary.
     """
 
     def __init__(
@@ -68,15 +65,15 @@ class DistillationTrainer(Trainer):
 
     @property
     def causal_model(self) -> PreTrainedModel:
-        """The language model itself, out of the wrappers of accelerate and PEFT."""
+        """The language model without the wrappers of accelerate and PEFT."""
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         return model.get_base_model() if hasattr(model, "get_base_model") else model
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Mean loss per predicted token; over the tokens of a whole optimiser step where Trainer gives their number.
+        """Return the mean loss per predicted token.
 
-        The model is called through its wrapper, so that DDP and FSDP see the call, and its output embedding gives the
-        loss in place of logits.
+        The mean is over the tokens of a whole optimiser step where Trainer gives their number. The model is called
+        through its wrapper, so that DDP and FSDP see the call. Its output embedding returns the loss, not logits.
         """
         labels = inputs["labels"]
         given = {name: value for name, value in inputs.items() if name != "labels"}
@@ -88,7 +85,7 @@ class DistillationTrainer(Trainer):
                 teacher_hidden = states_for_head(self.teacher, **given)
         head = student.get_output_embeddings()
         if training and num_items_in_batch is not None:
-            # DDP averages gradients over its ranks, and the number is that of all ranks together.
+            # DDP averages gradients over its ranks; the number counts the tokens of all ranks.
             ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
             share = ranks / num_items_in_batch
         else:
@@ -108,14 +105,14 @@ class DistillationTrainer(Trainer):
             )
             return total * share
 
-        with _in_place_of_logits(head, loss_of) as exact:
-            # A cache would be filled and thrown away.
+        with loss_in_place_of_logits(head, loss_of) as exact:
+            # A cache would not be used.
             loss = model(**given, use_cache=False).logits.float()
-        loss = loss + (exact[0] - loss.detach())  # FSDP rounds outputs to the format of mixed precision
+        loss = loss + (exact[0] - loss.detach())  # FSDP rounds outputs to the dtype of mixed precision
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def training_step(self, *arguments, **more):
-        """As in `Trainer`; stops at a loss that is not finite, before it reaches the weights.
+        """Do the step of `Trainer`, but stop at a loss that is not finite, before it reaches the weights.
 
         Raises:
             DivergedError: names the step.
@@ -133,15 +130,15 @@ class DistillationTrainer(Trainer):
         return norm
 
     def create_optimizer(self, model=None):
-        """Optimiser with the gates in a group of their own: own learning rate, no weight decay."""
+        """Create the optimiser; gates are a separate group with their own learning rate and no weight decay."""
         model = self.model if model is None else model
         if self.optimizer is not None:
             return self.optimizer
         optimizer_class, keywords = self.get_optimizer_cls_and_kwargs(self.args, model)
         if is_optimizer_factory(optimizer_class) or {"params", "model", "optimizer_dict"} & set(keywords):
             raise ValueError(
-                f"optim={self.args.optim} makes its own groups of parameters, so gates would have no learning rate of "
-                "their own; use one that takes groups, such as adamw_torch or adafactor."
+                f"optim={self.args.optim} makes its own groups of parameters, so gates cannot have their own learning "
+                "rate; use an optimiser that takes groups, such as adamw_torch or adafactor."
             )
         groups = parameter_groups(
             model,
@@ -154,14 +151,14 @@ class DistillationTrainer(Trainer):
         return self.optimizer
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As in `Trainer`; an evaluation's loss comes with its perplexity."""
+        """Log as `Trainer` does, and add the perplexity to an evaluation's loss."""
         if "eval_loss" in logs:
             logs["eval_perplexity"] = math.exp(min(logs["eval_loss"], 700.0))
         super().log(logs, start_time)
 
 
 def check_weights(kl_weight: float, ce_weight: float, temperature: float) -> None:
-    """Raises `ValueError` for weights that are negative or all zero, or a temperature that is not positive."""
+    """Raise `ValueError` for weights that are negative or all zero, or a temperature that is not positive."""
     if kl_weight < 0 or ce_weight < 0 or not kl_weight + ce_weight > 0:
         raise ValueError(
             f"kl_weight={kl_weight:g} and ce_weight={ce_weight:g}: neither may be negative, and one must be above 0."
@@ -171,7 +168,7 @@ def check_weights(kl_weight: float, ce_weight: float, temperature: float) -> Non
 
 
 def check_vocabulary(student: int, teacher: int) -> None:
-    """Raises `ValueError` when two vocabulary sizes differ."""
+    """Raise `ValueError` when two vocabulary sizes differ."""
     if student != teacher:
         raise ValueError(
             f"The teacher has a vocabulary of {teacher:,} and the student one of {student:,}: their predictions "
@@ -180,46 +177,17 @@ def check_vocabulary(student: int, teacher: int) -> None:
         )
 
 
-@contextlib.contextmanager
-def _in_place_of_logits(head: nn.Module, loss_of: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[list]:
-    """Makes an output embedding give `loss_of(hidden states [B, T, D])` the next time that the model calls it.
-
-    Within the call of the model FSDP has the weights in one piece, and mixed precision covers them; a loss among its
-    outputs is where DDP and FSDP expect the backward pass to begin. Yields a list that then holds the loss, detached.
-    """
-    states: list[torch.Tensor] = []
-    losses: list[torch.Tensor] = []
-
-    def take(module, args):
-        before.remove()  # the loss calls the module itself, for logits
-        states.append(args[0])
-        return (args[0][:, :0],)
-
-    def give(module, args, output):
-        after.remove()
-        loss = loss_of(states.pop())
-        losses.append(loss.detach())
-        return loss
-
-    before, after = head.register_forward_pre_hook(take), head.register_forward_hook(give)
-    try:
-        yield losses
-    finally:
-        before.remove()
-        after.remove()
-
-
 def last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that was written whole; a kill or a full disk leaves unfinished ones behind."""
+    """Return the newest complete checkpoint; a kill or a full disk leaves incomplete ones behind."""
     found = [
         (int(path.name.rpartition("-")[2]), path)
         for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-        if path.name.rpartition("-")[2].isdecimal() and _is_whole(path)
+        if path.name.rpartition("-")[2].isdecimal() and _is_complete(path)
     ]
     return max(found)[1] if found else None
 
 
-def _is_whole(checkpoint: Path) -> bool:
+def _is_complete(checkpoint: Path) -> bool:
     try:  # Trainer writes this file last
         return json.loads((checkpoint / STATE_NAME).read_text(encoding="utf-8"))["global_step"] > 0
     except (OSError, ValueError, KeyError):
@@ -227,10 +195,11 @@ def _is_whole(checkpoint: Path) -> bool:
 
 
 class ProgressReport(TrainerCallback):
-    """Tells a function of (stage, done, total) how far training is, and another what evaluations found.
+    """Report progress to one function, and the result of each evaluation to another.
 
     Args:
-        progress, say (*optional*): the two functions.
+        progress (`Progress`, *optional*): called with (stage, done, total).
+        say (`Say`, *optional*): called with one line per evaluation.
         tokens_per_step (`int`): tokens of an optimiser step.
     """
 

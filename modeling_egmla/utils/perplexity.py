@@ -5,6 +5,8 @@ from collections.abc import Callable
 
 import torch
 
+from .head import states_for_head
+
 
 def token_windows(tokenizer, text: str, window: int, max_windows: int | None = None) -> torch.Tensor:
     """Tokens of a text in whole windows, without special tokens.
@@ -30,25 +32,6 @@ def token_windows(tokenizer, text: str, window: int, max_windows: int | None = N
         )
     count = min(count, max_windows or count)
     return ids[: count * window].view(count, window)
-
-
-def states_for_head(model, input_ids: torch.Tensor, **inputs) -> torch.Tensor:
-    """Hidden states `[B, T, D]` as a model gives them to its output embedding, which makes no logits of them here.
-
-    Some families, such as MiniCPM3, scale what their base model returns.
-    """
-    states = []
-
-    def take(module, args):
-        states.append(args[0])
-        return (args[0][:, :0],)
-
-    hook = model.get_output_embeddings().register_forward_pre_hook(take)
-    try:
-        model(input_ids, use_cache=False, **inputs)
-    finally:
-        hook.remove()
-    return states[0]
 
 
 @torch.no_grad()
