@@ -12,7 +12,7 @@ from .common import DType
 
 
 class Stage(StrEnum):
-    """What is trained."""
+    """Weights to train."""
 
     gate = "gate"
     attention = "attention"
@@ -20,21 +20,23 @@ class Stage(StrEnum):
 
 
 def heal(
-    converted: Annotated[str, typer.Argument(help="Folder or hub id of a converted checkpoint.")],
+    converted: Annotated[str, typer.Argument(help="Folder or Hub id of a converted checkpoint.")],
     target: Annotated[Path, typer.Argument(help="Folder to write; must be absent or empty.")],
     data: options.Data,
     tokens: options.Tokens,
     teacher: Annotated[
-        str | None, typer.Option(metavar="SOURCE", help="The model it was converted from: folder, hub id or .gguf.")
+        str | None, typer.Option(metavar="SOURCE", help="Model it was converted from: folder, Hub id or .gguf file.")
     ] = None,
     stage: Annotated[
-        Stage, typer.Option(help="Train the gates, attention and norms with them, or every weight.")
+        Stage, typer.Option(help="Train the gates alone, attention with gates and norms, or every weight.")
     ] = Stage.attention,
-    kl_weight: Annotated[float, typer.Option(help="Weight of the KL divergence to the teacher; 0 needs none.")] = 1.0,
+    kl_weight: Annotated[
+        float, typer.Option(help="Weight of the KL divergence to the teacher; with 0 no teacher is needed.")
+    ] = 1.0,
     ce_weight: Annotated[float, typer.Option(help="Weight of the cross entropy to the text.")] = 0.0,
     temperature: Annotated[float, typer.Option(help="Divides the logits in the KL divergence.")] = 1.0,
     lora_rank: Annotated[
-        int | None, typer.Option(metavar="R", help="Train LoRA adapters of this width, and merge them.")
+        int | None, typer.Option(metavar="R", help="Train LoRA adapters of this rank, and merge them at the end.")
     ] = None,
     eval_data: options.EvalData = None,
     eval_share: options.EvalShare = 0.02,
@@ -53,10 +55,13 @@ def heal(
     save_every: options.SaveEvery = None,
     eval_every: options.EvalEvery = None,
     chunk: options.Chunk = 256,
-    dtype: Annotated[DType, typer.Option(help="Of the written weights; auto is the converted model's.")] = DType.auto,
+    device: options.Device = None,
+    dtype: Annotated[
+        DType, typer.Option(help="dtype of the written weights; auto keeps the converted model's.")
+    ] = DType.auto,
     checkpoints: options.Checkpoints = None,
     keep_checkpoints: options.KeepCheckpoints = False,
-    resume: options.Resume = False,
+    resume: options.Resume = True,
     dry_run: options.DryRun = False,
     settings: options.Settings = None,
 ) -> None:
@@ -95,6 +100,7 @@ def heal(
         eval_every=eval_every,
         chunk=chunk,
         dtype=None if dtype is DType.auto else dtype.value,
+        device=device,
         arguments=parse_training_arguments(settings or ()),
     )
     options.run_shown(

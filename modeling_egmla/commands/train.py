@@ -14,15 +14,15 @@ from .scoring import DataDir, Limit, check_tasks
 
 def train(
     preset: Annotated[
-        str, typer.Argument(metavar="PRESET_OR_CONFIG", help="Preset, or folder or hub id of a config.")
+        str, typer.Argument(metavar="PRESET_OR_CONFIG", help="Preset, or folder or Hub id of a config.")
     ],
     target: Annotated[Path, typer.Argument(help="Folder to write; must be absent or empty.")],
     data: options.Data,
     tokens: options.Tokens,
-    tokenizer: Annotated[str | None, typer.Option(metavar="NAME", help="Folder or hub id of a tokenizer.")] = None,
+    tokenizer: Annotated[str | None, typer.Option(metavar="NAME", help="Folder or Hub id of a tokenizer.")] = None,
     new_tokenizer: Annotated[
         int | None,
-        typer.Option(metavar="SIZE", help="Train a byte-level BPE of this many tokens on the data instead."),
+        typer.Option(metavar="SIZE", help="Train a byte-level BPE tokenizer of this many tokens on the data instead."),
     ] = None,
     config: Annotated[
         list[str] | None,
@@ -50,14 +50,15 @@ def train(
     save_every: options.SaveEvery = None,
     eval_every: options.EvalEvery = None,
     chunk: options.Chunk = 256,
-    dtype: Annotated[DType, typer.Option(help="Of the written weights; auto is fp32.")] = DType.auto,
+    device: options.Device = None,
+    dtype: Annotated[DType, typer.Option(help="dtype of the written weights; auto is fp32.")] = DType.auto,
     checkpoints: options.Checkpoints = None,
     keep_checkpoints: options.KeepCheckpoints = False,
-    resume: options.Resume = False,
+    resume: options.Resume = True,
     dry_run: options.DryRun = False,
     settings: options.Settings = None,
     tasks: Annotated[
-        str | None, typer.Option(help="Score the trained model on these tasks of lm-eval, separated by commas.")
+        str | None, typer.Option(help="Score the trained model on these lm-eval tasks, separated by commas.")
     ] = None,
     limit: Limit = None,
     data_dir: DataDir = None,
@@ -96,12 +97,13 @@ def train(
         eval_every=eval_every,
         chunk=chunk,
         dtype=None if dtype is DType.auto else dtype.value,
+        device=device,
         arguments=parse_training_arguments(settings or ()),
     )
     if tasks is not None:
         if (processes := get_cpu_distributed_information().world_size) > 1:  # read from the environment, GPUs or not
             raise ValueError(
-                f"--tasks with {processes} processes: scores are taken by one. Leave --tasks out, and score the "
+                f"--tasks with {processes} processes: only one process can score. Leave --tasks out, and score the "
                 f"trained model afterwards: egmla eval {target} --tasks {tasks}."
             )
         check_tasks(tasks, data_dir)

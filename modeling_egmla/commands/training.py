@@ -1,4 +1,4 @@
-"""Options that `egmla heal` and `egmla train` share, and how both show a plan and a result."""
+"""Options that `egmla heal` and `egmla train` share, and how they print a plan and a result."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -8,39 +8,48 @@ import typer
 
 Data = Annotated[
     list[str],
-    typer.Option(
-        help="Text file, .jsonl file, or data set as NAME[:CONFIGURATION[:SPLIT]]; repeatable, read in turn."
-    ),
+    typer.Option(help="Text file, .jsonl file, or data set as NAME[:CONFIGURATION[:SPLIT]]; repeatable."),
 ]
 Tokens = Annotated[str, typer.Option(metavar="N", help="Tokens to train on: 500000, 50M, 1B.")]
 EvalData = Annotated[
-    list[str] | None, typer.Option(help="Text to evaluate on, as --data; otherwise a share of that is held out.")
+    list[str] | None, typer.Option(help="Text to evaluate on, as --data; by default a part of --data is held out.")
 ]
-EvalShare = Annotated[float, typer.Option(help="Share of the data to hold out.")]
-EvalTokens = Annotated[int, typer.Option(min=1, help="Tokens to evaluate on at most.")]
+EvalShare = Annotated[float, typer.Option(help="Fraction of the data to hold out.")]
+EvalTokens = Annotated[int, typer.Option(min=1, help="Largest number of tokens to evaluate on.")]
 TextField = Annotated[str, typer.Option(metavar="NAME", help="Field of the text in .jsonl files and data sets.")]
 SequenceLength = Annotated[int, typer.Option(metavar="TOKENS", help="Tokens in a sequence.")]
-BatchSize = Annotated[int, typer.Option(help="Sequences of an optimiser step, over all processes.")]
+BatchSize = Annotated[int, typer.Option(help="Sequences per optimiser step, over all processes.")]
 MicroBatchSize = Annotated[
-    int | None, typer.Option(help="Sequences in one pass; less memory. All of a step's by default.")
+    int | None, typer.Option(help="Sequences per pass; fewer need less memory. By default all of a step.")
 ]
-LearningRate = Annotated[float | None, typer.Option(help="Peak learning rate; then it falls along a cosine.")]
+LearningRate = Annotated[float | None, typer.Option(help="Peak learning rate of a cosine schedule.")]
 GateLearningRate = Annotated[float | None, typer.Option(help="Peak learning rate of the gates.")]
 WeightDecay = Annotated[float | None, typer.Option(help="Weight decay; gates, norms and biases have none.")]
-WarmupShare = Annotated[float, typer.Option(help="Share of the steps in which the learning rate rises.")]
+WarmupShare = Annotated[float, typer.Option(help="Fraction of the steps in which the learning rate rises.")]
 BFloat16 = Annotated[bool, typer.Option("--bf16", help="Compute in bf16; weights and optimiser stay in fp32.")]
 GradientCheckpointing = Annotated[
     bool, typer.Option("--gradient-checkpointing", help="Less memory for activations, a third more time.")
 ]
-Seed = Annotated[int, typer.Option(help="Of the order of the data, and of new weights.")]
-SaveEvery = Annotated[int | None, typer.Option(min=1, metavar="STEPS", help="Steps between checkpoints; a twentieth.")]
-EvalEvery = Annotated[int | None, typer.Option(min=1, metavar="STEPS", help="Steps between evaluations; a tenth.")]
+Seed = Annotated[int, typer.Option(help="Random seed of the order of the data and of new weights.")]
+SaveEvery = Annotated[
+    int | None, typer.Option(min=1, metavar="STEPS", help="Steps between checkpoints; by default a twentieth of all.")
+]
+EvalEvery = Annotated[
+    int | None, typer.Option(min=1, metavar="STEPS", help="Steps between evaluations; by default a tenth of all.")
+]
 Checkpoints = Annotated[
     Path | None, typer.Option(metavar="FOLDER", help="For checkpoints and tokens; TARGET.checkpoints by default.")
 ]
-KeepCheckpoints = Annotated[bool, typer.Option("--keep-checkpoints", help="Leave that folder there at the end.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on where the same command was interrupted.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print parameters, operations and memory; write nothing.")]
+KeepCheckpoints = Annotated[bool, typer.Option("--keep-checkpoints", help="Keep that folder at the end.")]
+Resume = Annotated[
+    bool,
+    typer.Option(
+        "--resume/--no-resume",
+        help="Resume an interrupted run of this command; --no-resume removes it and starts over.",
+    ),
+]
+Device = Annotated[str | None, typer.Option(metavar="NAME", help="cpu or cuda; a GPU by default if there is one.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print parameters, memory and time; write nothing.")]
 Settings = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Any of Transformers' TrainingArguments; repeatable."),
@@ -49,24 +58,31 @@ Chunk = Annotated[int, typer.Option(min=1, help="Positions whose logits exist at
 
 
 def run_shown(start, target: Path, **arguments: Any) -> None:
-    """Runs `start(target, ...)` of `egmla.training` with progress on stderr and its result as a table."""
+    """Run `start(target, ...)` of `egmla.training`; show its progress on stderr and its result as a table."""
     from rich.console import Console
 
-    from .common import progress_bars
+    from .common import interruption_says, progress_bars
 
     stderr = Console(stderr=True, soft_wrap=True, highlight=False)
-    try:
-        with progress_bars() as progress:
-            report = start(
-                target=target,
-                progress=progress,
-                say=lambda text: stderr.print(text, markup=False),
-                show_plan=lambda plan: stderr.print(plan_line(plan), markup=False),
-                **arguments,
-            )
-    except KeyboardInterrupt:
-        stderr.print("Checkpoints stay where they are; the same command with --resume goes on from the newest.")
-        raise
+
+    def left_behind() -> str | None:
+        from egmla.training.run_folders import RunFolders
+
+        if arguments.get("dry_run") or not is_first():
+            return None
+        try:
+            return RunFolders.of(target, arguments["checkpoints"], arguments["resume"]).left_behind()
+        except (OSError, ValueError):  # the target is there, or never was possible
+            return None
+
+    with interruption_says(left_behind), progress_bars() as progress:
+        report = start(
+            target=target,
+            progress=progress,
+            say=lambda text: stderr.print(text, markup=False),
+            show_plan=lambda plan: stderr.print(plan_line(plan), markup=False),
+            **arguments,
+        )
     if arguments.get("dry_run"):
         _print_plan(report)
     elif is_first():
@@ -74,21 +90,31 @@ def run_shown(start, target: Path, **arguments: Any) -> None:
 
 
 def is_first() -> bool:
-    """Whether this is the only process of a run, or the first of several."""
+    """Return whether this is the only process of a run, or the first of several."""
     from accelerate import PartialState
 
     return PartialState().is_main_process
 
 
 def plan_line(plan: dict) -> str:
-    """A plan in one line."""
+    """Describe a plan in one line."""
     from .common import in_bytes, in_units
 
+    memory = in_bytes(sum(plan["memory_bytes"].values()))
     return (
-        f"{in_units(plan['trained_parameters'])} of {in_units(plan['parameters'])} parameters, {plan['tokens']:,} "
-        f"tokens in {plan['steps']:,} steps, {plan['flops']:.2g} operations, about "
-        f"{in_bytes(sum(plan['memory_bytes'].values()))} of memory"
+        f"Training {in_units(plan['trained_parameters'])} of {in_units(plan['parameters'])} parameters on "
+        f"{plan['tokens']:,} tokens in {plan['steps']:,} steps: {plan['flops']:.2g} operations, about {memory} of "
+        f"memory, roughly {rough_time(plan['estimated_seconds'])} here"
     )
+
+
+def rough_time(seconds: float) -> str:
+    """Write an estimated time for people: under a minute, 12 minutes, 5 hours, 3 days."""
+    for unit, size in (("day", 86400), ("hour", 3600), ("minute", 60)):
+        if seconds >= 2 * size or (unit == "minute" and seconds >= size):
+            count = round(seconds / size)
+            return f"{count:,} {unit}{'s' if count > 1 else ''}"
+    return "under a minute"
 
 
 def _print_plan(plan: dict) -> None:
@@ -108,7 +134,9 @@ def _print_plan(plan: dict) -> None:
     for name, size in plan["memory_bytes"].items():
         if size:
             table.add_row(f"memory: {name}", in_bytes(size))
-    table.add_row("memory of a process, about", in_bytes(sum(plan["memory_bytes"].values())))
+    table.add_row("rough memory of a process", in_bytes(sum(plan["memory_bytes"].values())))
+    table.add_section()
+    table.add_row("rough time here", rough_time(plan["estimated_seconds"]))
     console().print(table)
 
 
@@ -116,7 +144,7 @@ def _print_report(report: dict, target: Path) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from egmla.utils.perplexity import recovered_share
+    from egmla.training.report import outcome
 
     from .common import console, in_bytes
 
@@ -132,7 +160,6 @@ def _print_report(report: dict, target: Path) -> None:
     table.add_row(f"after {report['tokens']:,} tokens", f"{report['perplexity']['trained']:.3f}")
     out = console()
     out.print(table)
-    share = recovered_share(*(report["perplexity"][name] for name in ("teacher", "0 tokens", "trained")))
-    if share is not None:
-        out.print(f"{share:.1%} of the loss in log-perplexity won back.")
-    out.print(f"{report['seconds']:,} s, {in_bytes(report['peak_bytes'])} of memory at most.", style="dim")
+    if sentence := outcome(report["perplexity"]):
+        out.print(sentence, markup=False)
+    out.print(f"{report['seconds']:,} s, peak of memory {in_bytes(report['peak_bytes'])}.", style="dim")

@@ -1,19 +1,29 @@
-"""What a run will take, before it starts: parameters, floating point operations, memory."""
+"""Estimates of a run before it starts: parameters, floating point operations, memory, time."""
 
+import time
 from typing import Any
 
+import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from egmla.utils.accounting import matrix_parameters
 
 
 FLOAT32 = 4
+# A run takes this many times as long as its matrix products alone: norms, softmax, the optimiser, evaluations,
+# checkpoints. From a healing of SmolLM2-135M on two cores (README.md of this folder).
+OVERHEAD = 2.0
 
 
 def attention_flops_per_token(config: PreTrainedConfig, length: int) -> float:
-    """Floating point operations per token of one forward pass that grow with the sequence: scores and their use.
+    """Count the floating point operations of attention scores and sums, per token of one forward pass.
 
-    Over a causal sequence a token sees half of it on average; a multiplication and an addition count as two.
+    These grow with the sequence. Causal, a token sees half of it on average. A multiplication with an addition counts
+    as two operations.
+
+    Args:
+        config (`PreTrainedConfig`): of the model.
+        length (`int`): tokens in a sequence.
     """
     heads = config.num_attention_heads
     query = getattr(config, "qk_head_dim", None) or getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -24,14 +34,14 @@ def attention_flops_per_token(config: PreTrainedConfig, length: int) -> float:
 def training_flops(
     model: PreTrainedModel, tokens: int, length: int, teacher: PreTrainedConfig | None = None, teacher_matrix: int = 0
 ) -> float:
-    """Floating point operations of a run, to the leading terms.
+    """Count the floating point operations of a run, to the leading terms.
 
-    Forward 2 per matrix parameter and token, backward 2 to the activations and 2 to each trained weight, attention as
-    `attention_flops_per_token` and twice that backward; a teacher's forward pass. Derived; recomputation by gradient
-    checkpointing is not counted.
+    Per token and matrix parameter: 2 forward, 2 backward to the activations, and 2 more if the weight is trained.
+    Attention takes `attention_flops_per_token` forward and twice that backward. A teacher adds its forward pass.
+    Recomputation by gradient checkpointing is not counted. Source: derived.
 
     Args:
-        model (`PreTrainedModel`): the model, with what is trained marked.
+        model (`PreTrainedModel`): the model; weights to train are marked by `requires_grad`.
         tokens (`int`): tokens of the run.
         length (`int`): tokens in a sequence.
         teacher (`PreTrainedConfig`, *optional*): configuration of a teacher.
@@ -53,11 +63,19 @@ def training_bytes(
     itemsize: int = FLOAT32,
     checkpointing: bool = False,
 ) -> dict[str, int]:
-    """Memory of one process in bytes, by part; an estimate, without what the allocator and the libraries take.
+    """Estimate the memory of one process in bytes, by part; allocator and libraries come on top.
 
-    Weights, gradients and both moments of Adam in fp32. Activations of a layer: some sixteen hidden states and four
-    widths of the MLP a token (one hidden state with gradient checkpointing, plus one layer in full); six copies of a
-    chunk's logits. Derived from what autograd keeps of this model's layers.
+    Weights, gradients and both moments of Adam are in fp32. A layer keeps about 16 hidden states and 4 widths of the
+    MLP per token. With gradient checkpointing it keeps one hidden state, and one layer is held in full. Six copies of
+    a chunk's logits exist at once. Source: derived from what autograd keeps of this model's layers.
+
+    Args:
+        model (`PreTrainedModel`): the model; weights to train are marked by `requires_grad`.
+        micro_batch_tokens (`int`): tokens in one pass of one process.
+        chunk (`int`): positions whose logits exist at one time.
+        teacher_parameters (`int`): parameters of a teacher.
+        teacher_itemsize, itemsize (`int`): bytes of an element of the teacher, and of activations.
+        checkpointing (`bool`): whether gradient checkpointing is on.
     """
     config = model.config
     hidden, inner = config.hidden_size, getattr(config, "intermediate_size", 4 * config.hidden_size)
@@ -74,21 +92,54 @@ def training_bytes(
     }
 
 
-def run_plan(
-    model: Any, settings: Any, steps: int, length: int, micro_batch: int, teacher: Any = None
-) -> dict[str, Any]:
-    """Parameters, operations and memory of a run in one dictionary, as reports and commands show them.
+def seconds_of(flops: float, device: torch.device, bf16: bool = False) -> float:
+    """Estimate the seconds that a run takes on a device: `flops` at the measured speed of matmuls, times `OVERHEAD`.
 
     Args:
-        model: the model with what is trained marked; adapters may be on it.
-        settings: settings with `batch_size`, `bf16`, `gradient_checkpointing` and `chunk`.
-        steps (`int`): optimiser steps.
-        length (`int`): tokens in a sequence.
+        flops (`float`): floating point operations of the run, see `training_flops`.
+        device (`torch.device`): where it runs. A fifth of a second of matmuls is measured there.
+        bf16 (`bool`): whether matmuls are in bf16.
+    """
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    size = 1024 if device.type == "cpu" else 4096
+    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+
+    def now() -> float:
+        if device.type != "cpu":
+            torch.accelerator.synchronize()
+            return time.perf_counter()
+        # Processor time, so that other work on the machine does not count.
+        return time.process_time() / torch.get_num_threads()
+
+    left @ right
+    runs, started, spent = 0, now(), 0.0
+    while spent < 0.2:
+        left @ right
+        runs, spent = runs + 1, now() - started
+    return OVERHEAD * flops * spent / (2 * size**3 * runs)
+
+
+def run_plan(
+    model: Any,
+    settings: Any,
+    micro_batch: int,
+    teacher: Any = None,
+    device: torch.device | None = None,
+    processes: int = 1,
+) -> dict[str, Any]:
+    """Return parameters, operations, memory and time of a run in one dictionary, for reports and commands.
+
+    Args:
+        model: the model; weights to train are marked by `requires_grad`, adapters may be on it.
+        settings (`TrainingSettings`): settings of the run.
         micro_batch (`int`): sequences in one pass of one process.
-        teacher (*optional*): the loaded teacher.
+        teacher (*optional*): the teacher; its weights are not needed.
+        device (`torch.device`, *optional*): where the run is; time is estimated only if it is given.
+        processes (`int`): number of processes that share the work.
     """
     plain = model.get_base_model() if hasattr(model, "get_base_model") else model
-    tokens = steps * settings.batch_size * length
+    length = settings.sequence_length
+    tokens = settings.steps * settings.batch_size * length
     teacher_parameters = 0 if teacher is None else teacher.num_parameters()
     memory = training_bytes(
         plain,
@@ -100,12 +151,14 @@ def run_plan(
         settings.gradient_checkpointing,
     )
     teacher_matrix = 0 if teacher is None else matrix_parameters(teacher)
+    flops = training_flops(plain, tokens, length, None if teacher is None else teacher.config, teacher_matrix)
     return {
         "parameters": plain.num_parameters(),
         "trained_parameters": sum(item.numel() for item in plain.parameters() if item.requires_grad),
         "teacher_parameters": teacher_parameters,
-        "steps": steps,
+        "steps": settings.steps,
         "tokens": tokens,
-        "flops": training_flops(plain, tokens, length, None if teacher is None else teacher.config, teacher_matrix),
+        "flops": flops,
         "memory_bytes": memory,
+        "estimated_seconds": None if device is None else seconds_of(flops, device, settings.bf16) / processes,
     }

@@ -1,4 +1,4 @@
-"""Training an EG-MLA model from new weights."""
+"""Train an EG-MLA model from new weights."""
 
 import dataclasses
 import difflib
@@ -17,15 +17,15 @@ from .data import TextSource
 from .healing import check_tokenizer, load_tokenizer
 from .report import command_line
 from .run import Job, run_job
-from .run_folders import Place
+from .run_folders import RunFolders
 from .settings import TrainingSettings, parse_value
 
 
 DEFAULTS = {"learning_rate": 6e-4, "gate_factor": 1.0, "weight_decay": 0.1, "adam_beta2": 0.95}
-# Settings that training from scratch has no choice of.
+# Settings that are fixed in training from scratch.
 FIXED = ("kl_weight", "ce_weight", "stage")
 END = "<|endoftext|>"
-# A vocabulary of this many tokens is learnt well from less.
+# Characters of the data that a new tokenizer is trained on; a vocabulary of usual size needs less.
 TOKENIZER_CHARACTERS = 50_000_000
 
 
@@ -39,36 +39,36 @@ def train_from_scratch(
     name: str = "CONFIG",
     overrides: dict[str, Any] | None = None,
     checkpoints: str | Path | None = None,
-    resume: bool = False,
+    resume: bool = True,
     keep_checkpoints: bool = False,
     dry_run: bool = False,
     **callbacks: Any,
 ) -> dict[str, Any]:
-    """Trains a model from new weights by cross entropy, and writes it as a checkpoint.
+    """Train a model from new weights by cross entropy, and write it as a checkpoint.
 
     Args:
         config (`EGMLAConfig`): the model; ids of special tokens are taken from the tokenizer.
         target (`str` or `Path`): a new or empty folder.
-        settings (`TrainingSettings`): data, tokens and the rest; its loss and stage are those of training.
-        tokenizer (`str` or `Path`, *optional*): folder or hub id of a tokenizer.
-        new_tokenizer (`int`, *optional*): train a byte-level BPE of this many tokens on the data instead, and give the
-            model that vocabulary.
-        name (`str`): preset or folder the configuration came from, for the report.
-        overrides (`dict`, *optional*): fields that were changed in it, for the report.
-        checkpoints, resume, keep_checkpoints, dry_run, **callbacks: as of `heal_checkpoint`.
+        settings (`TrainingSettings`): data, tokens and the rest; see `scratch_settings` for loss and stage.
+        tokenizer (`str` or `Path`, *optional*): folder or Hub id of a tokenizer.
+        new_tokenizer (`int`, *optional*): train a byte-level BPE tokenizer of this many tokens on the data instead;
+            the model's vocabulary gets its size.
+        name (`str`): preset or folder of the configuration, for the report.
+        overrides (`dict`, *optional*): fields changed in it, for the report.
+        checkpoints, resume, keep_checkpoints, dry_run, **callbacks: see `heal_checkpoint`.
 
     Returns:
         `dict`: the training report, or with `dry_run` its plan.
 
     Raises:
         ValueError, FileNotFoundError, FileExistsError: for bad input, before any long work starts.
-        DivergedError, OSError: as of `run_job`.
+        DivergedError, OSError: see `run_job`.
     """
-    place = Place.of(target, checkpoints, resume, keep_checkpoints)
+    folders = RunFolders.of(target, checkpoints, resume, keep_checkpoints)
     if (tokenizer is None) == (new_tokenizer is None):
         raise ValueError(
-            "Training needs a tokenizer: name a folder or hub id (--tokenizer NAME), or have one trained on the data "
-            "(--new-tokenizer 8192); one of the two."
+            "Training needs a tokenizer: name a folder or Hub id (--tokenizer NAME), or train one on the data "
+            "(--new-tokenizer 8192); give one of the two."
         )
     if settings.kl_weight or settings.stage != "all" or settings.lora_rank is not None:
         raise ValueError(
@@ -84,7 +84,7 @@ def train_from_scratch(
         asked = (overrides or {}).get("vocab_size", new_tokenizer)
         if asked != new_tokenizer:
             raise ValueError(
-                f"new_tokenizer={new_tokenizer} with vocab_size={asked}: a new tokenizer's size is the vocabulary's: "
+                f"new_tokenizer={new_tokenizer} with vocab_size={asked}: a new tokenizer sets the vocabulary size; "
                 "leave vocab_size out, or give both the same number."
             )
         config.vocab_size = checked_size(new_tokenizer)
@@ -115,19 +115,19 @@ def train_from_scratch(
             "earlier": [],
         },
     )
-    return run_job(job, place, settings, dry_run=dry_run, **callbacks)
+    return run_job(job, folders, settings, dry_run=dry_run, **callbacks)
 
 
 def scratch_settings(**values: Any) -> TrainingSettings:
-    """`TrainingSettings` of training from scratch: cross entropy, every weight."""
+    """Return `TrainingSettings` for training from scratch: cross entropy, every weight."""
     return TrainingSettings(**{"kl_weight": 0.0, "ce_weight": 1.0, "stage": "all", **values})
 
 
 def changed_config(config: Any, pairs: Sequence[str]) -> tuple[EGMLAConfig, dict[str, Any]]:
-    """A configuration with fields replaced, given as texts like `num_hidden_layers=4`; and the changes.
+    """Replace fields of a configuration by texts such as `num_hidden_layers=4`; return it and the changes.
 
     Raises:
-        ValueError: for another kind of model, or what is no field of its configuration.
+        ValueError: for a model of another type, or a name that is not a field of the configuration.
     """
     if config.model_type != "egmla":
         raise ValueError(f"This is the configuration of a {config.model_type} model; training makes EG-MLA models.")
@@ -139,27 +139,27 @@ def changed_config(config: Any, pairs: Sequence[str]) -> tuple[EGMLAConfig, dict
             raise ValueError(f"{pair!r}: a change of the configuration is written key=value, such as hidden_size=256.")
         if name not in known:
             near = difflib.get_close_matches(name, known, n=3, cutoff=0.5) or known
-            raise ValueError(f"{name!r} is no field of the configuration; there is {', '.join(near)}.")
+            raise ValueError(f"{name!r} is not a field of the configuration; there is {', '.join(near)}.")
         changes[name] = parse_value(text)
     return EGMLAConfig(**{**config.to_dict(), **changes}), changes
 
 
 def checked_size(size: int | None) -> int:
-    """The size of a vocabulary; `ValueError` when it does not hold the bytes and the end token."""
+    """Return the size of a vocabulary; raise `ValueError` when it cannot hold all bytes and the end token."""
     if size is None or size < 257:
-        raise ValueError(f"new_tokenizer={size}: must be at least 257, the bytes and one special token.")
+        raise ValueError(f"new_tokenizer={size}: must be at least 257: 256 bytes and one special token.")
     return size
 
 
 def train_tokenizer(settings: TrainingSettings, size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE with one special token, which ends documents, trained on the beginning of the data.
+    """Train a byte-level BPE tokenizer on the beginning of the data; its one special token ends documents.
 
     Args:
-        settings (`TrainingSettings`): whose data is read, a held-out share of it included; `eval_data` is not.
-        size (`int`): tokens, the special one and 256 bytes included.
+        settings (`TrainingSettings`): its `data` is read, including the part that is held out; `eval_data` is not.
+        size (`int`): number of tokens, including the special one and 256 bytes.
 
     Raises:
-        ValueError: for a size below 257, or one the data does not fill.
+        ValueError: for a size below 257, or too little data for the size.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -187,6 +187,6 @@ def train_tokenizer(settings: TrainingSettings, size: int) -> PreTrainedTokenize
     if tokenizer.get_vocab_size() != size:
         raise ValueError(
             f"The data gives a tokenizer of {tokenizer.get_vocab_size()} tokens only, and {size} were asked for; use "
-            "more text or a smaller new_tokenizer."
+            "more text or a smaller new_tokenizer (--new-tokenizer)."
         )
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=END)

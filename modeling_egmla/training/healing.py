@@ -1,4 +1,4 @@
-"""Healing a converted model: self-distillation from the model it was converted from, or plain cross entropy."""
+"""Heal a converted model: self-distillation from the model it was converted from, or plain cross entropy."""
 
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,14 @@ from egmla.utils.provenance import CONVERSION_REPORT, TRAINING_REPORT, public_na
 
 from .report import command_line
 from .run import Job, run_job
-from .run_folders import Place
+from .run_folders import RunFolders
+from .saving import load_generation_config
 from .settings import TrainingSettings
 from .trainer import check_vocabulary
 
 
-# Rates for 135M parameters; 2e-5 suits 7B. Gates start at identity and have further to go, and further still when they
-# alone are trained; beside attention a higher rate is no gain (tests/benchmarks/README.md, "The gates alone").
+# Learning rates for 135M parameters; 2e-5 suits 7B. Gates start at identity and have further to go, above all when
+# only they are trained. Together with attention a higher rate gains nothing (tests/benchmarks, "The gates alone").
 DEFAULTS = {"learning_rate": 1e-4, "gate_factor": 5.0, "weight_decay": 0.01}
 GATE_FACTOR_ALONE = 50.0
 
@@ -31,22 +32,23 @@ def heal_checkpoint(
     *,
     teacher: str | Path | None = None,
     checkpoints: str | Path | None = None,
-    resume: bool = False,
+    resume: bool = True,
     keep_checkpoints: bool = False,
     dry_run: bool = False,
     **callbacks: Any,
 ) -> dict[str, Any]:
-    """Trains a converted model towards the model it came from, and writes it as a new checkpoint.
+    """Train a converted model towards the model it came from, and write it as a new checkpoint.
 
     Args:
-        converted (`str` or `Path`): folder or hub id of an EG-MLA checkpoint with its tokenizer.
+        converted (`str` or `Path`): folder or Hub id of an EG-MLA checkpoint with its tokenizer.
         target (`str` or `Path`): a new or empty folder.
         settings (`TrainingSettings`): data, tokens, stage, loss and the rest.
-        teacher (`str` or `Path`, *optional*): the source: folder, hub id or GGUF file of a causal language model with
-            the same tokenizer. Needed unless `settings.kl_weight` is 0.
+        teacher (`str` or `Path`, *optional*): the model it was converted from: folder, Hub id or GGUF file of a causal
+            language model with the same tokenizer. Required unless `settings.kl_weight` is 0.
         checkpoints (`str` or `Path`, *optional*): folder for checkpoints, `TARGET.checkpoints` by default.
-        resume (`bool`): go on from the newest checkpoint there; from the beginning where there is none.
-        keep_checkpoints (`bool`): leave that folder there at the end.
+        resume (`bool`): resume from the newest checkpoint of an interrupted run. `False` removes that run and starts
+            over.
+        keep_checkpoints (`bool`): keep that folder at the end.
         dry_run (`bool`): check everything, return the plan, write nothing.
         **callbacks: `progress`, `say` and `show_plan` of `run_job`.
 
@@ -55,21 +57,21 @@ def heal_checkpoint(
 
     Raises:
         ValueError, FileNotFoundError, FileExistsError: for bad input, before any long work starts.
-        DivergedError, OSError: as of `run_job`.
+        DivergedError, OSError: see `run_job`.
     """
-    place = Place.of(target, checkpoints, resume, keep_checkpoints)
+    folders = RunFolders.of(target, checkpoints, resume, keep_checkpoints)
     config = load_config(converted)
     tokenizer = load_tokenizer(converted)
     advice = "save the model with resize_token_embeddings(len(tokenizer)), or its own tokenizer"
     check_tokenizer(tokenizer, config.vocab_size, advice)
     opened = None if settings.kl_weight == 0 else _open_teacher(teacher, config, tokenizer)
     if teacher is not None and opened is None and (say := callbacks.get("say")) is not None:
-        say("The teacher is not used: kl_weight=0 leaves cross entropy alone.")
+        say("The teacher is not used: with kl_weight=0 the loss is cross entropy alone.")
     training, conversion = (_file_of(converted, name) for name in (TRAINING_REPORT, CONVERSION_REPORT))
     earlier = None if training is None else read_json(training)
     names = {"model": public_name(str(converted)), "teacher": opened and public_name(str(teacher))}
     options = {"teacher": names["teacher"]}
-    # A resumed run must have begun with the same weights: adapters would be merged into others without an error.
+    # A resumed run must have started with the same weights: adapters would be merged into others without an error.
     weights = {
         "weights_sha256": weights_sha256(Path(converted)),  # of a folder; the Hub has revisions
         "revision": extract_commit_hash(str(_file_of(converted, "config.json")), None),
@@ -85,22 +87,23 @@ def heal_checkpoint(
             "kind": "heal",
             "command": command_line(["heal", str(names["model"]), "TARGET"], settings, options),
             "origin": {**names, **weights},
-            # A model may be healed in stages, each a run of its own.
+            # A model may be healed in stages, one run after another.
             "earlier": [] if earlier is None else [*earlier.pop("earlier", []), earlier],
         },
         teacher_config=opened and opened.config,
         load_teacher=None if opened is None else lambda: _load_teacher(str(teacher)),
         companions=[] if conversion is None else [conversion],
+        generation_config=load_generation_config(converted, config),
     )
-    return run_job(job, place, settings, dry_run=dry_run, **callbacks)
+    return run_job(job, folders, settings, dry_run=dry_run, **callbacks)
 
 
 def load_config(model: str | Path) -> EGMLAConfig:
-    """Configuration of an EG-MLA checkpoint.
+    """Return the configuration of an EG-MLA checkpoint.
 
     Raises:
-        FileNotFoundError: when there is none.
-        ValueError: when it is another kind of model.
+        FileNotFoundError: when there is no model.
+        ValueError: when it is a model of another type.
     """
     path = Path(model)
     local = path.exists() or str(model).startswith((".", "/", "~")) or str(model).count("/") > 1
@@ -119,7 +122,7 @@ def load_config(model: str | Path) -> EGMLAConfig:
 
 
 def _file_of(model: str | Path, name: str) -> Path | None:
-    """A file of a checkpoint, in its folder or from the Hub; `None` when it has none."""
+    """Return the path of a file of a checkpoint, in its folder or from the Hub; `None` when there is no such file."""
     found = cached_file(
         str(model),
         name,
@@ -131,22 +134,22 @@ def _file_of(model: str | Path, name: str) -> Path | None:
 
 
 def load_tokenizer(model: str | Path) -> Any:
-    """Tokenizer of a checkpoint.
+    """Return the tokenizer of a checkpoint.
 
     Raises:
-        FileNotFoundError: when it has none.
+        FileNotFoundError: when there is no tokenizer that can be read.
     """
     try:
         return AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
-            f"{model} has no tokenizer that can be read, and training needs it to read text; save the source's there: "
+            f"{model} has no tokenizer that can be read, and training needs one; save the source's tokenizer there: "
             f"AutoTokenizer.from_pretrained(SOURCE).save_pretrained({str(model)!r})."
         ) from error
 
 
 def check_tokenizer(tokenizer: Any, vocabulary: int, advice: str) -> None:
-    """Raises `ValueError` when a tokenizer has more tokens than a model has embeddings."""
+    """Raise `ValueError` when a tokenizer has more tokens than a model has embeddings."""
     if len(tokenizer) > vocabulary:
         raise ValueError(
             f"The tokenizer has {len(tokenizer):,} tokens and the model a vocabulary of {vocabulary:,}; {advice}."
@@ -165,8 +168,8 @@ def _open_teacher(teacher: str | Path | None, config: EGMLAConfig, tokenizer: An
     check_vocabulary(config.vocab_size, opened.config.vocab_size)
     if opened.tokenizer is not None and opened.tokenizer.get_vocab() != tokenizer.get_vocab():
         raise ValueError(
-            f"The tokenizer of {teacher} has other tokens than the model's own: what one predicts the other cannot "
-            "learn from. The teacher must be the model this one was converted from, or share its tokenizer."
+            f"The tokenizer of {teacher} has other tokens than the model's own, so its predictions mean other text. "
+            "The teacher must be the model this one was converted from, or share its tokenizer."
         )
     return opened
 

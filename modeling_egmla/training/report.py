@@ -1,13 +1,13 @@
-"""What a run leaves beside its weights: `training_report.json`, which model cards read, and a plot of its losses."""
+"""Files that a run writes beside its weights: `training_report.json`, which model cards read, and a plot of losses."""
 
-import json
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
-from egmla.utils.provenance import TRAINING_REPORT, public_name, software_versions, source_commit
+from egmla.utils.perplexity import recovered_share
+from egmla.utils.provenance import public_name, software_versions, source_commit
 
 from .settings import TrainingSettings
 
@@ -18,7 +18,7 @@ PLOT_NAME = "training_loss.png"
 def command_line(
     words: Sequence[str], settings: TrainingSettings, options: Mapping[str, Any], leave_out: Sequence[str] = ()
 ) -> str:
-    """The command that does a run again, with names in place of paths; settings at their default are left out."""
+    """Return the command that repeats a run, with names instead of paths, without settings at their default."""
     line = ["egmla", *words]
     for name, value in options.items():
         for item in value if isinstance(value, list) else [value]:
@@ -54,7 +54,7 @@ def _public_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def public_settings(settings: TrainingSettings) -> dict[str, Any]:
-    """Settings as a dictionary without paths."""
+    """Return settings as a dictionary without paths."""
     found = {item.name: getattr(settings, item.name) for item in fields(settings)}
     for name in ("data", "eval_data"):
         found[name] = [_public_data(text) for text in found[name]]
@@ -63,7 +63,7 @@ def public_settings(settings: TrainingSettings) -> dict[str, Any]:
 
 
 def training_curve(history: Sequence[Mapping[str, Any]], tokens_per_step: int) -> dict[str, list[dict[str, Any]]]:
-    """Losses and evaluations of Trainer's log, one row per optimiser step, with the tokens seen by then."""
+    """Return losses and evaluations of Trainer's log, one row per optimiser step, with the tokens seen by then."""
     losses = {row["step"]: row for row in history if "loss" in row}
     evaluations = {row["step"]: row for row in history if "eval_loss" in row}
     return {
@@ -90,21 +90,37 @@ def training_curve(history: Sequence[Mapping[str, Any]], tokens_per_step: int) -
 
 
 def provenance() -> dict[str, Any]:
-    """Commit and versions, as reports state them."""
+    """Return the commit and versions for a report."""
     return {"versions": software_versions("accelerate", "datasets", "peft", "tokenizers"), "commit": source_commit()}
 
 
-def write_report(folder: Path, report: Mapping[str, Any]) -> None:
-    """Writes a training report into a checkpoint folder."""
-    text = json.dumps(report, indent=2, ensure_ascii=False, default=str) + "\n"
-    (folder / TRAINING_REPORT).write_text(text, encoding="utf-8")
+def outcome(perplexity: Mapping[str, float | None]) -> str | None:
+    """Say in one sentence what training did to the perplexity; `None` when there is nothing to add to the numbers.
+
+    Args:
+        perplexity (`Mapping`): of `teacher` (may be `None`), after `0 tokens`, and `trained`.
+    """
+    teacher, before, after = (perplexity[name] for name in ("teacher", "0 tokens", "trained"))
+    if before is None or after is None:
+        return None
+    if after > before:
+        return (
+            f"Training made the model worse on this text: perplexity rose from {before:.3f} to {after:.3f}. "
+            "A lower learning rate, more tokens or other data may help."
+        )
+    share = recovered_share(teacher, before, after)
+    if share is None:
+        return None
+    if share > 1:
+        return "Training won back all that the conversion had lost: perplexity is below the teacher's."
+    return f"Training won back {share:.1%} of what the conversion had lost, in log-perplexity."
 
 
 def plot_training(report: Mapping[str, Any], path: Path) -> None:
-    """Draws training loss and evaluation perplexity against tokens, a teacher's perplexity as a line, as PNG.
+    """Plot training loss and evaluation perplexity against tokens as PNG; a teacher's perplexity is a line.
 
     Raises:
-        ImportError: without matplotlib.
+        ImportError: when matplotlib is missing.
     """
     from egmla.utils.plotting import COLOURS, check_matplotlib
 

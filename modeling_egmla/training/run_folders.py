@@ -1,48 +1,65 @@
-"""The folder a run works in: which run it is of, its tokens, and whether there is room."""
+"""Folders of a run: its target and its working folder, the identity of the run, its token files, room on the disk."""
 
+import contextlib
 import errno
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from egmla.utils.folders import check_target
+from filelock import FileLock, Timeout
 
-from .data import Progress, TextSource, check_apart, read_sequences, reports, write_sequences
+from egmla.utils.files import write_json
+from egmla.utils.folders import check_target
+from egmla.utils.progress import Progress
+
+from .data import TextSource, check_apart, read_sequences, reports, write_sequences
 from .settings import CHECKPOINTS_KEPT, TrainingSettings
+from .trainer import last_checkpoint
 
 
 RUN_NAME = "run.json"
-PART_NAME = f".{RUN_NAME}"  # before it is whole
-TRAIN_NAME, EVAL_NAME, TOKENIZER_NAME = "train.tokens", "eval.tokens", "tokenizer"
+PART_NAME = f".{RUN_NAME}.partial"  # of `write_json`
+LOCK_NAME = ".lock"
+TRAIN_NAME, EVAL_NAME, TOKENIZER_NAME, TEACHER_NAME = "train.tokens", "eval.tokens", "tokenizer", "teacher.json"
+# Files of an interrupted start, before `run.json` is written.
+STARTED_NAMES = {TRAIN_NAME, EVAL_NAME, TOKENIZER_NAME, PART_NAME, LOCK_NAME}
+# Settings that change neither the data nor the result beyond rounding.
+NOT_IDENTITY = ("micro_batch_size", "dtype", "device")
 
 
 @dataclass
-class Place:
+class RunFolders:
     """Where a run works: its target, and the folder of its checkpoints and tokens.
 
     Attributes:
         target: the folder to write, new or empty.
-        work: the folder of checkpoints.
-        resume: go on from the newest checkpoint there.
-        keep: leave it there at the end.
+        work: the folder of checkpoints and tokens.
+        resume: resume from the newest checkpoint; otherwise start over and remove what an interrupted run left.
+        keep: keep the working folder at the end.
     """
 
     target: Path
     work: Path
-    resume: bool = False
+    resume: bool = True
     keep: bool = False
 
     @classmethod
     def of(
-        cls, target: str | Path, checkpoints: str | Path | None = None, resume: bool = False, keep: bool = False
-    ) -> "Place":
-        """Checks the two folders.
+        cls, target: str | Path, checkpoints: str | Path | None = None, resume: bool = True, keep: bool = False
+    ) -> "RunFolders":
+        """Check the two folders; nothing is written.
+
+        Args:
+            target (`str` or `Path`): the folder to write.
+            checkpoints (`str` or `Path`, *optional*): the working folder, `TARGET.checkpoints` by default.
+            resume, keep (`bool`): see the attributes.
 
         Raises:
-            FileExistsError: when the target is not empty, or there is an unfinished run and no `resume`.
+            FileExistsError: when the target is not empty, or the working folder holds files of something else.
+            ValueError: when one folder is inside the other.
         """
         target = Path(target).resolve()
         check_target(target)
@@ -52,26 +69,88 @@ class Place:
                 f"The target {target} and the folder of checkpoints {work} cannot be one folder, nor one within the "
                 "other: the latter is removed at the end. Name another folder (--checkpoints)."
             )
-        if work.is_file() or (work.is_dir() and any(work.iterdir()) and not resume):
+        if work.is_file() or (work.is_dir() and not _is_of_a_run(work)):
             raise FileExistsError(
-                f"{work} holds an interrupted run or other files; go on with resume=True (--resume), or remove it."
+                f"{work} holds files that no run of heal or train made; remove them, or name another folder "
+                "(--checkpoints)."
             )
-        if resume and work.is_dir() and any(work.iterdir()) and not (work / RUN_NAME).is_file():
-            left = {path.name for path in work.iterdir()} - {TRAIN_NAME, EVAL_NAME, TOKENIZER_NAME, PART_NAME}
-            if left:
-                raise FileExistsError(f"{work} holds files that are no run of this command; name another folder.")
         return cls(target, work, resume, keep)
+
+    @property
+    def last(self) -> Path | None:
+        """The checkpoint that the run will resume from, or `None` when it starts from the beginning."""
+        return last_checkpoint(self.work) if self.resume else None
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the working folder, and empty it first where the run starts over.
+
+        Raises:
+            BlockingIOError: when another process works in it.
+        """
+        self.work.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.work / LOCK_NAME, blocking=False)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise BlockingIOError(
+                f"Another process is training in {self.work}; wait for it, or choose another target."
+            ) from None
+        except NotImplementedError:  # some network file systems have no locks
+            pass
+        try:
+            if not self.resume:
+                self.clear()
+            yield
+        finally:
+            lock.release()
+            (self.work / LOCK_NAME).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # kept where a run can resume
+                self.work.rmdir()
+
+    def clear(self) -> None:
+        """Remove everything in the working folder but the lock."""
+        for path in self.work.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            elif path.name != LOCK_NAME:
+                path.unlink()
+
+    def left_behind(self) -> str:
+        """Say what an interrupted run has left, and what the same command does with it."""
+        found = last_checkpoint(self.work)
+        if found is not None:
+            how = (
+                "the same command resumes from there"
+                if self.resume
+                else "without --no-resume a run resumes from there"
+            )
+            return f"{found} is kept, and {how}."
+        if (self.work / RUN_NAME).is_file():
+            return "There is no checkpoint yet: the same command starts from step 0, with the tokens already prepared."
+        return "There is no checkpoint yet: the same command starts from the beginning."
+
+
+def _is_of_a_run(work: Path) -> bool:
+    """Whether a folder is empty or holds a run of ours, so that the run may be resumed or removed."""
+    names = {path.name for path in work.iterdir()}
+    if RUN_NAME not in names:
+        return names <= STARTED_NAMES
+    try:
+        return {"identity", "tokens"} <= json.loads((work / RUN_NAME).read_text(encoding="utf-8")).keys()
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def check_files(sources: Sequence[TextSource], eval_sources: Sequence[TextSource]) -> None:
-    """Raises `ValueError` when the same text is to be trained and evaluated on."""
+    """Raise `ValueError` when the same text is given for training and for evaluation."""
     trained_on = {source.report.sha256 or source.name: source.name for source in sources}
     for source in eval_sources:
         same = trained_on.get(source.report.sha256 or source.name)
         if same is not None:
             raise ValueError(
-                f"{source.name} is to be evaluated on and trained on ({same}): its perplexity would measure memory. "
-                "Leave it out of the training data, or leave eval_data out to hold a share of the data back."
+                f"{source.name} is to be evaluated on and trained on ({same}), so perplexity would measure memorised "
+                "text. Leave it out of the training data, or leave eval_data out to hold out a part of the data."
             )
 
 
@@ -81,49 +160,56 @@ def run_identity(
     sources: Sequence[TextSource],
     eval_sources: Sequence[TextSource],
 ) -> dict[str, Any]:
-    """What must be the same for a resumed run to be the same run; JSON's types only.
+    """Return everything that must be the same when a run is resumed, in JSON's types.
 
     Args:
-        origin (`Mapping`): kind of run, configuration and origins of the model.
-        settings (`TrainingSettings`): settings; how a batch is divided is left out.
-        sources, eval_sources (`Sequence[TextSource]`): the texts, files by their hash.
+        origin (`Mapping`): type of run, configuration and origins of the model.
+        settings (`TrainingSettings`): settings, except for those in `NOT_IDENTITY`.
+        sources, eval_sources (`Sequence[TextSource]`): the texts; files count by their hash.
     """
-    same = {name: value for name, value in asdict(settings).items() if name not in ("micro_batch_size", "dtype")}
+    same = {name: value for name, value in asdict(settings).items() if name not in NOT_IDENTITY}
     for name, found in (("data", sources), ("eval_data", eval_sources)):
         same[name] = [[source.report.name, source.report.sha256 if source.is_file else ""] for source in found]
     return json.loads(json.dumps({**same, **origin}, default=str))
 
 
-def check_same_run(work: Path, identity: Mapping[str, Any]) -> None:
-    """Raises `ValueError` when the run in a folder was started with other settings, data or models."""
+def different_settings(work: Path, identity: Mapping[str, Any]) -> str:
+    """Name the settings in which the run in a folder differs from this one; empty when it is the same run."""
     before = _flat(json.loads((work / RUN_NAME).read_text(encoding="utf-8"))["identity"])
     identity = _flat(identity)
     different = sorted(name for name in {*before, *identity} if before.get(name) != identity.get(name))
-    if different:
-        name = different[0]
+    if not different:
+        return ""
+    name = different[0]
+    return f"{', '.join(different)}; {name} was {before.get(name)!r} and is {identity.get(name)!r}"
+
+
+def check_same_run(work: Path, identity: Mapping[str, Any]) -> None:
+    """Raise `ValueError` when the run in a folder was started with other settings, data or models."""
+    if different := different_settings(work, identity):
         raise ValueError(
-            f"{work} was started with other settings ({', '.join(different)}; {name} was {before.get(name)!r} and is "
-            f"{identity.get(name)!r}), so its run cannot be resumed with these. Give the same ones, or start anew in "
-            "another folder."
+            f"{work} holds checkpoints of a run with other settings ({different}), so this run cannot resume from "
+            "them. Give the same settings, choose another target, or start over with resume=False (--no-resume), "
+            "which removes the checkpoints."
         )
 
 
 def _flat(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """An identity with the fields of the configuration as entries of their own, so that an error names the field."""
+    """Return an identity with each field of the configuration as its own entry, which an error can then name."""
     fields = identity.get("configuration", {})
     rest = {name: value for name, value in identity.items() if name != "configuration"}
     return {**rest, **{f"configuration.{name}": value for name, value in fields.items()}}
 
 
-def check_space(place: Place, planned: Mapping[str, Any], adapters: bool = False) -> None:
-    """Raises `OSError` when checkpoints, of adapters or of all weights, and target will not fit on the disk."""
+def check_space(folders: RunFolders, planned: Mapping[str, Any], adapters: bool = False) -> None:
+    """Raise `OSError` when checkpoints (of adapters, or of all weights) and the target will not fit on the disk."""
     memory = planned["memory_bytes"]
     trained = memory["gradients and optimizer"] // 3
     checkpoint = (trained if adapters else memory["weights"]) + 2 * trained
     needed = (CHECKPOINTS_KEPT + 1) * checkpoint + memory["weights"] + 4 * planned["tokens"]
-    folder = next(path for path in (place.work, *place.work.parents) if path.exists())
-    # What an interrupted run left counts as room: it goes on there.
-    left = sum(path.stat().st_size for path in place.work.rglob("*") if path.is_file())
+    folder = next(path for path in (folders.work, *folders.work.parents) if path.exists())
+    # Files of an interrupted run count as room: this run uses or replaces them.
+    left = sum(path.stat().st_size for path in folders.work.rglob("*") if path.is_file())
     free = shutil.disk_usage(folder).free
     if free + left < needed:
         raise OSError(
@@ -134,7 +220,7 @@ def check_space(place: Place, planned: Mapping[str, Any], adapters: bool = False
 
 
 def prepare_tokens(
-    place: Place,
+    folders: RunFolders,
     make_tokenizer: Callable[[], Any],
     settings: TrainingSettings,
     sources: Sequence[TextSource],
@@ -142,25 +228,30 @@ def prepare_tokens(
     identity: Mapping[str, Any],
     progress: Progress | None = None,
 ) -> None:
-    """Writes tokenizer and token files and then `run.json`, unless an earlier start of the same run did.
+    """Write tokenizer, token files and then `run.json`, unless an earlier start of the same run did.
+
+    Files of another run are replaced if that run has no checkpoint.
 
     Args:
-        place (`Place`): where.
-        make_tokenizer (`Callable`): gives the tokenizer.
-        settings (`TrainingSettings`): how many sequences, and of what length.
-        sources, eval_sources (`Sequence[TextSource]`): texts; without the latter some of the former is held out.
+        folders (`RunFolders`): where.
+        make_tokenizer (`Callable`): returns the tokenizer.
+        settings (`TrainingSettings`): number and length of the sequences.
+        sources, eval_sources (`Sequence[TextSource]`): texts; without the latter a part of the former is held out.
         identity (`Mapping`): see `run_identity`.
         progress (*optional*): called with (stage, done, total).
 
     Raises:
-        ValueError: for too little data, or evaluation text that occurs in what is trained on, held out or not; nothing
-            is left in the folder.
+        ValueError: for too little data, or when evaluation text occurs in the training data. Nothing is left in the
+            folder.
     """
-    work = place.work
-    if place.resume and (work / RUN_NAME).is_file():
-        check_same_run(work, identity)
-        return
-    work.mkdir(parents=True, exist_ok=True)
+    work = folders.work
+    if (work / RUN_NAME).is_file():
+        if folders.last is not None:
+            check_same_run(work, identity)
+            return
+        if not different_settings(work, identity):
+            return
+    folders.clear()
     length, wanted = settings.sequence_length, settings.steps * settings.batch_size
     limit = settings.eval_tokens // length
     train, evaluation = work / TRAIN_NAME, work / EVAL_NAME
@@ -177,7 +268,7 @@ def prepare_tokens(
         _check_enough(settings, count, kept)
         check_apart(train, read_sequences(evaluation, length))
     except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
+        folders.clear()
         raise
     tokens = {
         "sequences": count // settings.batch_size * settings.batch_size,
@@ -189,10 +280,8 @@ def prepare_tokens(
             "tokens": kept * length,
         },
     }
-    # Written whole or not at all: its presence says that the token files are complete.
-    part = work / PART_NAME
-    part.write_text(json.dumps({"identity": identity, "tokens": tokens}, indent=2), encoding="utf-8")
-    part.rename(work / RUN_NAME)
+    # Written last and atomically: the presence of this file says that the token files are complete.
+    write_json(work / RUN_NAME, {"identity": identity, "tokens": tokens})
 
 
 def _check_enough(settings: TrainingSettings, count: int, kept: int) -> None:

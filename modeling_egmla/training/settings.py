@@ -1,4 +1,4 @@
-"""Settings of a run, and what becomes of them as Transformers' TrainingArguments."""
+"""Settings of a run, and the TrainingArguments of Transformers that follow from them."""
 
 import ast
 import dataclasses
@@ -13,10 +13,10 @@ import torch
 from transformers import TrainingArguments
 
 
-# Arguments of Trainer that follow from settings of ours.
+# Arguments of Trainer that follow from our own settings, with the option to use instead.
 RESERVED = {
     "output_dir": "--checkpoints",
-    "resume_from_checkpoint": "--resume",
+    "resume_from_checkpoint": "--resume and --no-resume",
     "max_steps": "--tokens",
     "num_train_epochs": "--tokens",
     "per_device_train_batch_size": "--micro-batch-size",
@@ -32,13 +32,13 @@ RESERVED = {
     "eval_steps": "--eval-every",
     "eval_strategy": "--eval-every",
     "logging_steps": "--save-every",
-    "eval_on_start": "none: 0 tokens are always measured",
+    "eval_on_start": "none: perplexity at 0 tokens is always measured",
     "eval_delay": "--eval-every",
-    "prediction_loss_only": "none: perplexity is all that is measured here",
+    "prediction_loss_only": "none: perplexity is the only measure here",
     "logging_strategy": "--save-every",
-    "load_best_model_at_end": "none: the last weights are written; --keep-checkpoints leaves those before",
-    "save_only_model": "none: a run could not go on from such checkpoints",
-    "label_smoothing_factor": "--kl-weight: a teacher's distribution in place of a smoothed one",
+    "load_best_model_at_end": "none: the last weights are written; --keep-checkpoints keeps earlier ones",
+    "save_only_model": "none: a run could not resume from such checkpoints",
+    "label_smoothing_factor": "--kl-weight: a teacher's distribution instead of a smoothed one",
     "push_to_hub": "egmla push",
     "hub_token": "egmla push",
     "disable_tqdm": "none: the command shows its own progress",
@@ -56,27 +56,28 @@ class TrainingSettings:
 
     Attributes:
         data: files, `.jsonl` files or data sets, see `TextSource`.
-        tokens: tokens to train on; more than the data has is read again.
-        eval_data: text to evaluate on; without it a share of the data is held out.
-        eval_share: share of the data's sequences to hold out.
-        eval_tokens: tokens to evaluate on at most.
+        tokens: tokens to train on; smaller data is read several times.
+        eval_data: text to evaluate on; without it a part of the data is held out.
+        eval_share: fraction of the data's sequences to hold out.
+        eval_tokens: largest number of tokens to evaluate on.
         text_field: field of the text in `.jsonl` and data sets.
         sequence_length: tokens in a sequence.
         batch_size: sequences of an optimiser step, over all processes.
-        micro_batch_size: sequences in one pass of one process; `None` is all of its share at once.
-        learning_rate, gate_learning_rate: peak rates; `None` is a default of the kind of run.
-        weight_decay: of matrices that are no gates; `None` as above.
-        warmup_share: share of the steps in which the rate rises, before it falls along a cosine.
-        stage: what is trained, one of `STAGES`.
-        kl_weight, ce_weight, temperature: of the loss, see `distillation_loss`.
+        micro_batch_size: sequences in one pass of one process; `None` takes a process's part of a batch in one pass.
+        learning_rate, gate_learning_rate: peak rates; `None` uses the defaults of healing or of training from scratch.
+        weight_decay: of matrices other than gates; `None` as above.
+        warmup_share: fraction of the steps in which the rate rises; then it falls along a cosine.
+        stage: the weights to train, one of `STAGES`.
+        kl_weight, ce_weight, temperature: parameters of the loss, see `distillation_loss`.
         lora_rank: width of LoRA adapters; `None` trains the weights themselves.
         bf16: compute in bf16, weights and optimiser in fp32.
         gradient_checkpointing: recompute activations in the backward pass.
-        seed: of the order of the data, and of new weights.
-        save_every, eval_every: optimiser steps between checkpoints and evaluations; `None` is a twentieth and a tenth
-            of the run.
+        seed: random seed of the order of the data and of new weights.
+        save_every: optimiser steps between checkpoints; `None` is a twentieth of the run.
+        eval_every: optimiser steps between evaluations; `None` is a tenth of the run.
         chunk: positions whose logits exist at one time.
-        dtype: of the written weights, `None` for that of the model given.
+        dtype: of the written weights; `None` keeps the model's own.
+        device: `cpu`, or the machine's accelerator such as `cuda`; `None` uses an accelerator if there is one.
         arguments: further TrainingArguments by name.
     """
 
@@ -105,16 +106,17 @@ class TrainingSettings:
     eval_every: int | None = None
     chunk: int = 256
     dtype: str | None = None
+    device: str | None = None
     arguments: dict[str, Any] = field(default_factory=dict)
 
     @property
     def steps(self) -> int:
-        """Optimiser steps: as many as it takes to see the tokens asked for."""
+        """Optimiser steps needed to see the tokens asked for."""
         return -(-self.tokens // (self.batch_size * self.sequence_length))
 
 
 def check_settings(settings: TrainingSettings, max_length: int) -> None:
-    """Raises `ValueError` for numbers that cannot work; `max_length` is the longest sequence the model takes."""
+    """Raise `ValueError` for values that cannot work; `max_length` is the model's longest sequence, in tokens."""
     if not settings.data:
         raise ValueError("There is nothing to train on: name at least one text with data (--data).")
     for name in ("tokens", "sequence_length", "batch_size", "eval_tokens", "chunk", "save_every", "eval_every"):
@@ -123,8 +125,8 @@ def check_settings(settings: TrainingSettings, max_length: int) -> None:
             raise ValueError(f"{name}={value}: must be at least 1.")
     if not 2 <= settings.sequence_length <= max_length:
         raise ValueError(
-            f"sequence_length={settings.sequence_length}: must be from 2 to {max_length}, what the model takes "
-            "(max_position_embeddings)."
+            f"sequence_length={settings.sequence_length}: must be from 2 to {max_length}, the model's longest "
+            "sequence (max_position_embeddings)."
         )
     for name in ("learning_rate", "gate_learning_rate"):
         value = getattr(settings, name)
@@ -134,8 +136,8 @@ def check_settings(settings: TrainingSettings, max_length: int) -> None:
         raise ValueError(f"warmup_share={settings.warmup_share:g}: must be from 0 to below 1.")
     if not settings.eval_data and not 0 < settings.eval_share <= 0.5:
         raise ValueError(
-            f"eval_share={settings.eval_share:g}: the share of the data that is held out must be above 0 and at most "
-            "0.5; or name a text of its own with eval_data (--eval-data)."
+            f"eval_share={settings.eval_share:g}: the fraction of the data that is held out must be above 0 and at "
+            "most 0.5; or name another text with eval_data (--eval-data)."
         )
     if settings.eval_tokens < settings.sequence_length:
         raise ValueError(
@@ -144,15 +146,15 @@ def check_settings(settings: TrainingSettings, max_length: int) -> None:
 
 
 def world_size() -> int:
-    """Processes of this run, as launchers announce them."""
+    """Return the number of processes of this run, as set by the launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def micro_batch(settings: TrainingSettings, processes: int) -> int:
-    """Sequences in one pass of one process.
+    """Return the number of sequences in one pass of one process.
 
     Raises:
-        ValueError: when the batch cannot be divided so.
+        ValueError: when the batch cannot be divided evenly.
     """
     size = settings.micro_batch_size or max(1, settings.batch_size // processes)
     if size < 1 or settings.batch_size % (size * processes):
@@ -163,25 +165,43 @@ def micro_batch(settings: TrainingSettings, processes: int) -> int:
     return size
 
 
+def check_device(device: str | None) -> None:
+    """Raise `ValueError` for a device that this machine lacks, or one that the launcher has to choose."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    kinds = ["cpu"] if accelerator is None else ["cpu", accelerator.type]
+    if device is None or device in kinds:
+        return
+    kind, colon, number = device.partition(":")
+    if colon and kind in kinds:
+        raise ValueError(
+            f"device={device!r}: a single accelerator is chosen by the environment: give {kind!r} and set "
+            f"CUDA_VISIBLE_DEVICES={number} (or your accelerator's own variable)."
+        )
+    raise ValueError(f"device={device!r}: this machine has {' and '.join(kinds)}; give one of these, or leave it out.")
+
+
 def training_arguments(
     settings: TrainingSettings, folder: Path, defaults: Mapping[str, Any], resuming: bool = False
 ) -> TrainingArguments:
-    """Transformers' arguments for a run.
+    """Return Transformers' arguments for a run.
 
     Args:
-        settings (`TrainingSettings`): ours.
-        folder (`Path`): where checkpoints go.
-        defaults (`Mapping`): of this kind of run: `learning_rate`, `weight_decay`, further arguments, and
-            `gate_factor`, how many times as high the rate of the gates is.
-        resuming (`bool`): a checkpoint is gone on from.
+        settings (`TrainingSettings`): our settings.
+        folder (`Path`): folder of the checkpoints.
+        defaults (`Mapping`): of this kind of run: `learning_rate`, `weight_decay`, further arguments. `gate_factor` is
+            the learning rate of the gates divided by that of all other weights.
+        resuming (`bool`): whether the run resumes from a checkpoint.
 
     Raises:
-        ValueError: for a batch that cannot be divided, or arguments Transformers refuses.
+        ValueError: for a batch that cannot be divided, a device this machine lacks, or arguments that Transformers
+            refuses.
     """
+    check_device(settings.device)
     processes, steps = world_size(), settings.steps
+    on_cpu = settings.device == "cpu" or not torch.accelerator.is_available()
     micro = micro_batch(settings, processes)
     logged = -(-steps // MAX_LOGGED)
-    # A whole number of logged losses between checkpoints: a resumed run then logs what an uninterrupted one does.
+    # Checkpoints fall on logged steps, so that a resumed run logs the same losses as an uninterrupted one.
     save = -(-(settings.save_every or max(1, steps // 20)) // logged) * logged
     values: dict[str, Any] = {
         "lr_scheduler_type": "cosine",
@@ -190,16 +210,17 @@ def training_arguments(
         "report_to": "none",
         "logging_nan_inf_filter": False,
         "log_level": "error",
-        "use_cache": True,  # what checkpoints say; no pass of training fills one
-        "use_cpu": not torch.accelerator.is_available(),
-        "dataloader_pin_memory": torch.accelerator.is_available(),
+        "use_cache": True,  # for the checkpoints' configuration; training fills no cache
+        "use_cpu": on_cpu,
+        "dataloader_pin_memory": not on_cpu,
         **{name: value for name, value in defaults.items() if name != "gate_factor"},
         "weight_decay": defaults["weight_decay"] if settings.weight_decay is None else settings.weight_decay,
         **settings.arguments,
         "output_dir": str(folder),
         "max_steps": steps,
         "per_device_train_batch_size": micro,
-        # Several processes fill up the last batch with sequences from the beginning, and only whole ones are left out.
+        # Several processes repeat the first sequences to fill the last batch. Trainer drops them from the mean only if
+        # they make whole batches, so a batch is one sequence.
         "per_device_eval_batch_size": micro if processes == 1 else 1,
         "gradient_accumulation_steps": settings.batch_size // (micro * processes),
         "learning_rate": settings.learning_rate or defaults["learning_rate"],
@@ -225,10 +246,10 @@ def training_arguments(
 
 
 def parse_training_arguments(pairs: Sequence[str]) -> dict[str, Any]:
-    """TrainingArguments from texts like `lr_scheduler_type=linear`; values are Python literals or plain text.
+    """Parse TrainingArguments such as `lr_scheduler_type=linear`; values are Python literals or plain text.
 
     Raises:
-        ValueError: for what is no pair, no argument, or has an option of its own here.
+        ValueError: when a text has no `=`, names no argument, or names one that has its own option here.
     """
     known = [item.name for item in dataclasses.fields(TrainingArguments) if item.init]
     found: dict[str, Any] = {}
@@ -242,14 +263,14 @@ def parse_training_arguments(pairs: Sequence[str]) -> dict[str, Any]:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=3, cutoff=0.5) or sorted(known)
             raise ValueError(
-                f"{name!r} is no argument of Transformers' TrainingArguments; there is {', '.join(near)}."
+                f"{name!r} is not an argument of Transformers' TrainingArguments; there is {', '.join(near)}."
             )
         found[name] = parse_value(text)
     return found
 
 
 def parse_value(text: str) -> Any:
-    """A Python literal, `true`, `false`, or the text itself."""
+    """Parse a Python literal, `true` or `false`; return any other text as it is."""
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
@@ -257,10 +278,10 @@ def parse_value(text: str) -> Any:
 
 
 def parse_count(text: str) -> int:
-    """A number of tokens: 5000000, 5M, 0.5B.
+    """Parse a number of tokens: 5000000, 5M, 0.5B.
 
     Raises:
-        ValueError: for anything else.
+        ValueError: for any other text.
     """
     factors = {"K": 10**3, "M": 10**6, "B": 10**9}
     number, factor = (text[:-1], factors[text[-1].upper()]) if text[-1:].upper() in factors else (text, 1)

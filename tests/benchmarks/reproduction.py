@@ -28,7 +28,7 @@ from egmla import EGMLAConfig, EGMLAForCausalLM
 from egmla.commands.common import quiet_transformers
 from egmla.training.from_scratch import DEFAULTS, scratch_settings, train_tokenizer
 from egmla.training.run import Job, run_job
-from egmla.training.run_folders import Place
+from egmla.training.run_folders import RunFolders
 from egmla.utils.accounting import cache_elements_per_layer, count_parameters, meta_model
 
 
@@ -129,7 +129,7 @@ def run(variant: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     config = make_config(variant)
     target = options.output / f"{variant.replace('/', '-').replace(',', '').replace(' ', '_')}-{seed}"
     shutil.rmtree(target, ignore_errors=True)  # left by a run that was killed before its line was written
-    place = Place.of(target, None, True, False)
+    folders = RunFolders.of(target)
     job = Job(
         "train",
         config,
@@ -140,7 +140,7 @@ def run(variant: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
         make_tokenizer=lambda: train_tokenizer(settings, SHAPE["vocab_size"]),
     )
     started = time.time()
-    report = run_job(job, place, settings)
+    report = run_job(job, folders, settings)
     shutil.rmtree(target)  # results are kept, weights are not
     return {
         "variant": variant,

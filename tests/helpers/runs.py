@@ -1,4 +1,4 @@
-"""What tests of whole training runs share: a small source, its conversion and texts, and settings of twelve steps."""
+"""Shared by tests of whole training runs: a small source, its conversion, texts, and settings of twelve steps."""
 
 import json
 from pathlib import Path
@@ -28,7 +28,7 @@ SMALL = {
 
 
 def make_models(root: Path) -> Path:
-    """A folder with a small Llama, its conversions to half the cache, and two texts."""
+    """Make a small Llama, its conversion to half the cache, and two texts in a folder."""
     torch.manual_seed(0)
     (root / "text.txt").write_text(sample_text("calibration")[:80_000])
     (root / "other.txt").write_text(sample_text("evaluation")[:30_000])
@@ -44,7 +44,7 @@ def make_models(root: Path) -> Path:
         calibration_tokens=4096,
         refinement=Refinement(steps=0),
     )
-    # Dropout draws random numbers, so that a resumed run shows whether their state came back.
+    # Dropout draws random numbers: a resumed run then differs unless their state was restored.
     config = json.loads((root / "half" / "config.json").read_text())
     (root / "half" / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.1}))
     return root

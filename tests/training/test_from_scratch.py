@@ -1,4 +1,4 @@
-"""Whole runs of `egmla train`: what they leave, score and refuse, their cards, interruptions."""
+"""Whole runs of `egmla train`: results, scores, cards, interruptions, and what they refuse."""
 
 import json
 from pathlib import Path
@@ -31,7 +31,7 @@ TINY = {
 
 
 def test_train_from_a_preset(models, tmp_path):
-    """The command, with a tokenizer made on the way; the result answers and its report says how it came about."""
+    """The command trains a tokenizer as well; the result generates, and its report has the settings."""
     fields = [word for key, value in TINY.items() for word in ("--config", f"{key}={value}")]
     target = tmp_path / "trained"
     numbers = ("--tokens", "40K", "--sequence-length", 32, "--batch-size", 8, "--learning-rate", 0.005)
@@ -64,7 +64,7 @@ def scratch(models, target, places=None, fields=None, **changes):
 
 
 def test_train_scores_at_the_end_on_request(models, tmp_path, one_task_index):
-    """By lm-eval; what is wrong with its tasks shows before training."""
+    """lm-eval scores the result; wrong tasks are refused before training."""
     data = Path(__file__).parents[1] / "fixtures" / "lm_eval"
     fields = [word for key, value in TINY.items() for word in ("--config", f"{key}={value}")]
     numbers = ("--tokens", 1500, "--sequence-length", 32, "--batch-size", 4, "--new-tokenizer", 300)
@@ -81,7 +81,7 @@ def test_train_scores_at_the_end_on_request(models, tmp_path, one_task_index):
 
 
 def test_the_card_of_a_model_trained_from_new_weights(models, tmp_path):
-    """It has no source: what it was made of, and what training did, come from its training report alone."""
+    """It has no source, so everything on its card comes from the training report."""
     report = scratch(models, tmp_path / "new", {"name": "egmla-kv16-120m", "overrides": {"hidden_size": 32}})
     card = write_card(tmp_path / "new", license="mit")[-1].read_text()
     section = card.partition("\n## Training\n")[2].partition("\n## ")[0]
@@ -105,7 +105,7 @@ def test_the_card_of_a_model_trained_from_new_weights(models, tmp_path):
 
 
 def test_several_processes_take_no_scores(models, tmp_path, monkeypatch):
-    """lm-eval would divide the questions among processes that are not there."""
+    """lm-eval would divide the questions among processes that are gone by then."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     common = ("--data", models / "text.txt", "--tokens", 1500, "--new-tokenizer", 300, "--tasks", "piqa")
     result = run("train", "egmla-kv16-120m", tmp_path / "trained", *common)
@@ -136,16 +136,16 @@ def test_a_new_tokenizer_reads_the_beginning_of_a_file(models, tmp_path, monkeyp
     with (tmp_path / "long.txt").open("w", encoding="utf-8") as file:
         file.write(text[:6000] + "\n" + "zyzzyva " * 5000)
     tokenizer = train_tokenizer(TrainingSettings([str(tmp_path / "long.txt")], 1), 280)
-    assert len(tokenizer("zyzzyva")["input_ids"]) > 4  # learnt from all of the file, a word of its own
+    assert len(tokenizer("zyzzyva")["input_ids"]) > 4  # from the whole file it would become one token
 
 
-def test_a_killed_training_goes_on_bit_for_bit(models, tmp_path, monkeypatch):
+def test_a_killed_training_resumes_bit_for_bit(models, tmp_path, monkeypatch):
     whole = scratch(models, tmp_path / "whole")
     monkeypatch.setattr("egmla.training.trainer.ProgressReport.on_step_end", fail_at_step(10))
     with pytest.raises(KeyboardInterrupt):
         scratch(models, tmp_path / "stopped")
     monkeypatch.undo()
-    report = scratch(models, tmp_path / "stopped", {"resume": True})
+    report = scratch(models, tmp_path / "stopped")
     assert report["resumed_at_step"] == 8 and report["losses"] == whole["losses"]
     assert same_weights(tmp_path / "stopped", tmp_path / "whole")
 
