@@ -4,7 +4,7 @@ import json
 import os
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,11 @@ from transformers import AutoModelForCausalLM
 
 from egmla.utils.perplexity import perplexity
 from egmla.utils.plotting import COLOURS, check_matplotlib
+from egmla.utils.progress import Progress, stage_progress
 from egmla.utils.provenance import CONVERSION_FIGURE, CONVERSION_REPORT
 
 from .sources import load_source
 from .texts import EvaluationText
-
-
-Progress = Callable[[str, float, int], None]
 
 
 def write_report(folder: Path, report: Mapping[str, Any]) -> None:
@@ -31,17 +29,13 @@ def write_report(folder: Path, report: Mapping[str, Any]) -> None:
 
 def source_perplexity(source: str | Path, evaluation: EvaluationText, progress: Progress | None = None) -> float:
     """Perplexity of a conversion's source, in fp32; `progress` is called with (stage, done, total)."""
-    return perplexity(load_source(source)[0], evaluation.windows, _stage("evaluate source", progress))
+    return perplexity(load_source(source)[0], evaluation.windows, stage_progress("evaluate source", progress))
 
 
 def converted_perplexity(folder: Path, evaluation: EvaluationText, progress: Progress | None = None) -> float:
     """Perplexity of a converted checkpoint, computed in fp32; `progress` is called with (stage, done, total)."""
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    return perplexity(model.eval(), evaluation.windows, _stage("evaluate converted", progress))
-
-
-def _stage(name: str, progress: Progress | None) -> Callable[[int, int], None] | None:
-    return None if progress is None else lambda done, total: progress(name, done, total)
+    return perplexity(model.eval(), evaluation.windows, stage_progress("evaluate converted", progress))
 
 
 def energy_by_rank(spectrum: torch.Tensor) -> list[list[float]]:

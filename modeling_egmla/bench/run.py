@@ -5,7 +5,7 @@ memory is left out with the reason. No figure is taken before `check_parity` has
 """
 
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from egmla.utils.accounting import decode_flops, swept_weight_bytes
 from egmla.utils.files import write_json
 from egmla.utils.machine import device_bytes, load_average
 from egmla.utils.plotting import check_matplotlib
+from egmla.utils.progress import Progress, Say
 from egmla.utils.provenance import software_versions
 
 from .contestants import OUR_ROLES, Contestant, Models, Subject, check_lengths, compiled_graphs, compiling
@@ -31,8 +32,6 @@ from .report import REPORT, open_report, share_of_ceiling, slopes
 DTYPES = ("float32", "bfloat16", "float16")
 # Of the memory that is free, this much is used: other programs take some meanwhile, and estimates are estimates.
 SHARE_OF_MEMORY = 0.9
-Progress = Callable[[str, int, int], None]
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
