@@ -44,6 +44,7 @@ CURRENT = [name for name in DOCUMENTS if not name.endswith(("LOG.md", "EXPERIMEN
 MOST_LINES = {
     "README.md": 170,
     "modeling_egmla/README.md": 150,
+    "tests/benchmarks/README.md": 150,
 }
 # Written by others; each leaves this list when it is there.
 TO_COME = {
@@ -158,7 +159,7 @@ def headings(text: str) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
-@pytest.mark.parametrize("name", DOCUMENTS)
+@pytest.mark.parametrize("name", [name for name in DOCUMENTS if name not in TO_COME])
 def test_links_lead_to_files_and_headings(name):
     text = re.sub(r"^```.*?^```", "", read(name), flags=re.S | re.M)
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
