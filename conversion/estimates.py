@@ -14,7 +14,7 @@ from .plan import Plan
 from .refinement import ERROR_SEQUENCES, Refinement
 
 
-# Besides matrix products: softmax, norms, copies. From runs of SmolLM2-135M on two cores (conversion/README.md).
+# Besides matrix products: softmax, norms, copies. From runs of SmolLM2-135M on two cores (tests/benchmarks/LOG.md).
 OVERHEAD = 2.0
 # An element of an attention map is made, put through softmax and summed up, as long as so many multiplications.
 MAP_COST = 50

@@ -58,7 +58,7 @@ def plan_conversion(
     if cache is not None:
         elements = _elements_kept(cache, kv_lora_rank, full)
         if qk_rope_head_dim is None:
-            # A third of the cache: best of three at 50 % and 31 % (conversion/README.md).
+            # A third of the cache: best of three at 50 % and 31 % (tests/benchmarks/LOG.md).
             qk_rope_head_dim = _default_rope_dim(shape, elements // 3, recipe)
         kv_lora_rank = elements - qk_rope_head_dim
     if kv_lora_rank is None:

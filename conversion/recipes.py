@@ -27,7 +27,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """Choices of the closed form; the defaults are the best of those in conversion/README.md.
+    """Choices of the closed form; the defaults are the best of those in tests/benchmarks/LOG.md.
 
     Attributes:
         rope_metric: `"query"` mixes and ranks rotary components by the logit energy lost, `"key"` by key energy alone;

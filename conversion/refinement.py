@@ -72,7 +72,7 @@ ALL_ATTENTION_FUNCTIONS.register("egmla_blocks", causal_attention_in_blocks)
 
 @dataclass(frozen=True)
 class Refinement:
-    """Choices of the local refinement; the defaults are the best of those in conversion/README.md.
+    """Choices of the local refinement; the defaults are the best of those in tests/benchmarks/LOG.md.
 
     Attributes:
         steps: Adam steps for each layer; 0 leaves the closed form as it is.
