@@ -650,6 +650,11 @@ class EGMLACache(Cache):
             holder.batch_select_indices(indices)
 
     @property
+    def max_cache_len(self) -> int:
+        """Capacity in tokens, -1 for a growing cache; PEFT asks caches for it by this name."""
+        return self.get_max_length()
+
+    @property
     def nbytes(self) -> int:
         """Bytes in use: `B x S x (R + P)` elements, or their codes and scales, all layers, and `B x S` token ids."""
         return sum(used.numel() * used.element_size() for holder in self._holders for used in holder.used)
@@ -659,6 +664,38 @@ class EGMLACache(Cache):
         """Bytes of the storages behind the buffers, each counted once."""
         storages = [storage.untyped_storage() for holder in self._holders for storage in holder.storages]
         return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def check_stock_cache(cache: Any, config: EGMLAConfig) -> None:
+    """Refuse a cache of Transformers, or what is given as one, that cannot hold the entries of this model.
+
+    Args:
+        cache: what a caller gave as `past_key_values`.
+        config (`EGMLAConfig`): the model's configuration.
+
+    Raises:
+        TypeError: for anything but a `Cache`, and for `EncoderDecoderCache`.
+        ValueError: for too few layers, layers that drop old tokens, and entries of another model.
+    """
+    remedy = "use EGMLACache(model.config), or leave past_key_values out and one is made."
+    if not isinstance(cache, Cache) or not hasattr(cache, "layer_class_to_replicate"):
+        raise TypeError(f"past_key_values is of type {type(cache).__name__}: must be a cache of one decoder; {remedy}")
+    needed = config.num_hidden_layers
+    if cache.layer_class_to_replicate is None and len(cache.layers) < needed:
+        raise ValueError(f"past_key_values has {len(cache.layers)} layers, and this model has {needed}; {remedy}")
+    for layer_idx, (layer, rank) in enumerate(zip(cache.layers[:needed], config.layer_kv_lora_ranks, strict=False)):
+        if layer.is_sliding:
+            raise ValueError(
+                f"Layer {layer_idx} of past_key_values has a sliding window, which drops old tokens, and this model "
+                f"attends to all of them; {remedy}"
+            )
+        keys = getattr(layer, "keys", None)
+        if keys is not None and keys.ndim == 4 and (keys.shape[1], keys.shape[3]) != (1, rank):
+            raise ValueError(
+                f"Layer {layer_idx} of past_key_values holds keys of {keys.shape[1]} heads with {keys.shape[3]} "
+                f"elements, and this model caches one latent of {rank} elements per token. A cache of another model "
+                f"does not fit: {remedy} PEFT's prefix tuning makes such keys: use prompt tuning, p-tuning or LoRA."
+            )
 
 
 __all__ = ["EGMLACache"]

@@ -40,7 +40,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .absorption_egmla import absorption_pays, affine_map, can_absorb
-from .cache_egmla import EGMLACache
+from .cache_egmla import EGMLACache, check_stock_cache
 from .configuration_egmla import AUTO_MAP, MOE_MODULES, EGMLAConfig
 from .continuous_batching_egmla import PagedView, append_paged, check_pages, without_flash
 from .cpu_egmla import linear
@@ -406,14 +406,19 @@ class EGMLADecoderLayer(GradientCheckpointingLayer):
         if self.post_norm:
             self.post_feedforward_layernorm = EGMLARMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    # `gate_input` is positional: re-entrant gradient checkpointing drops the gradients of keyword arguments.
+    def __call__(self, hidden_states: torch.Tensor, gate_input: torch.Tensor | None = None, **kwargs):
+        # Positional here: re-entrant gradient checkpointing drops the gradients of keyword arguments. The caller uses
+        # a keyword, so that tools can put a module with `forward(hidden_states, **kwargs)` in a layer's place.
+        return super().__call__(hidden_states, gate_input, **kwargs)
+
     def forward(self, hidden_states: torch.Tensor, gate_input: torch.Tensor | None, **kwargs) -> torch.Tensor:
         if self.post_norm:  # as `Olmo2DecoderLayer`
-            attended, _ = self.self_attn(hidden_states, gate_input, **kwargs)
+            attended, _ = self.self_attn(hidden_states=hidden_states, gate_input=gate_input, **kwargs)
             hidden_states = hidden_states + self.post_attention_layernorm(attended)
             return hidden_states + self.post_feedforward_layernorm(self.mlp(hidden_states))
         residual = hidden_states
-        hidden_states, _ = self.self_attn(self.input_layernorm(hidden_states), gate_input, **kwargs)
+        hidden_states = self.input_layernorm(hidden_states)
+        hidden_states, _ = self.self_attn(hidden_states=hidden_states, gate_input=gate_input, **kwargs)
         hidden_states = residual + hidden_states
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
@@ -585,6 +590,8 @@ class EGMLAModel(EGMLAPreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         if use_cache and past_key_values is None:
             past_key_values = EGMLACache(self.config)
+        elif past_key_values is not None and not hasattr(past_key_values, "append_token_ids"):
+            check_stock_cache(past_key_values, self.config)
         gate_input = self._gate_input(input_ids, inputs_embeds, kv_gate_input_ids, past_key_values)
         if position_ids is None:
             past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
@@ -625,7 +632,7 @@ class EGMLAModel(EGMLAPreTrainedModel):
         for layer in self.layers[: self.config.num_hidden_layers]:  # fewer for an early exit
             hidden_states = layer(
                 hidden_states,
-                gate_input,
+                gate_input=gate_input,
                 position_embeddings=position_embeddings,
                 attention_mask=causal_mask,
                 position_ids=position_ids,

@@ -1,0 +1,151 @@
+"""What other people's tools do to a model: it works as with a stock Llama, or is refused in one clear sentence."""
+
+import pytest
+import torch
+from cases import BASE, difference, tiny_model, token_ids
+from torch import nn
+from transformers import (
+    DynamicCache,
+    EncoderDecoderCache,
+    LlamaConfig,
+    MistralConfig,
+    StaticCache,
+)
+from transformers.cache_utils import Cache, DynamicLayer
+
+from egmla import EGMLACache
+
+
+ROUNDING = 2e-5  # of logits up to 10, in fp32
+IDS = token_ids(2, 12)
+PREFIX = 6
+
+
+def uncached(model, **options) -> torch.Tensor:
+    """Logits `[2, 12, V]` of one call without a cache."""
+    with torch.no_grad():
+        return model(IDS, use_cache=False, **options).logits
+
+
+def cached(model, cache=None) -> torch.Tensor:
+    """The same logits by a prompt and one call per further token."""
+    with torch.no_grad():
+        outputs = model(IDS[:, :PREFIX], past_key_values=cache, use_cache=True)
+        logits = [outputs.logits]
+        for position in range(PREFIX, IDS.shape[1]):
+            step = model(IDS[:, position : position + 1], past_key_values=outputs.past_key_values)
+            logits.append(step.logits)
+    return torch.cat(logits, dim=1)
+
+
+def generated(model, **options) -> torch.Tensor:
+    """Five greedy tokens after `IDS`."""
+    return model.generate(IDS, max_new_tokens=5, do_sample=False, pad_token_id=0, **options)
+
+
+# --- caches of other classes and models ---
+
+WORKING_CACHES = {
+    "dynamic": lambda model: DynamicCache(),
+    "dynamic, from the config": lambda model: DynamicCache(config=model.config),
+    "dynamic, from a Llama's config": lambda model: DynamicCache(config=LlamaConfig(num_hidden_layers=2)),
+    "layers by hand": lambda model: Cache(layers=[DynamicLayer(), DynamicLayer()]),
+    "layers made on demand": lambda model: Cache(layer_class_to_replicate=DynamicLayer),
+    "static": lambda model: StaticCache(config=model.config, max_cache_len=32),
+    "our own": lambda model: EGMLACache(model.config),
+}
+
+
+def filled_by_another_model(model):
+    keys = torch.zeros(2, 4, 3, 12)
+    return DynamicCache([(keys, keys), (keys, keys)])
+
+
+REFUSED_CACHES = {
+    "legacy tuple": (lambda model: ((torch.zeros(2, 4, 3, 12),) * 2,) * 2, TypeError, "type tuple: must be a cache"),
+    "legacy list": (lambda model: [[torch.zeros(2, 4, 3, 12)] * 2] * 2, TypeError, "type list: must be a cache"),
+    "name": (lambda model: "dynamic", TypeError, "type str: must be a cache"),
+    "of an encoder and a decoder": (
+        lambda model: EncoderDecoderCache(DynamicCache(), DynamicCache()),
+        TypeError,
+        "EncoderDecoderCache: must be a cache of one decoder",
+    ),
+    "of fewer layers": (
+        lambda model: DynamicCache(config=LlamaConfig(num_hidden_layers=1)),
+        ValueError,
+        "has 1 layers, and this model has 2",
+    ),
+    "with a sliding window": (
+        lambda model: DynamicCache(config=MistralConfig(num_hidden_layers=2, sliding_window=4)),
+        ValueError,
+        "has a sliding window, which drops old tokens",
+    ),
+    "filled by another model": (filled_by_another_model, ValueError, "keys of 4 heads with 12 elements"),
+}
+
+
+@pytest.mark.parametrize("make", WORKING_CACHES.values(), ids=WORKING_CACHES)
+def test_caches_of_transformers(make):
+    model = tiny_model()
+    assert difference(cached(model, make(model)), uncached(model)) < ROUNDING
+    assert torch.equal(generated(model, past_key_values=make(model)), generated(model))
+
+
+@pytest.mark.parametrize("make, error, message", REFUSED_CACHES.values(), ids=REFUSED_CACHES)
+def test_foreign_caches_are_refused(make, error, message):
+    model = tiny_model()
+    with pytest.raises(error, match=message) as caught:
+        model(IDS, past_key_values=make(model))
+    assert "EGMLACache(model.config)" in str(caught.value)
+
+
+@pytest.mark.parametrize("projection", [False, True], ids=["prefixes", "prefixes by an encoder"])
+def test_prefix_tuning_is_refused(projection):
+    """Its prefixes are keys and values per head, which a latent cache cannot hold."""
+    peft = pytest.importorskip("peft")
+    options = {"prefix_projection": True, "encoder_hidden_size": 8} if projection else {}
+    config = peft.PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM", **options)
+    model = peft.get_peft_model(tiny_model(), config)
+    with pytest.raises(ValueError, match="prefix tuning makes such keys: use prompt tuning, p-tuning or LoRA"):
+        model(IDS, labels=IDS)
+    with pytest.raises(ValueError, match="prefix tuning makes such keys"):
+        model.generate(input_ids=IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=2)
+
+
+# --- tools that look into layers ---
+
+
+class Catcher(nn.Module):
+    """What GPTQ, AWQ, SparseGPT and Wanda put in the first layer's place to get its inputs."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, hidden_states, **kwargs):
+        self.inputs, self.kwargs = hidden_states, kwargs
+        return self.layer(hidden_states, **kwargs)
+
+
+@pytest.mark.parametrize("case", ["input-gate", "table-gate", "post-norm"])
+def test_inputs_of_a_layer_can_be_caught_and_replayed(case):
+    model = tiny_model(case)
+    expected = uncached(model)
+    layer, catcher = model.model.layers[0], Catcher(model.model.layers[0])
+    model.model.layers[0] = catcher
+    assert difference(uncached(model), expected) == 0
+    model.model.layers[0] = layer
+    replayed = layer(catcher.inputs, **catcher.kwargs)
+    with torch.no_grad():
+        assert difference(replayed, model(IDS, output_hidden_states=True).hidden_states[1]) == 0
+
+
+def test_attention_is_called_by_keyword_as_in_llama():
+    """kvpress and others read `hidden_states` and `past_key_values` among a hook's keyword arguments."""
+    model, seen = tiny_model(), []
+    attention = model.model.layers[0].self_attn
+    attention.register_forward_hook(lambda module, args, kwargs, output: seen.append((args, kwargs)), with_kwargs=True)
+    cached(model)
+    args, kwargs = seen[0]
+    assert args == () and kwargs["hidden_states"].shape == (2, PREFIX, BASE["hidden_size"])
+    assert kwargs["past_key_values"].get_seq_length() == IDS.shape[1]
