@@ -10,11 +10,9 @@ Everything but the gate and the absorbed attention is DeepSeek-V3's, under its n
 `cache_egmla.py`.
 """
 
-import copy
 from collections.abc import Callable
 from importlib import import_module
 from types import SimpleNamespace
-from typing import Any
 
 import torch
 from torch import nn
@@ -22,8 +20,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from transformers import AutoConfig
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.cache_utils import Cache, DynamicCache, StaticCache
-from transformers.generation import GenerationMixin
+from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import (
     GenericForSequenceClassification,
@@ -42,8 +39,8 @@ from transformers.utils.output_capturing import capture_outputs
 from .absorption_egmla import absorption_pays, affine_map, can_absorb
 from .cache_egmla import EGMLACache, check_stock_cache
 from .configuration_egmla import AUTO_MAP, MOE_MODULES, EGMLAConfig
-from .continuous_batching_egmla import PagedView, append_paged, check_pages, without_flash
 from .cpu_egmla import linear
+from .generation_egmla import EGMLAGenerationMixin, append_paged
 from .latent_attention_egmla import latent_attention, needs_no_mask
 
 
@@ -644,29 +641,7 @@ class EGMLAModel(EGMLAPreTrainedModel):
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
 
-def quantized_cache_options(cache_config: dict | None) -> dict[str, Any]:
-    """Arguments of `EGMLACache` for the `cache_config` of `generate(cache_implementation="quantized")`.
-
-    Source: `QuantizedCache` of Transformers, whose names these are, `nbits` (4 by default there too) and
-    `q_group_size`.
-
-    Raises:
-        ValueError: for other keys, which name choices this cache does not have, and other numbers of bits.
-    """
-    options = dict(cache_config or {})
-    bits, group_size = options.pop("nbits", 4), options.pop("q_group_size", None)
-    if options:
-        raise ValueError(
-            f"cache_config has {', '.join(map(repr, options))}, and the quantised cache of this model takes only "
-            "nbits and q_group_size; it needs no backend. Leave the rest out."
-        )
-    names = {8: "int8", 4: "int4"}
-    if bits not in names:
-        raise ValueError(f"cache_config has nbits={bits!r}: must be {' or '.join(map(str, names))}.")
-    return {"quantization": names[bits], "quantization_group_size": group_size}
-
-
-class EGMLAForCausalLM(EGMLAPreTrainedModel, GenerationMixin):
+class EGMLAForCausalLM(EGMLAPreTrainedModel, EGMLAGenerationMixin):
     """The language model: `EGMLAModel` and a linear head over the vocabulary."""
 
     _auto_class = "AutoModelForCausalLM"
@@ -728,78 +703,6 @@ class EGMLAForCausalLM(EGMLAPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
-
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
-        """As in `GenerationMixin`, with the latent cache in place of the default, the static and the quantised one.
-
-        Raises:
-            ValueError: for a prompt of embeddings to be read in chunks.
-        """
-        if generation_config.prefill_chunk_size is not None and model_kwargs.get("inputs_embeds") is not None:
-            raise ValueError(
-                f"prefill_chunk_size={generation_config.prefill_chunk_size} with inputs_embeds: generate() divides "
-                "token ids only; leave prefill_chunk_size out, or give input_ids alone."
-            )
-        given = model_kwargs.get("past_key_values")
-        options = {}
-        # An assistant is called many times with the same settings, and from the second time on with its cache.
-        if generation_config.cache_implementation == "quantized" and (given is None or generation_config.is_assistant):
-            options = quantized_cache_options(generation_config.cache_config)
-            # Transformers' quantised cache needs a backend that need not be installed; its default one is replaced.
-            generation_config = copy.copy(generation_config)
-            generation_config.cache_implementation = None
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        cache = model_kwargs.get("past_key_values")
-        if given is None and type(cache) in (DynamicCache, StaticCache):
-            length = cache.get_max_length() if type(cache) is StaticCache else None
-            mask = model_kwargs.get("attention_mask")
-            chunked = generation_config.prefill_chunk_size is not None and length is None
-            if chunked and isinstance(mask, torch.Tensor) and mask.ndim == 2:
-                options["expected_tokens"] = mask.shape[1]  # the prompt's, which the cache sees in chunks
-            model_kwargs["past_key_values"] = EGMLACache(
-                self.config, max_cache_len=length, offloading=cache.offloading, **options
-            )
-
-    def init_continuous_batching(self, generation_config=None, continuous_batching_config=None, workload_hints=None):
-        """As in `ContinuousMixin`, with latents in the pages.
-
-        Raises:
-            ValueError: when the layers' widths do not fit pages, or for flash attention.
-        """
-        width, batching_config = check_pages(self.config), without_flash(continuous_batching_config)
-        manager = super().init_continuous_batching(generation_config, batching_config, workload_hints)
-        create = type(manager)._create_batch_processor
-
-        def create_for_latents():
-            manager.model = PagedView(self, width)
-            try:
-                return create(manager)
-            finally:
-                manager.model = self
-
-        manager._create_batch_processor = create_for_latents
-        return manager
-
-    # `inputs_embeds` is named because `generate()` looks for it in this signature.
-    def prepare_inputs_for_generation(self, input_ids, next_sequence_length=None, inputs_embeds=None, **kwargs):
-        """As in `GenerationMixin`; ids for the gate tables go along with `inputs_embeds` and nowhere else.
-
-        Source: `Phi3ForCausalLM`, which also starts over where LongRoPE changes its frequencies: keys cached so far
-        were turned by the old ones.
-        """
-        cache, rope = kwargs.get("past_key_values"), self.config.rope_parameters or {}
-        if cache is not None and rope.get("rope_type") == "longrope":
-            switch = rope["original_max_position_embeddings"]
-            if 0 < cache.get_seq_length() <= switch < input_ids.shape[1]:
-                cache.reset()
-                next_sequence_length = None
-        ids = kwargs.pop("kv_gate_input_ids", None)
-        inputs = super().prepare_inputs_for_generation(
-            input_ids, next_sequence_length=next_sequence_length, inputs_embeds=inputs_embeds, **kwargs
-        )
-        if ids is not None and inputs.get("inputs_embeds") is not None:
-            inputs["kv_gate_input_ids"] = ids[:, -inputs["inputs_embeds"].shape[1] :]
-        return inputs
 
 
 class EGMLAForSequenceClassification(GenericForSequenceClassification, EGMLAPreTrainedModel):

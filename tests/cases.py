@@ -112,12 +112,14 @@ CODE_FILES = {
     for name in (
         "absorption",
         "cache",
+        "cache_layers",
         "configuration",
-        "continuous_batching",
         "cpu",
+        "generation",
         "latent_attention",
         "modeling",
         "quantization",
+        "quantized_cache",
     )
 }
 

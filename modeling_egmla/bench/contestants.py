@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Pr
 from transformers.cache_utils import Cache, StaticCache
 
 from egmla import EGMLACache, EGMLAConfig
-from egmla.cache_egmla import KEPT_FIRST_TOKENS
 from egmla.quantization_egmla import SCALE_DTYPE, element_group_size, token_group_size
+from egmla.quantized_cache_egmla import KEPT_FIRST_TOKENS
 from egmla.utils.accounting import cache_elements_per_layer, cache_id_bytes, cache_windows, meta_model
 
 from .decode import CacheMaker

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from cache_operations import Spy
 from cases import BASE, difference, exact_entries, plain_attention, token_ids
 from quantized import INT8_TOLERANCE, OPTIONS, rounded_cache, tiny_model
-from test_cache import Spy
 
 from egmla import EGMLACache, EGMLAConfig, latent_attention_egmla, quantization_egmla
 from egmla.quantization_egmla import ElementGroups, TokenGroups

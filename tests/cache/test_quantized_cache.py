@@ -4,13 +4,13 @@ import copy
 
 import pytest
 import torch
+from cache_operations import call_every_operation, check_selections, storage_bytes
 from cases import BASE, CORE_CASES, difference, token_ids
 from quantized import INT8_TOLERANCE, OPTIONS, rounded, rounded_cache, tiny_model
-from test_cache import call_every_operation, check_selections, storage_bytes
 
 from egmla import EGMLACache, EGMLAConfig
-from egmla.cache_egmla import Int4LatentLayer, Int8LatentLayer
 from egmla.quantization_egmla import element_group_size, quantize_elements, quantize_tokens, rotation
+from egmla.quantized_cache_egmla import Int4LatentLayer, Int8LatentLayer
 
 
 # fp32 sums in another order.

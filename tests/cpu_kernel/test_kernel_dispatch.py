@@ -6,8 +6,8 @@ from cases import difference, needs_compiler, plain_attention, tiny_model, token
 from kernel_cases import LAYERS
 
 from egmla import EGMLACache, cpu_egmla
-from egmla.cache_egmla import Int8LatentLayer
 from egmla.latent_attention_egmla import latent_attention
+from egmla.quantized_cache_egmla import Int8LatentLayer
 
 
 pytestmark = needs_compiler

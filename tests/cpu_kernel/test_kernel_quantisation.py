@@ -5,9 +5,9 @@ import torch
 from cases import difference, needs_compiler
 from kernel_cases import TOLERANCE
 
-from egmla.cache_egmla import Int8LatentLayer
 from egmla.latent_attention_egmla import latent_attention
 from egmla.quantization_egmla import quantize_elements, rotation, write_int8
+from egmla.quantized_cache_egmla import Int8LatentLayer
 
 
 pytestmark = needs_compiler

@@ -3,7 +3,8 @@
 import torch
 from cases import difference, exact_entries, plain_attention
 
-from egmla.cache_egmla import GrowingLatentLayer, Int4LatentLayer, Int8LatentLayer
+from egmla.cache_layers_egmla import GrowingLatentLayer
+from egmla.quantized_cache_egmla import Int4LatentLayer, Int8LatentLayer
 
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}

@@ -4,8 +4,9 @@ import torch
 from cases import tiny_model as tied_model
 
 from egmla import EGMLACache
-from egmla.cache_egmla import KEPT_FIRST_TOKENS, GrowingLatentLayer, Int8LatentLayer
+from egmla.cache_layers_egmla import GrowingLatentLayer
 from egmla.quantization_egmla import quantize_elements, rotation
+from egmla.quantized_cache_egmla import KEPT_FIRST_TOKENS, Int8LatentLayer
 
 
 # Logits, around 3 in magnitude, of random tiny models with int8 entries against those with fp32 entries.

@@ -7,10 +7,10 @@ import copy
 
 import pytest
 import torch
+from cache_operations import call_every_operation, check_selections, storage_bytes
 from cases import BASE, EXPANDED_CASES, MODEL_CASES, difference, make_tokenizer, tiny_config, token_ids
 from cases import tiny_model as make_model
 from huggingface_hub.errors import StrictDataclassClassValidationError
-from test_cache import call_every_operation, check_selections, storage_bytes
 from transformers import DynamicCache, StaticCache
 from typer.testing import CliRunner
 

@@ -12,7 +12,7 @@ from cases import tiny_model as make_model
 from transformers import CompileConfig, DynamicCache, StaticCache
 
 from egmla import EGMLACache
-from egmla.cache_egmla import FixedLatentLayer, GrowingLatentLayer
+from egmla.cache_layers_egmla import FixedLatentLayer, GrowingLatentLayer
 
 
 # Scores of a beam sum log-probabilities of fp32 logits.

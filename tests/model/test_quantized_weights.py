@@ -113,8 +113,8 @@ def test_torch_ao_quantises_dynamically():
     model = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
     assert not [module for module in model.model.modules() if isinstance(module, nn.Linear)]
     expected = model(ids, use_cache=False).logits
-    assert 0 < rounding(expected, whole) < 0.1
-    assert rounding(cached_logits(model, ids), expected) < 0.1
+    assert 0 < rounding(expected, whole) < 0.15
+    assert rounding(cached_logits(model, ids), expected) < 0.15
 
 
 def test_fine_grained_fp8_finds_every_layer():

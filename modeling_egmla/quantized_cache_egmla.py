@@ -1,0 +1,169 @@
+# Copyright 2026 The egmla authors. Licensed under the Apache License, Version 2.0.
+"""Layers of the latent cache that hold integer codes: int8 and int4."""
+
+from typing import Any
+
+import torch
+
+from .cache_layers_egmla import GrowingLatentLayer, with_room
+from .quantization_egmla import (
+    SCALE_DTYPE,
+    ElementGroups,
+    QuantizedEntries,
+    TokenGroups,
+    element_group_size,
+    quantize_tokens,
+    rotation,
+    token_group_size,
+    write_int8,
+)
+
+
+# The first tokens of a text, which an int4 cache keeps as they are (StreamingLLM's number, arXiv 2309.17453).
+KEPT_FIRST_TOKENS = 4
+
+
+class QuantizedLatentLayer(GrowingLatentLayer):
+    """What int8 and int4 layers share: codes in `buffer`, `scales` beside them, reading through `QuantizedEntries`.
+
+    A token reads itself and all others as the cache holds them, in every call.
+    """
+
+    scales: Any  # a tensor, `None` before the first update
+    storage_names = ("buffer", "scales")
+
+    def __init__(self, kv_lora_rank: int, qk_rope_head_dim: int, layer_idx: int = 0):
+        super().__init__(kv_lora_rank, qk_rope_head_dim, layer_idx)
+        self.scales = None
+
+    def split(self, entries: QuantizedEntries) -> tuple[torch.Tensor, torch.Tensor]:
+        """Latents `[B, 1, S, R]` and rotary keys `[B, 1, S, P]` of entries, dequantised."""
+        return super().split(entries.dequantize())
+
+    def check(self, latent: torch.Tensor, rope_key: torch.Tensor) -> None:
+        super().check(latent, rope_key)
+        if torch.is_grad_enabled() and (latent.requires_grad or rope_key.requires_grad):
+            raise ValueError(
+                f"Layer {self.layer_idx} gives entries that require gradients, and this cache is quantised: rounding "
+                "has none. Use EGMLACache(model.config) for training, or torch.no_grad() around the call."
+            )
+
+    def reset(self) -> None:
+        super().reset()
+        self.scales = None
+
+
+class Int8LatentLayer(QuantizedLatentLayer):
+    """int8 codes `[B, 1, capacity, R + P]` and scales `[B, 1, capacity, (R + P) / group_size]`.
+
+    Tokens are quantised each by itself, so logits depend on how they were divided into calls by rounding only.
+    """
+
+    def __init__(self, kv_lora_rank, qk_rope_head_dim, layer_idx: int = 0, *, group_size: int | None = None):
+        super().__init__(kv_lora_rank, qk_rope_head_dim, layer_idx)
+        self.group_size = element_group_size(group_size, kv_lora_rank, qk_rope_head_dim)
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        shape = (key_states.shape[0], 1, 0)
+        self.buffer = key_states.new_empty((*shape, self.width), dtype=torch.int8)
+        self.scales = key_states.new_empty((*shape, self.width // self.group_size), dtype=SCALE_DTYPE)
+        self.is_initialized = True
+
+    @property
+    def matrix(self) -> torch.Tensor:
+        return rotation(self.kv_lora_rank, self.qk_rope_head_dim, self.device)
+
+    @property
+    def entries(self) -> ElementGroups:
+        return ElementGroups(self.buffer, self.scales, self.length, self.matrix, self.kv_lora_rank, self.dtype)
+
+    def append(self, latent: torch.Tensor, rope_key: torch.Tensor) -> ElementGroups:
+        if not self.is_initialized:
+            self.lazy_initialization(latent, rope_key)
+        start, self.length = self.length, self.length + latent.shape[2]
+        self.buffer = with_room(self.buffer, start, self.length, self.tokens_to_come)
+        self.scales = with_room(self.scales, start, self.length, self.tokens_to_come)
+        write_int8(latent, rope_key, self.buffer, self.scales, start)
+        return self.entries
+
+
+class Int4LatentLayer(QuantizedLatentLayer):
+    """int4 codes of groups of `group_size` tokens, and the tokens that are in no group as they came.
+
+    These are the first ones, whose latents are unlike all others and which much attention goes to, and the last ones,
+    up to a whole group. Codes are `[B, 1, groups, group_size * (R + P) / 2]`, scales and zero points
+    `[B, 1, groups, 2 (R + P)]`, tokens as they came `[B, 1, fewer than KEPT_FIRST_TOKENS + group_size, R + P]`.
+    """
+
+    kept: Any  # a tensor, `None` before the first update
+    storage_names = ("buffer", "scales", "kept")
+
+    def __init__(self, kv_lora_rank, qk_rope_head_dim, layer_idx: int = 0, *, group_size: int | None = None):
+        super().__init__(kv_lora_rank, qk_rope_head_dim, layer_idx)
+        self.group_size = token_group_size(group_size)
+        self.groups = 0
+        self.kept = None
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        shape = (key_states.shape[0], 1, 0)
+        self.buffer = key_states.new_empty((*shape, self.group_size * ((self.width + 1) // 2)), dtype=torch.uint8)
+        self.scales = key_states.new_empty((*shape, 2 * self.width), dtype=SCALE_DTYPE)
+        self.kept = key_states.new_empty((*shape, self.width))
+        self.is_initialized = True
+
+    @property
+    def used(self) -> tuple[torch.Tensor, ...]:
+        if self.buffer is None:
+            return ()
+        return self.buffer[:, :, : self.groups], self.scales[:, :, : self.groups], self.kept
+
+    @property
+    def entries(self) -> TokenGroups:
+        storages = self.buffer, self.scales, self.groups
+        return TokenGroups(self.kept, KEPT_FIRST_TOKENS, *storages, self.group_size, self.kv_lora_rank)
+
+    def append(self, latent: torch.Tensor, rope_key: torch.Tensor) -> TokenGroups:
+        if not self.is_initialized:
+            self.lazy_initialization(latent, rope_key)
+        kept = torch.cat((self.kept, torch.cat((latent, rope_key), dim=-1)), dim=2)
+        new_groups = max(0, kept.shape[2] - KEPT_FIRST_TOKENS) // self.group_size
+        if new_groups:
+            first, grouped, rest = kept.tensor_split(
+                [KEPT_FIRST_TOKENS, KEPT_FIRST_TOKENS + new_groups * self.group_size], dim=2
+            )
+            codes, scales = quantize_tokens(grouped.unflatten(2, (new_groups, self.group_size)))
+            start, self.groups = self.groups, self.groups + new_groups
+            groups_to_come = max(1, self.expected_room // self.group_size - self.groups)
+            self.buffer = with_room(self.buffer, start, self.groups, groups_to_come)
+            self.scales = with_room(self.scales, start, self.groups, groups_to_come)
+            self.buffer[:, :, start : self.groups] = codes.flatten(3)
+            self.scales[:, :, start : self.groups] = scales.flatten(3)
+            kept = torch.cat((first, rest), dim=2)
+        self.kept = kept
+        self.length += latent.shape[2]
+        return self.entries
+
+    def reset(self) -> None:
+        super().reset()
+        self.kept, self.groups = None, 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        remaining = self.length - self._check_crop(tokens_to_remove)
+        if not self.is_initialized or remaining == self.length:
+            return
+        groups = min(self.groups, max(0, remaining - KEPT_FIRST_TOKENS) // self.group_size)
+        if groups == self.groups:
+            self.kept = self.kept[:, :, : remaining - groups * self.group_size].clone()
+        else:
+            # What is left of a group goes on as tokens in no group, with the values it had there.
+            codes, scales = self.buffer[:, :, groups : groups + 1], self.scales[:, :, groups : groups + 1]
+            group = TokenGroups(self.kept[:, :, :0], 0, codes, scales, 1, self.group_size, self.kv_lora_rank)
+            loose = max(0, remaining - KEPT_FIRST_TOKENS - groups * self.group_size)
+            first = self.kept[:, :, : min(remaining, KEPT_FIRST_TOKENS)]
+            self.kept = torch.cat((first, group.dequantize()[:, :, :loose]), dim=2)
+        self.length, self.groups = remaining, groups
+
+
+QUANTIZED_LAYERS: dict[str, type[QuantizedLatentLayer]] = {"int8": Int8LatentLayer, "int4": Int4LatentLayer}
