@@ -43,16 +43,14 @@ DOCUMENTS = sorted(
 CURRENT = [name for name in DOCUMENTS if not name.endswith(("LOG.md", "EXPERIMENTS_MOVED.md", "CHANGELOG.md"))]
 MOST_LINES = {
     "README.md": 170,
+    "conversion/README.md": 120,
     "modeling_egmla/README.md": 150,
     "tests/benchmarks/README.md": 150,
 }
 # Written by others; each leaves this list when it is there.
-TO_COME = {
-    "conversion/README.md",
-    "modeling_egmla/bench/README.md",
-    "modeling_egmla/evaluation/README.md",
-    "modeling_egmla/training/README.md",
-}
+TO_COME = {"modeling_egmla/evaluation/README.md", "tests/test_architecture.py"}
+# The room that CONTRIBUTING asks the first compression method to make.
+PLANNED = "modeling_egmla/compression/"
 README_WORDS, UNRELEASED_LINES = 1_200, 25
 
 
@@ -174,6 +172,17 @@ def test_links_lead_to_files_and_headings(name):
             assert anchor in headings(file.read_text(encoding="utf-8")), f"{name} links to {target}"
 
 
+def test_files_and_names_in_contributing_exist():
+    words = re.findall(r"`([^`\s]+)`", read(".github/CONTRIBUTING.md"))
+    paths = {word for word in words if "/" in word} - TO_COME - {PLANNED}
+    assert len(paths) > 10
+    assert not [path for path in paths if not (ROOT / path).exists()]
+    classes = {word for word in words if re.fullmatch(r"[A-Z][a-z]\w+[A-Z]\w+|[A-Z_]{6,}", word)}
+    source = "".join(path.read_text(encoding="utf-8") for path in ROOT.rglob("*.py") if ".venv" not in path.parts)
+    assert len(classes) >= 6
+    assert not [name for name in classes if not re.search(rf"^(class )?{name}\b", source, flags=re.M)]
+
+
 @pytest.mark.parametrize("name", MOST_LINES)
 def test_documents_are_short(name):
     assert len(read(name).splitlines()) <= MOST_LINES[name]
@@ -223,7 +232,7 @@ def half_cache(tmp_path_factory) -> Path:
 
 def run_code(code: str, cwd: Path) -> str:
     """Run code in a process of its own, so that the kernel stays out of this one, and return what it prints."""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=cwd, timeout=300)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=cwd, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout
 
