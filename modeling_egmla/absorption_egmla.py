@@ -48,10 +48,16 @@ def can_absorb(layers: Iterable[nn.Module], width: int, like: torch.Tensor) -> b
     # A wrapper draws dropout in training. A traced program cannot branch on the result of a probe.
     if any(layer.training for layer in wrapped) or (wrapped and (is_torchdynamo_compiling() or is_traced())):
         return False
-    if any(module._forward_pre_hooks_with_kwargs for layer in wrapped for module in layer.modules()):
-        return False  # PEFT tells each sequence's adapter by such a hook: each has an up-projection of its own
+    if any(_is_hooked(module) for layer in wrapped for module in layer.modules()):
+        return False  # hooks see, and may change, real activations; PEFT tells each sequence's adapter by one
     verdicts = [is_affine(layer, getattr(layer, "in_features", width), like) for layer in wrapped]
     return not verdicts or bool(torch.stack([verdict.to(verdicts[0].device) for verdict in verdicts]).all())
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
 
 
 def _is_quantized_linear(layer: nn.Module) -> bool:

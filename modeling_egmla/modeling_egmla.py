@@ -549,7 +549,10 @@ class EGMLAModel(EGMLAPreTrainedModel):
         if new_tokens > 1 and not self._continues_cheaper_absorbed(new_tokens, past_key_values):
             return False
         return can_absorb(
-            (layer.self_attn.kv_b_proj for layer in self.layers), max(self.config.layer_kv_lora_ranks), like
+            # A tool that skips layers may put a module without attention in one's place.
+            (layer.self_attn.kv_b_proj for layer in self.layers if hasattr(layer, "self_attn")),
+            max(self.config.layer_kv_lora_ranks),
+            like,
         )
 
     def _continues_cheaper_absorbed(self, new_tokens: int, past_key_values: Cache) -> bool:

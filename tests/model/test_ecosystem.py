@@ -149,3 +149,37 @@ def test_attention_is_called_by_keyword_as_in_llama():
     args, kwargs = seen[0]
     assert args == () and kwargs["hidden_states"].shape == (2, PREFIX, BASE["hidden_size"])
     assert kwargs["past_key_values"].get_seq_length() == IDS.shape[1]
+
+
+HOOKS = {
+    "output changed": lambda layer: layer.register_forward_hook(lambda module, inputs, output: output.relu()),
+    "input changed": lambda layer: layer.register_forward_pre_hook(lambda module, inputs: inputs[0] + 0.3),
+}
+
+
+@pytest.mark.parametrize("hook", HOOKS.values(), ids=HOOKS)
+def test_hooks_on_the_up_projection_count(hook):
+    model = tiny_model()
+    plain = uncached(model)
+    hook(model.model.layers[0].self_attn.kv_b_proj)
+    assert difference(uncached(model), plain) > 0.1
+    assert difference(cached(model), uncached(model)) < ROUNDING
+
+
+def test_hooks_on_the_up_projection_see_real_latents():
+    """Every call, of the latents of all tokens so far: nothing that absorption or its checks made up."""
+    model, shapes = tiny_model(), []
+    up = model.model.layers[0].self_attn.kv_b_proj
+    up.register_forward_hook(lambda module, inputs, output: shapes.append(tuple(inputs[0].shape)))
+    cached(model)
+    assert shapes == [(2, tokens, BASE["kv_lora_rank"]) for tokens in range(PREFIX, IDS.shape[1] + 1)]
+
+
+def test_a_layer_may_be_replaced_by_one_without_attention():
+    class Skip(nn.Module):
+        def forward(self, hidden_states, **kwargs):
+            return hidden_states
+
+    model = tiny_model()
+    model.model.layers[1] = Skip()
+    assert difference(cached(model), uncached(model)) < ROUNDING
