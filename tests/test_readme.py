@@ -48,7 +48,7 @@ MOST_LINES = {
     "tests/benchmarks/README.md": 150,
 }
 # Written by others; each leaves this list when it is there.
-TO_COME = {"modeling_egmla/evaluation/README.md", "tests/test_architecture.py"}
+TO_COME = {"modeling_egmla/evaluation/README.md"}
 # The room that CONTRIBUTING asks the first compression method to make.
 PLANNED = "modeling_egmla/compression/"
 README_WORDS, UNRELEASED_LINES = 1_200, 25
