@@ -3,17 +3,15 @@
 import json
 import shutil
 
+import conversions
 import pytest
 import torch
 from cases import make_tokenizer
+from conversions import CLOSED_FORM, EXACT_TOLERANCE, SHRUNK, SOURCES, random_layer
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     GenerationConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -22,67 +20,13 @@ from egmla.conversion import Recipe, Refinement, convert_checkpoint, sources
 from egmla.conversion import source as source_module
 from egmla.conversion.calibration import LayerStatistics
 from egmla.conversion.closed_form import exact_attention, low_rank_attention, smaller_latent
-from egmla.conversion.families import AttentionShape, AttentionWeights
+from egmla.conversion.families import AttentionShape
 from egmla.conversion.refinement import ConvertedRun as refinement_run
 from egmla.conversion.refinement import causal_attention_in_blocks
 from egmla.conversion.shards import ShardWriter
 
 
-# fp32 sums in another order than the source's: a few units in the last place of logits of size 10.
-EXACT_TOLERANCE = 1e-4
-
-CLOSED_FORM = Refinement(steps=0)
-SHRUNK = {"kv_lora_rank": 12, "qk_rope_head_dim": 6, "calibration_tokens": 4096, "refinement": Refinement(steps=3)}
-
-SMALL = {
-    "vocab_size": 128,
-    "hidden_size": 60,
-    "intermediate_size": 80,
-    "num_hidden_layers": 2,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.15,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 1000.0},
-}
-LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 1000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
-YARN_ROPE = {"rope_type": "yarn", "rope_theta": 1000.0, "factor": 4.0, "original_max_position_embeddings": 64}
-SOURCES = {
-    "llama-gqa-tied": (LlamaForCausalLM, LlamaConfig, {"tie_word_embeddings": True}),
-    "llama-mha": (LlamaForCausalLM, LlamaConfig, {"num_attention_heads": 5, "num_key_value_heads": 5}),
-    "llama-mqa": (LlamaForCausalLM, LlamaConfig, {"num_key_value_heads": 1}),
-    "llama-dropout": (LlamaForCausalLM, LlamaConfig, {"attention_dropout": 0.5}),
-    "llama-biases": (LlamaForCausalLM, LlamaConfig, {"attention_bias": True, "mlp_bias": True}),
-    "llama3-rope": (LlamaForCausalLM, LlamaConfig, {"rope_parameters": LLAMA3_ROPE}),
-    "llama-yarn": (LlamaForCausalLM, LlamaConfig, {"rope_parameters": YARN_ROPE}),
-    "mistral-wide-heads": (MistralForCausalLM, MistralConfig, {"head_dim": 16, "sliding_window": None}),
-}
-
-
-@pytest.fixture(scope="module")
-def make_source(tmp_path_factory):
-    """Builds a random source checkpoint on disk by its name in `SOURCES`."""
-
-    def make(name: str, **save):
-        model_class, config_class, special = SOURCES[name]
-        torch.manual_seed(0)
-        shape = {"num_attention_heads": 6, "num_key_value_heads": 3, **SMALL, **special}
-        model = model_class(config_class(**shape)).eval()
-        for parameter_name, parameter in model.named_parameters():
-            if parameter_name.endswith("bias"):
-                torch.nn.init.normal_(parameter, std=0.3)
-        folder = tmp_path_factory.mktemp(name)
-        model.save_pretrained(folder, **save)
-        make_tokenizer().save_pretrained(folder)
-        GenerationConfig(temperature=0.7, do_sample=True, eos_token_id=1).save_pretrained(folder)
-        return model, folder
-
-    return make
+make_source = conversions.make_source  # the fixture
 
 
 @pytest.mark.parametrize("name", SOURCES)
@@ -188,28 +132,6 @@ def test_gate_starts_at_identity_and_can_learn(make_source, tmp_path):
     gated(ids, labels=ids).loss.backward()
     gradients = [p.grad for n, p in gated.named_parameters() if n.endswith("kv_gate_norm.weight")]
     assert len(gradients) == 2 and all(gradient.abs().max() > 0 for gradient in gradients)
-
-
-def random_layer(shape: AttentionShape) -> tuple[AttentionWeights, LayerStatistics, torch.Tensor]:
-    """A random attention layer, statistics of random inputs through it, and those inputs."""
-    generator = torch.Generator().manual_seed(3)
-    rand = lambda *size: torch.randn(*size, generator=generator, dtype=torch.float64)  # noqa: E731
-    H, g, d, D = shape.heads, shape.kv_heads, shape.head_dim, shape.hidden_size
-    weights = AttentionWeights(
-        rand(H * d, D), rand(g * d, D), rand(g * d, D), rand(D, H * d), rand(H * d), rand(g * d), rand(g * d), rand(D)
-    )
-    inputs = rand(500, D) @ rand(D, D) + rand(D)
-    keys, values = inputs @ weights.k.T + weights.k_bias, inputs @ weights.v.T + weights.v_bias
-    features = torch.cat((keys, values), dim=1)
-    queries = (inputs @ weights.q.T + weights.q_bias).view(-1, H, d).transpose(0, 1)
-    statistics = LayerStatistics(
-        key_moment=keys.T @ keys / 500,
-        query_moment=queries.transpose(1, 2) @ queries / 500,
-        mean=features.mean(dim=0),
-        raw_moment=features.T @ features / 500,
-        rotation=torch.polar(torch.rand(H, d // 2, generator=generator, dtype=torch.float64), rand(H, d // 2)),
-    )
-    return weights, statistics, inputs
 
 
 @pytest.mark.parametrize("recipe", [Recipe(), Recipe(metric="output"), Recipe(rope_metric="key", centred=False)])

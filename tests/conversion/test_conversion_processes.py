@@ -8,16 +8,16 @@ import subprocess
 import sys
 import time
 
+import conversions
 import pytest
-import test_conversion
 from cases import make_tokenizer
-from test_conversion import CLOSED_FORM, SHRUNK, SMALL
+from conversions import CLOSED_FORM, SHRUNK, SMALL
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from egmla.conversion import convert_checkpoint
 
 
-make_source = test_conversion.make_source  # the fixture
+make_source = conversions.make_source  # the fixture
 
 
 def test_full_disk_leaves_nothing(make_source, tmp_path):

@@ -4,8 +4,8 @@ import json
 import subprocess
 import sys
 
+import conversions
 import pytest
-import test_families
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, DeepseekV3ForCausalLM
@@ -14,7 +14,7 @@ from egmla.conversion import Recipe, Refinement, convert_checkpoint
 from egmla.conversion.deepseek_export import LAYOUTS
 
 
-make_source = test_families.make_source  # the fixture
+make_source = conversions.make_family_source  # the fixture
 UNIFORM = Recipe(slots="uniform", freqfold=1, latent_norm=True)
 CLOSED_FORM = Refinement(steps=0)
 REFINED = Refinement(steps=3, dtype="float32")

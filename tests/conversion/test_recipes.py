@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from command_line import run
-from test_conversion import EXACT_TOLERANCE, random_layer
+from conversions import EXACT_TOLERANCE, random_layer
 from transformers import AutoModelForCausalLM
 
 from egmla.commands.common import read_settings

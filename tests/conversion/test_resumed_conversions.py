@@ -5,15 +5,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
+import conversions
 import pytest
-import test_families
 import torch
 from transformers import AutoModelForCausalLM
 
 from egmla.conversion import Recipe, Refinement, convert, convert_checkpoint, job, journal, shards
 
 
-make_source = test_families.make_source  # the fixture
+make_source = conversions.make_family_source  # the fixture
 
 SMALLER = {"kv_lora_rank": 12, "qk_rope_head_dim": 6, "calibration_tokens": 1024}
 REFINED = {**SMALLER, "refinement": Refinement(steps=2)}
