@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from egmla import EGMLAConfig
-from egmla.evaluation.compare import plot_scores
+from egmla.evaluation.plots import plot_scores
 from egmla.utils.files import read_json, write_json, write_text
 from egmla.utils.plotting import check_matplotlib
 from egmla.utils.provenance import CONVERSION_REPORT, TRAINING_REPORT, weights_sha256

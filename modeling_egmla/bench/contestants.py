@@ -1,4 +1,4 @@
-"""Who takes part in a benchmark: models of one shape, or a source and its conversion, each with a kind of cache.
+"""Contestants of a benchmark: models of one shape, or a source and its conversion, each with a kind of cache.
 
 A new contestant is one line in `CONTESTANTS`.
 """
@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Pr
 from transformers.cache_utils import Cache, StaticCache
 
 from egmla import EGMLACache, EGMLAConfig
+from egmla.cache_layers_egmla import GROWTH_FRACTION
 from egmla.quantization_egmla import SCALE_DTYPE, element_group_size, token_group_size
 from egmla.quantized_cache_egmla import KEPT_FIRST_TOKENS
 from egmla.utils.accounting import cache_elements_per_layer, cache_id_bytes, cache_windows, meta_model
@@ -22,9 +23,9 @@ from egmla.utils.accounting import cache_elements_per_layer, cache_id_bytes, cac
 from .decode import CacheMaker
 
 
-# Allocated beyond what is used by a growing EG-MLA cache at most: an eighth.
-GROWING_SLACK = 9 / 8
-# Fields that a Llama of the same size shares with an EG-MLA model; the others are its defaults.
+# A growing EG-MLA cache allocates at most this many times the bytes in use.
+GROWING_SLACK = 1 + 1 / GROWTH_FRACTION
+# Fields that a Llama of the same size shares with an EG-MLA model. Its other fields keep their defaults.
 LLAMA_FIELDS = (
     "vocab_size",
     "hidden_size",
@@ -37,12 +38,12 @@ LLAMA_FIELDS = (
     "max_position_embeddings",
     "tie_word_embeddings",
 )
-# Frequencies that depend on the sequence's length: a step beyond the trained one is not the step within it.
+# Rope types whose frequencies depend on the sequence length, so that steps beyond the trained length differ.
 LENGTH_ROPE = ("dynamic", "longrope")
 
 
 def fixed_cache(model: PreTrainedModel, room: int) -> Cache:
-    """An empty cache of `room` tokens allocated once: EG-MLA's own, or Transformers' `StaticCache`."""
+    """Make an empty fixed-size cache of `room` tokens: EG-MLA's own, or Transformers' `StaticCache`."""
     config: Any = model.config
     if config.model_type == "egmla":
         return EGMLACache(config, max_cache_len=room)
@@ -50,7 +51,7 @@ def fixed_cache(model: PreTrainedModel, room: int) -> Cache:
 
 
 def quantized_cache(quantization: str) -> CacheMaker:
-    """Makes EG-MLA's growing cache of `"int8"` or `"int4"` codes."""
+    """Return a maker of EG-MLA's growing cache of `"int8"` or `"int4"` codes."""
 
     def make(model: Any, room: int) -> Cache:
         return EGMLACache(model.config, quantization=quantization)
@@ -59,7 +60,7 @@ def quantized_cache(quantization: str) -> CacheMaker:
 
 
 def int8_bytes(config: EGMLAConfig, itemsize: int, tokens: int) -> int:
-    """A byte an element, and the scale of each group of elements."""
+    """Bytes of an int8 cache: one per element, and a scale per group of elements."""
     P, total = config.qk_rope_head_dim, 0
     for rank in config.layer_kv_lora_ranks:
         total += tokens * ((rank + P) + (rank + P) // element_group_size(None, rank, P) * SCALE_DTYPE.itemsize)
@@ -67,7 +68,7 @@ def int8_bytes(config: EGMLAConfig, itemsize: int, tokens: int) -> int:
 
 
 def int4_bytes(config: EGMLAConfig, itemsize: int, tokens: int) -> int:
-    """Half a byte an element, a group's scale and zero point for each, and tokens in no group as they came."""
+    """Bytes of an int4 cache: half a byte per element, scales and zero points per group, and unquantised tokens."""
     size = token_group_size(None)
     groups = max(0, tokens - KEPT_FIRST_TOKENS) // size
     total = 0
@@ -116,13 +117,13 @@ CONTESTANTS = {
     "llama-gqa4": Contestant("Llama GQA-4", "llama-gqa4"),
     "llama-gqa4-static": Contestant("Llama GQA-4, static cache", "llama-gqa4", fixed_cache),
 }
-# Against these everything else of a subject is set.
+# All other contestants of a subject are compared with these.
 OUR_ROLES = ("egmla", "converted")
 
 
 @dataclass(frozen=True)
 class Role:
-    """One model of a subject: its configuration, and the folder of its weights; random weights without."""
+    """One model of a subject: its configuration and the folder of its weights, which are random without one."""
 
     config: PreTrainedConfig
     folder: str | None = None
@@ -130,7 +131,7 @@ class Role:
 
 @dataclass
 class Subject:
-    """What is benchmarked under one name.
+    """Models that are benchmarked together under one name.
 
     Attributes:
         name (`str`): in reports.
@@ -143,10 +144,10 @@ class Subject:
     missing: dict[str, str] = field(default_factory=dict)
 
     def contestants(self, wanted: Collection[str] | None = None) -> dict[str, Contestant]:
-        """Its contestants, all or those wanted, in the order of `CONTESTANTS`.
+        """List its contestants, all or the wanted ones, in the order of `CONTESTANTS`.
 
         Raises:
-            ValueError: for a name that is not known, or that this subject does not have.
+            ValueError: for an unknown name, or a contestant that this subject does not have.
         """
         for name in wanted or ():
             if name not in CONTESTANTS:
@@ -164,12 +165,12 @@ class Subject:
 
 
 def shape_subject(name: str, config: EGMLAConfig, longest: int, folder: str | None = None) -> Subject:
-    """An EG-MLA model beside DeepSeek-V3 with its weights and Llamas of its size.
+    """Set an EG-MLA model beside DeepSeek-V3 with the same weights and Llamas of its size.
 
     Args:
         name (`str`): of the preset or checkpoint.
         config (`EGMLAConfig`): its configuration.
-        longest (`int`): tokens of the longest sequence; models without weights are made for as many.
+        longest (`int`): tokens of the longest sequence; models with random weights are made for it.
         folder (`str`, *optional*): of its weights; random ones without.
     """
     from egmla.conversion.deepseek_export import deepseek_config
@@ -209,7 +210,7 @@ def _llama_config(config: EGMLAConfig, key_value_heads: int, longest: int) -> Ll
 def pair_subject(
     names: tuple[str, str], configs: tuple[PreTrainedConfig, PreTrainedConfig], folders: tuple[str, str]
 ) -> Subject:
-    """A source beside its conversion, each with its own weights.
+    """Set a source beside its conversion, each with its own weights.
 
     Raises:
         ValueError: when both are the same.
@@ -223,10 +224,13 @@ def pair_subject(
 
 
 def check_lengths(subject: Subject, longest: int) -> None:
-    """Raises `ValueError` when a model with weights of its own cannot hold sequences of `longest` tokens as others.
+    """Check that models with their own weights can be timed with sequences of `longest` tokens.
 
-    Rotary embeddings of fixed frequencies turn at any position at the same cost, so a longer context than the model
-    was trained for can be timed; tables of positions, frequencies that depend on the length, and sliding windows not.
+    With fixed rotary frequencies any position costs the same, so contexts beyond the trained length can be timed.
+    Learned positions, frequencies that depend on the length, and sliding windows do not allow that.
+
+    Raises:
+        ValueError: for a model that does not allow it.
     """
     for role in subject.roles.values():
         if role.folder is None:
@@ -249,11 +253,11 @@ def check_lengths(subject: Subject, longest: int) -> None:
 
 
 class Models:
-    """The models of a subject in one format, made when asked for and kept until told otherwise.
+    """The models of a subject in one dtype. Each is made on first use and held until `keep` drops it.
 
     Args:
         subject (`Subject`): what they are of.
-        dtype (`torch.dtype`): their format.
+        dtype (`torch.dtype`): their dtype.
         device (`torch.device`): where they lie.
     """
 
@@ -265,11 +269,11 @@ class Models:
         self._shapes: dict[str, tuple[int, list[int]]] = {}
 
     def needed(self, role: str) -> set[str]:
-        """Roles whose models must be there for one: DeepSeek-V3 has the weights of EG-MLA, in the same memory."""
+        """Roles whose models one role needs: DeepSeek-V3 shares the memory of EG-MLA's weights."""
         return {role, "egmla"} if role == "deepseek" else {role}
 
     def get(self, role: str) -> PreTrainedModel:
-        """The model of a role, in evaluation mode; random weights are the same ones each time."""
+        """Return the model of a role, in evaluation mode. Random weights are the same each time."""
         if role not in self._loaded:
             if role == "deepseek":
                 model = _deepseek_like(self.get("egmla"), self.subject.roles[role].config, self.dtype)
@@ -279,25 +283,25 @@ class Models:
         return self._loaded[role]
 
     def keep(self, roles: Collection[str] = ()) -> None:
-        """Drops all models but those of some roles."""
+        """Drop all models but those that `roles` need."""
         kept = {needed for role in roles for needed in self.needed(role)}
         for role in [role for role in self._loaded if role not in kept]:
             del self._loaded[role]
 
     def weight_bytes(self, role: str) -> int:
-        """Bytes its weights take beyond those of the roles it needs."""
+        """Bytes of its weights beyond those of the roles it needs."""
         return 0 if role == "deepseek" else self._shape(role)[0] * self.dtype.itemsize
 
     def loaded_bytes(self) -> int:
-        """Bytes of the weights that are in memory."""
+        """Bytes of the weights in memory."""
         return sum(self.weight_bytes(role) for role in self._loaded)
 
     def cache_elements(self, role: str) -> list[int]:
-        """Elements each layer caches per token, by formula: from the configuration, without weights."""
+        """Elements that each layer caches per token, computed from the configuration."""
         return self._shape(role)[1]
 
     def cache_bytes(self, contestant: Contestant, tokens: int) -> int:
-        """Bytes that a sequence of `tokens` takes in a contestant's cache by formula, all layers."""
+        """Bytes of `tokens` tokens of one sequence in a contestant's cache, all layers, by formula."""
         config, itemsize = self.subject.roles[contestant.role].config, self.dtype.itemsize
         ids = cache_id_bytes(config) * tokens
         if contestant.cache_bytes is not None:
@@ -305,11 +309,13 @@ class Models:
         return sum(self.cache_elements(contestant.role)) * itemsize * tokens + ids
 
     def case_bytes(self, contestant: Contestant, batch_size: int, room: int, new_tokens: int = 1) -> tuple[int, int]:
-        """Memory that a contestant takes beyond its weights with `room` tokens cached, in bytes; an estimate.
+        """Estimate the bytes that a contestant needs beyond its weights, with `room` tokens cached.
 
-        Held: the cache with its slack. On the way, while it is its turn: the longer copy of a growing cache's layer,
-        expanded keys and values (DeepSeek's in fp32 again where the fused kernel does not take them) with their gates,
-        hidden states and logits.
+        Returns:
+            `tuple[int, int]`: bytes held all the time, which are the cache with its slack; and temporary bytes during
+            its turn. The latter are the copy of a growing cache's layer, expanded keys and values with their gates,
+            hidden states and logits. DeepSeek's keys and values count again in fp32 where the fused kernel refuses
+            them.
         """
         config: Any = self.subject.roles[contestant.role].config
         itemsize, elements = self.dtype.itemsize, self.cache_elements(contestant.role)
@@ -320,21 +326,21 @@ class Models:
             width = 2 * (N + V) + (N + P) + V if itemsize == 4 else 2 * (N + V) + 2 * (N + P + V)
             layer += batch_size * room * config.num_attention_heads * width * itemsize
             layer += batch_size * room * config.num_attention_heads * new_tokens * 4 * 2  # its scores
-        elif cache_id_bytes(config):  # expanded gates: their input, two steps of their making, and what they gate
+        elif cache_id_bytes(config):  # expanded gates: their input, two intermediate results, and what they gate
             N, P, V = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
             width = config.num_attention_heads * (4 * (N + V) + 2 * (N + P + V))
             width += 2 * (config.kv_gate_embedding_dim or config.hidden_size)
             layer += batch_size * room * width * itemsize
         if contestant.cache is None:
             cached *= GROWING_SLACK if config.model_type == "egmla" else 1
-            layer += 2 * max(elements) * 4 * room  # the noise it is filled with, in fp32
+            layer += 2 * max(elements) * 4 * room  # random entries in fp32
         inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
         states = batch_size * new_tokens * (12 * config.hidden_size + 4 * inner) * itemsize
         logits = 2 * batch_size * config.vocab_size * itemsize
         return int(cached), int(layer + states + logits)
 
     def _shape(self, role: str) -> tuple[int, list[int]]:
-        """Parameters, and cache elements of each layer."""
+        """Number of parameters, and cache elements of each layer."""
         if role not in self._shapes:
             empty = meta_model(self.subject.roles[role].config)
             parameters = sum(parameter.numel() for parameter in empty.parameters())
@@ -343,7 +349,7 @@ class Models:
 
 
 def make_model(role: Role, dtype: torch.dtype) -> PreTrainedModel:
-    """The model of a role, with its weights or with random ones that are the same each time."""
+    """Make the model of a role, with its weights or with random ones that are the same each time."""
     if role.folder is not None:
         return AutoModelForCausalLM.from_pretrained(role.folder, dtype=dtype)
     with torch.random.fork_rng(devices=[]):
@@ -352,7 +358,7 @@ def make_model(role: Role, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def _deepseek_like(egmla: PreTrainedModel, config: Any, dtype: torch.dtype) -> PreTrainedModel:
-    """Transformers' DeepSeek-V3 over the weights of an EG-MLA model: the same tensors, the gate left out."""
+    """Make Transformers' DeepSeek-V3 on the tensors of an EG-MLA model, without the gate."""
     from egmla.conversion.deepseek_export import query_factor
 
     with torch.device("meta"):
@@ -367,17 +373,17 @@ def _deepseek_like(egmla: PreTrainedModel, config: Any, dtype: torch.dtype) -> P
     }
     model.load_state_dict(weights, assign=True)
     model.tie_weights()
-    # The one module with a buffer that no checkpoint holds.
+    # The only module with a buffer that is in no checkpoint.
     model.model.rotary_emb = type(model.model.rotary_emb)(config)
     return model
 
 
 @contextlib.contextmanager
 def compiling() -> Iterator[Callable[[PreTrainedModel], Any]]:
-    """A function that compiles a model for decoding, as one graph, when it is first called.
+    """Yield a function that compiles a model as one graph, on its first call.
 
-    Starts from nothing and leaves nothing: earlier graphs would turn this one's sizes into variables, which makes
-    slower kernels.
+    Compiled graphs are dropped before and after. Otherwise earlier graphs would make this one's sizes dynamic, which
+    makes its kernels slower.
     """
     from torch._dynamo.utils import counters
 
@@ -390,7 +396,7 @@ def compiling() -> Iterator[Callable[[PreTrainedModel], Any]]:
 
 
 def compiled_graphs() -> int:
-    """Graphs that `torch.compile` has made since `compiling` began."""
+    """Count the graphs that `torch.compile` has made since `compiling` began."""
     from torch._dynamo.utils import counters
 
     return int(counters["stats"]["unique_graphs"])

@@ -1,8 +1,8 @@
-"""Decode and prefill speed: synthetic past, single-token steps at a stated context, contestants taking turns.
+"""Time decoding and prefill: single-token steps at a given context, with contestants interleaved.
 
-A prompt of that length would take minutes to read and says nothing about decoding, so the cache is filled with random
-entries of the size real ones have. Turns (A, B, C, A, B, C, ...) let a machine's drift hit all contestants alike, and
-figures of one round make pairs.
+Reading a prompt of that length would take minutes and says nothing about decoding. So the cache is filled with random
+entries of realistic size. Contestants are interleaved (A, B, C, A, B, C, ...), so that a machine's drift hits all of
+them alike. Times of one round make pairs.
 """
 
 import math
@@ -19,19 +19,19 @@ from egmla.utils.accounting import cache_id_bytes, cache_nbytes
 from egmla.utils.timing import Timer
 
 
-# Makes a model's empty cache with room for a number of tokens; None for the model's own default.
+# Makes an empty cache of a model, for a number of tokens; None stands for the model's own default.
 CacheMaker = Callable[[PreTrainedModel, int], Cache]
 
 
 @dataclass
 class DecodeTiming:
-    """What was timed for one contestant.
+    """Times of one contestant.
 
     Attributes:
-        context (`int`): tokens in the cache when a turn starts.
+        context (`int`): tokens in the cache at the start of each turn.
         batch_size (`int`): sequences decoded at once.
         turns (`list[list[float]]`): seconds of each step of each turn.
-        cache_used_bytes, cache_allocated_bytes (`int`): of the filled cache.
+        cache_used_bytes, cache_allocated_bytes (`int`): bytes of the filled cache.
     """
 
     context: int
@@ -42,22 +42,22 @@ class DecodeTiming:
 
     @property
     def seconds(self) -> list[float]:
-        """Seconds of each step, all turns."""
+        """Seconds of each step, of all turns."""
         return [step for turn in self.turns for step in turn]
 
     @property
     def median(self) -> float:
-        """Seconds of a step, median."""
+        """Median seconds of a step."""
         return statistics.median(self.seconds)
 
     @property
     def p10(self) -> float:
-        """Seconds that a tenth of the steps stay below."""
+        """Tenth percentile of the seconds of a step."""
         return self._decile(0)
 
     @property
     def p90(self) -> float:
-        """Seconds that nine tenths of the steps stay below."""
+        """Ninetieth percentile of the seconds of a step."""
         return self._decile(8)
 
     def _decile(self, index: int) -> float:
@@ -72,7 +72,7 @@ class DecodeTiming:
 
 
 def pair_ratios(ours: DecodeTiming, theirs: DecodeTiming) -> list[float]:
-    """How many times longer a step of theirs takes than one of ours, by medians of the turns of each round."""
+    """Ratio of their median step time to ours, one per round."""
     pairs = zip(ours.turns, theirs.turns, strict=True)
     return [statistics.median(their_turn) / statistics.median(our_turn) for our_turn, their_turn in pairs]
 
@@ -81,16 +81,16 @@ def pair_ratios(ours: DecodeTiming, theirs: DecodeTiming) -> list[float]:
 def synthetic_cache(
     model: PreTrainedModel, context: int, batch_size: int = 1, seed: int = 0, cache: Cache | None = None
 ) -> Cache:
-    """A cache holding `context` tokens of random entries, the same ones for each sequence.
+    """Fill a cache with `context` tokens of random entries, the same for each sequence.
 
-    The model reads one token, which shows each layer's shape, dtype and scale; normal noise of that scale follows.
+    The model reads one token, which shows each layer's shape, dtype and scale. Normal noise of that scale follows.
 
     Args:
-        model (`PreTrainedModel`): whose cache it is.
+        model (`PreTrainedModel`): the model that will read the cache.
         context (`int`): tokens.
         batch_size (`int`): sequences.
-        seed (`int`): of the noise.
-        cache (`Cache`, *optional*): an empty one to fill; a new one of the model's own default kind otherwise.
+        seed (`int`): seed of the noise.
+        cache (`Cache`, *optional*): an empty cache to fill; by default a new one of the model's default class.
 
     Raises:
         ValueError: when `context` or `batch_size` is not positive.
@@ -98,7 +98,7 @@ def synthetic_cache(
     if context < 1 or batch_size < 1:
         raise ValueError(f"context={context} and batch_size={batch_size}: both must be at least 1.")
     ids = torch.zeros((batch_size, 1), dtype=torch.long, device=model.device)
-    # Uncompiled: this is another graph than the step to be timed.
+    # Uncompiled: this would be another graph than the step to be timed.
     model = getattr(model, "_orig_mod", model)
     filled: Any = model(ids, use_cache=True, past_key_values=cache).past_key_values
     if context == 1:
@@ -110,8 +110,8 @@ def synthetic_cache(
             torch.randint(model.config.vocab_size, shape, generator=generator, device=model.device)
         )
     for index, layer in enumerate(filled.layers):
-        # DynamicCache holds keys and values, EGMLACache latents and rotary keys, under the same names; static layers
-        # have empty slots behind.
+        # DynamicCache holds keys and values, EGMLACache latents and rotary keys, under the same names. Static layers
+        # have empty slots after them.
         entries = [_noise_like(tensor[..., :1, :], context - 1, generator) for tensor in (layer.keys, layer.values)]
         if hasattr(filled, "append"):
             filled.append(*entries, index)
@@ -121,7 +121,7 @@ def synthetic_cache(
 
 
 def _noise_like(tensor: torch.Tensor, tokens: int, generator: torch.Generator) -> torch.Tensor:
-    """Noise of the scale of `tensor` `[B, H, 1, width]`, as many tokens of it; all sequences are one in memory."""
+    """Make `tokens` tokens of noise at the scale of `tensor` `[B, H, 1, width]`; all sequences share its memory."""
     scale = float(tensor.float().square().mean().sqrt()) if tensor.numel() else 0.0
     shape = (1, *tensor.shape[1:-2], tokens, tensor.shape[-1])
     noise = torch.randn(shape, generator=generator, device=tensor.device).mul_(scale).to(tensor.dtype)
@@ -129,11 +129,11 @@ def _noise_like(tensor: torch.Tensor, tokens: int, generator: torch.Generator) -
 
 
 def rewind(cache: Cache, tokens: int) -> None:
-    """Forgets the last `tokens` tokens of a cache, of static ones too, which Transformers cannot crop."""
+    """Drop the last `tokens` tokens of a cache. Static caches too, which Transformers cannot crop."""
     layers: Any = cache.layers
     for layer in layers:
         if isinstance(layer, StaticLayer):
-            layer.cumulative_length.sub_(tokens)  # in place: compiled graphs know its address
+            layer.cumulative_length.sub_(tokens)  # in place: compiled graphs hold its address
         else:
             layer.crop(-tokens)
 
@@ -153,20 +153,20 @@ def time_decode(
     before_round: Callable[[], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, DecodeTiming]:
-    """Times single-token decode steps of several models at one context, in turns.
+    """Time single-token decode steps of several models at one context, interleaved.
 
     Args:
         models (`Mapping[str, PreTrainedModel]`): the contestants by name.
-        context (`int`): tokens in each cache when a turn starts; a turn ends `warmup + steps` tokens further.
-        caches (`Mapping[str, CacheMaker]`, *optional*): what makes a contestant's cache; the model's default if none.
+        context (`int`): tokens in each cache at the start of a turn, which adds `warmup + steps` tokens.
+        caches (`Mapping[str, CacheMaker]`, *optional*): makes a contestant's cache; the model's default without one.
         steps (`int`): timed steps of a turn.
         rounds (`int`): turns of each contestant.
-        warmup (`int`): steps before the timed ones of each turn (other contestants have used the processor's caches).
-        first_warmup (`int`, *optional*): the same for the first turn, where there is more to warm up.
+        warmup (`int`): untimed steps at the start of each turn, as other contestants have used the processor's caches.
+        first_warmup (`int`, *optional*): the same for the first turn, which needs more.
         batch_size (`int`): sequences decoded at once.
-        turn_seconds (`float`): a turn that takes longer ends after the step at hand, with one timed step at least.
+        turn_seconds (`float`): a turn that takes longer ends after the current step, with at least one timed step.
         before_round (*optional*): called before each round.
-        progress (*optional*): called with (turns done, turns in all).
+        progress (*optional*): called with (turns done, turns in total).
 
     Returns:
         `dict[str, DecodeTiming]`: the steps timed for each model.
@@ -205,7 +205,7 @@ def time_decode(
 def time_turn(
     model: PreTrainedModel, cache: Cache, steps: int, warmup: int, batch_size: int = 1, turn_seconds: float = math.inf
 ) -> list[float]:
-    """Seconds of each timed step: one forward pass and the choice of the next token, as greedy decoding does it."""
+    """Time the steps of one turn in seconds: a forward pass and the greedy choice of the next token."""
     timer = Timer(model.device)
     token = torch.zeros((batch_size, 1), dtype=torch.long, device=model.device)
 
@@ -234,12 +234,12 @@ def time_prefill(
     batch_size: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, list[float]]:
-    """Seconds in which each model reads a prompt of `tokens` tokens into an empty cache, in turns.
+    """Time how each model reads a prompt of `tokens` tokens into an empty cache, interleaved.
 
     Args:
-        models, caches, batch_size, progress: as of `time_decode`.
+        models, caches, batch_size, progress: as in `time_decode`.
         tokens (`int`): tokens of each prompt.
-        rounds (`int`): timed turns of each model, after one that is not.
+        rounds (`int`): timed turns of each model, after an untimed one.
 
     Returns:
         `dict[str, list[float]]`: seconds of each turn.

@@ -1,4 +1,4 @@
-"""Limits of this machine: memory bandwidth and matmul speed."""
+"""Measure the limits of this machine: memory bandwidth and matmul speed."""
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -11,29 +11,29 @@ from egmla.cpu_egmla import inference_matmul
 from egmla.utils.timing import Timer
 
 
-# Bytes of the matrices that bandwidth is measured on: more than the last cache of any processor.
+# Bytes of the matrices that bandwidth is measured with: more than the last-level cache of any processor.
 SWEEP_BYTES = 512 * 2**20
-# Side of one of them, when there is room: larger gives no more.
+# Largest side of one of them; larger matrices give no more bandwidth.
 SIDE = 4096
-# Side of those that are multiplied with each other, doubled until one product takes PRODUCT_SECONDS: without
-# instructions for it, bf16 is slower by a factor of hundreds.
+# First side of the matrices of a matmul. It is doubled until one matmul takes PRODUCT_SECONDS: without instructions
+# for it, bf16 is hundreds of times slower.
 PRODUCT_SIDE = 256
 PRODUCT_SECONDS = 0.02
-# Of matrix-vector products and of plain reading; no step beats the higher one.
+# Bandwidth of GEMV and of plain reading. No step is faster than the higher one allows.
 BANDWIDTHS = ("gemv_bytes_per_second", "read_bytes_per_second")
 
 
 class Limits:
-    """Bytes per second of sweeping matrices once each, and operations per second of products of large matrices.
+    """Measure memory bandwidth by reading matrices once each, and matmul speed on large matrices.
 
-    The product of a matrix with a vector is what decoding at batch 1 does with weights, in the kernel of `nn.Linear`
-    or, where EG-MLA's layers have another, the faster of the two. A plain sum may read faster than either, and what is
-    compiled comes near it. Attention of all heads over one latent may be bound by arithmetic instead.
+    Decoding at batch 1 multiplies weights with a vector (GEMV). That is measured with the kernel of `nn.Linear` and
+    with the one of EG-MLA's layers, and the faster one counts. A plain sum may read faster than both; compiled models
+    come near it. Attention of all heads over one latent may be limited by arithmetic instead.
 
     Args:
-        dtype (`torch.dtype`): number format of the matrices.
-        device (`torch.device`): where they lie.
-        nbytes (`int`): their bytes together.
+        dtype (`torch.dtype`): dtype of the matrices.
+        device (`torch.device`): their device.
+        nbytes (`int`): their total bytes.
     """
 
     def __init__(self, dtype: torch.dtype, device: torch.device | str = "cpu", nbytes: int = SWEEP_BYTES):
@@ -46,7 +46,7 @@ class Limits:
 
     @torch.no_grad()
     def gemv(self) -> float:
-        """Bytes per second of one sweep of products with a vector."""
+        """Bytes per second of GEMV over all matrices."""
 
         def sweep(product: Callable[..., torch.Tensor]) -> float:
             return self._timer.measure(lambda: [product(self._vector, matrix) for matrix in self.matrices])[1]
@@ -58,14 +58,14 @@ class Limits:
 
     @torch.no_grad()
     def read(self) -> float:
-        """Bytes per second of one sweep of sums."""
+        """Bytes per second of summing all matrices."""
         _, seconds = self._timer.measure(lambda: [matrix.view(torch.float32).sum() for matrix in self.matrices])
         return self.nbytes / seconds
 
     def multiply(self) -> float:
-        """Floating point operations per second of one product of square matrices, multiply and add being two.
+        """Floating point operations per second of one matmul; a multiplication and an addition count as two.
 
-        On a CPU of fp32 ones where that is faster: attention kernels may sum in another format than weights have.
+        On a CPU fp32 is measured too and the faster dtype counts, as attention kernels may compute in fp32.
         """
         dtypes = {self._vector.dtype}
         if self._vector.device.type == "cpu":
@@ -84,7 +84,7 @@ class Limits:
             side *= 2
 
     def measure(self) -> dict[str, float]:
-        """All three, by the names they have in reports."""
+        """Measure all three, under their names in reports."""
         return {
             "gemv_bytes_per_second": self.gemv(),
             "read_bytes_per_second": self.read(),
@@ -93,10 +93,10 @@ class Limits:
 
 
 def median_limits(measured: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The medians of what `Limits.measure` gave several times."""
+    """Medians over several results of `Limits.measure`."""
     return {name: statistics.median(row[name] for row in measured) for name in measured[0]}
 
 
 def bandwidth(limits: Mapping[str, float]) -> float:
-    """The higher one of the bandwidths in what `Limits.measure` gave, bytes per second."""
+    """The higher of the two bandwidths in a result of `Limits.measure`, in bytes per second."""
     return max(limits[name] for name in BANDWIDTHS)

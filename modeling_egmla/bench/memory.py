@@ -1,6 +1,6 @@
-"""Memory of one contestant in a process of its own: its peak, and what a decode run adds.
+"""Measure the memory of one contestant in a process of its own: its peak, and what decoding adds.
 
-`python -m egmla.bench.memory` reads what to measure as JSON from standard input and prints figures as JSON.
+`python -m egmla.bench.memory` reads the arguments of `measure` as JSON from stdin and prints its result as JSON.
 """
 
 import ctypes
@@ -24,15 +24,15 @@ from .decode import synthetic_cache
 
 
 def measure_apart(role: Role, contestant: str, **options: Any) -> dict[str, Any]:
-    """Memory of a contestant, measured in a fresh process with as many threads as this one.
+    """Measure the memory of a contestant in a new process with as many threads as this one.
 
     Args:
         role (`Role`): its model.
         contestant (`str`): its name in `CONTESTANTS`.
-        **options: further arguments of `measure`.
+        **options: more arguments of `measure`.
 
     Returns:
-        `dict`: as of `measure`; or `error` with the last line of what the process said, when it failed.
+        `dict`: as `measure`; or `error` with the last line that the process printed, when it failed.
     """
     options |= {"contestant": contestant, "folder": role.folder, "threads": torch.get_num_threads()}
     options["cpu_kernel"] = cpu_operators() is not None
@@ -40,7 +40,7 @@ def measure_apart(role: Role, contestant: str, **options: Any) -> dict[str, Any]
     command = [sys.executable, "-m", "egmla.bench.memory"]
     done = subprocess.run(command, input=json.dumps(options), capture_output=True, text=True)
     if done.returncode:
-        # Killed for its memory, most likely, where it said nothing.
+        # A process that printed nothing was most likely killed for its memory.
         said = done.stderr.strip().splitlines() or [f"ended with code {done.returncode}"]
         return {"error": said[-1]}
     return json.loads(done.stdout.splitlines()[-1])
@@ -62,19 +62,19 @@ def measure(
     threads: int = 1,
     cpu_kernel: bool = False,
 ) -> dict[str, Any]:
-    """Fills a cache to `context` tokens, decodes `warmup` and then `tokens` more, and follows this process's memory.
+    """Fill a cache to `context` tokens, decode `warmup` and then `tokens` more, and measure this process's memory.
 
-    What the C library keeps of freed memory is given back before each reading: what remains is held. What is made on
-    the way and freed again shows in `decode_peak_bytes`.
+    Before each reading the C library returns freed memory to the system, so a reading holds only memory in use.
+    Temporary memory shows in `decode_peak_bytes`.
 
     Args:
         contestant (`str`): name in `CONTESTANTS`.
-        dtype, batch_size, context, device: as of `BenchSettings`, one of each.
-        warmup, tokens (`int`): steps before the first reading and between both.
-        seconds (`float`): the run ends early beyond this.
-        folder, config (*optional*): of the model's weights; its configuration where weights are random.
+        dtype, batch_size, context, device: as in `BenchSettings`, one of each.
+        warmup, tokens (`int`): steps before the first reading, and between the two readings.
+        seconds (`float`): a longer run ends early.
+        folder, config (*optional*): the folder of the weights; the configuration if weights are random.
         threads (`int`): CPU threads.
-        cpu_kernel (`bool`): with the compiled kernel.
+        cpu_kernel (`bool`): use the CPU kernel.
 
     Returns:
         `dict`: bytes, resident on a CPU and allocated on a GPU: `weight_bytes`, `before_bytes`, `after_bytes`,

@@ -1,6 +1,6 @@
-"""The gate before any timing: every contestant must give the logits that its model gives without a cache.
+"""The parity check before any timing: each contestant must give the logits that its model gives without a cache.
 
-For EG-MLA that is the absorbed path against the expanded one. EG-MLA with its gates at identity must also give the
+For EG-MLA this compares the absorbed path with the expanded one. EG-MLA with its gates at identity must also give the
 logits of DeepSeek-V3 with the same weights.
 """
 
@@ -14,25 +14,24 @@ from transformers import PreTrainedModel
 from .contestants import Contestant, Models, compiling
 
 
-# Tokens read at once, and one by one behind them.
-# Enough for two groups of tokens of an int4 cache.
+# Tokens of the prompt, and tokens decoded one by one after it. The prompt fills two token groups of an int4 cache.
 PROMPT, STEPS = 140, 4
-# Sums in another order, relative to the largest logit where that is above 1. Format, then how much.
+# Allowed difference per dtype, from sums in another order; relative to the largest logit if that is above 1.
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
 class ParityError(ValueError):
-    """Two ways to the same logits disagree, so no figure of either may be published."""
+    """Two ways to compute the same logits disagree, so results of neither may be published."""
 
 
 @torch.no_grad()
 def check_parity(models: Models, contestants: Mapping[str, Contestant], most: int | None = None) -> list[dict]:
-    """Compares logits of contestants over a prompt and decode steps, one model after another.
+    """Compare logits of contestants over a prompt and decode steps, one model after another.
 
     Args:
-        models (`Models`): the models, in the format that is to be timed.
-        contestants (`Mapping[str, Contestant]`): whom to check.
-        most (`int`, *optional*): tokens that the models can read at most.
+        models (`Models`): the models, in the dtype that will be timed.
+        contestants (`Mapping[str, Contestant]`): the contestants to check.
+        most (`int`, *optional*): the most tokens that the models can read.
 
     Returns:
         `list[dict]`: contestant, what it was compared with, largest difference, and the difference allowed.
@@ -66,7 +65,7 @@ def _ids(model: PreTrainedModel, length: int) -> torch.Tensor:
 
 
 def _cached_logits(models: Models, contestant: Contestant, ids: torch.Tensor) -> torch.Tensor:
-    """Logits `[1, T, vocab_size]` with a cache: a prompt, and single steps as they are timed."""
+    """Compute logits `[1, T, vocab_size]` with a cache: a prompt, then single steps as they are timed."""
     model = models.get(contestant.role)
     prompt = max(1, ids.shape[1] - STEPS)
     cache = None if contestant.cache is None else contestant.cache(model, ids.shape[1])
@@ -88,16 +87,16 @@ def _row(
     allowed = (tolerance or TOLERANCES[dtype]) * max(1.0, float(expected.float().abs().max()))
     if not difference <= allowed:  # NaN as well
         raise ParityError(
-            f"Parity gate: {name} differs from {against} by {difference:.1e} in "
+            f"Parity check: {name} differs from {against} by {difference:.1e} in "
             f"{str(dtype).removeprefix('torch.')}, and {allowed:.1e} is allowed; nothing is timed. Its logits are "
-            "wrong, so find out why before measuring (tests/test_deepseek_parity.py, tests/test_cache.py)."
+            "wrong, so find out why before measuring (tests/model/test_deepseek_parity.py, tests/cache/test_cache.py)."
         )
     return {"contestant": name, "against": against, "difference": difference, "allowed": allowed}
 
 
 @contextlib.contextmanager
 def gates_at_identity(model: PreTrainedModel) -> Iterator[None]:
-    """Sets every gate of an EG-MLA model to exactly 1 for a while."""
+    """Set every gate of an EG-MLA model to exactly 1 inside the block."""
     norms = [module for name, module in model.named_modules() if name.endswith("kv_gate_norm")]
     kept = [(norm.weight.clone(), norm.bias.clone()) for norm in norms]
     try:

@@ -8,7 +8,7 @@ from typing import Any
 from egmla.utils.plotting import COLOURS, check_matplotlib
 
 
-# Of a benchmark: figure of a row, heading, file.
+# File name: key of a row, heading, scale.
 BENCH_FIGURES = {
     "ms_per_token.png": ("ms_median", "ms per decode step (bars: 10 to 90 %)", 1.0),
     "cache_bytes.png": ("cache_used_bytes", "cache in use, MiB", 2.0**-20),
@@ -17,12 +17,12 @@ LINE_STYLES = ("-", "--", ":", "-.")
 
 
 def plot_bench(report: Mapping[str, Any], folder: str | os.PathLike) -> None:
-    """Draws time of a decode step and cache bytes against the context, a panel per subject, format and batch.
+    """Draw the time of a decode step and cache bytes against the context, one panel per subject, dtype and batch.
 
-    Models have colours, their kinds of cache line styles; both axes are logarithmic.
+    A model has a colour, a kind of cache a line style. Both axes are logarithmic.
 
     Args:
-        report (`Mapping`): as of `run_bench`.
+        report (`Mapping`): as `run_bench` returns it.
         folder (`str`): where to save `ms_per_token.png` and `cache_bytes.png`.
 
     Raises:
@@ -33,7 +33,7 @@ def plot_bench(report: Mapping[str, Any], folder: str | os.PathLike) -> None:
 
     rows = report["decode"]
     styles: dict[str, tuple[str, str]] = {}
-    roles: dict[str, int] = {}  # of each, how many contestants there are
+    roles: dict[str, int] = {}  # number of contestants of each role
     for name in CONTESTANTS:
         if any(row["contestant"] == name for row in rows):
             role = CONTESTANTS[name].role

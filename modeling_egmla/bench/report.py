@@ -1,4 +1,4 @@
-"""What a benchmark leaves: its report in `bench.json`, and figures derived from its rows."""
+"""The report of a benchmark, `bench.json`, and results derived from its rows."""
 
 import json
 import statistics
@@ -17,25 +17,25 @@ from .limits import bandwidth
 
 
 REPORT = "bench.json"
-# Raised when rows hold something new that is read back.
+# Raise it when rows hold something new that is read back.
 FORMAT = 2
-# Kinds of rows, each of one contestant in one case.
+# Kinds of rows. A row is about one contestant in one case.
 KINDS = ("parity", "decode", "ratios", "prefill", "memory", "skipped", "slopes")
-# From this context on the slope of time against context is taken: below it, weights and small operations rule.
+# Slopes start at this context: below it, weights and small operations dominate.
 SLOPE_CONTEXT = 2048
 
 
 def summary(report: Mapping[str, Any]) -> dict[str, Any]:
-    """A report without the seconds of each step."""
+    """Copy a report without the seconds of each step."""
     decode = [{name: value for name, value in row.items() if name != "turns"} for row in report["decode"]]
     return {**report, "decode": decode}
 
 
 def slopes(report: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """How time, bytes and operations grow with the context, for each contestant measured at two long ones at least.
+    """Fit how time, bytes and operations grow with the context, for contestants with at least two long contexts.
 
-    In milliseconds per 1,024 tokens of each sequence, by least squares: bytes over the higher of the measured
-    bandwidths, operations over the speed of large products (in the model's format or fp32), medians.
+    Slopes are in milliseconds per 1,024 tokens of each sequence, by least squares. Bytes become milliseconds by the
+    higher of the measured bandwidths, operations by the measured matmul speed; both are medians.
     """
     groups: dict[tuple, list[Mapping[str, Any]]] = {}
     for row in report["decode"]:
@@ -73,18 +73,18 @@ def _slope(x: Sequence[float], y: Sequence[float]) -> float:
 
 
 def share_of_ceiling(bytes_read: float, bandwidth: float, seconds: float) -> float:
-    """How near a step is to one that only reads its bytes, at a bandwidth in bytes per second: 1 is the limit."""
+    """Time of reading `bytes_read` at `bandwidth` bytes per second, as a fraction of a step's time: 1 is the limit."""
     return bytes_read / bandwidth / seconds
 
 
 def open_report(output: Path, subjects: Sequence[Subject], settings: Mapping[str, Any], device: str) -> dict[str, Any]:
-    """The report of an earlier run in a folder, or a new one.
+    """Open the report of an earlier run in a folder, or make a new one.
 
     Args:
         output (`Path`): the folder.
-        subjects (`Sequence[Subject]`): what is to be measured.
-        settings (`Mapping`): what figures depend on.
-        device (`str`): where they are measured.
+        subjects (`Sequence[Subject]`): what will be measured.
+        settings (`Mapping`): settings that results depend on.
+        device (`str`): the device of the run.
 
     Raises:
         FileExistsError: when the folder is a file.
@@ -112,7 +112,7 @@ def open_report(output: Path, subjects: Sequence[Subject], settings: Mapping[str
     changed += [name for name, roles in shapes.items() if report["subjects"].get(name, roles) != roles]
     if changed:
         raise ValueError(
-            f"{output} holds figures taken otherwise ({', '.join(changed)}), and those of both could not be compared; "
+            f"{output} holds figures taken otherwise ({', '.join(changed)}), not comparable with new ones; "
             "choose another folder or remove it."
         )
     report["subjects"] |= shapes
@@ -120,7 +120,7 @@ def open_report(output: Path, subjects: Sequence[Subject], settings: Mapping[str
 
 
 def _fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What makes a model of a shape: its configuration without what says where it came from, or how long it may be."""
+    """Fields of a configuration that decide a model's shape: neither its origin nor its longest context."""
     left_out = (
         "_name_or_path",
         "transformers_version",

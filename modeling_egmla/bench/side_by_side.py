@@ -1,4 +1,4 @@
-"""One table over several models: cache bytes, perplexity and decode speed, measured side by side."""
+"""Measure several models side by side for `egmla demo`: cache bytes, perplexity and decode speed in one table."""
 
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +16,7 @@ from .decode import time_decode
 
 @dataclass
 class ComparisonRow:
-    """What was measured for one model.
+    """Results of one model.
 
     Attributes:
         model (`str`): its name in the table.
@@ -55,7 +55,7 @@ def compare(
     rounds: int = 4,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> list[ComparisonRow]:
-    """Measures models that share a tokenizer.
+    """Measure models that share a tokenizer.
 
     Args:
         models (`Mapping[str, PreTrainedModel]`): the models by name.
@@ -107,7 +107,7 @@ def _of_stage(progress: Callable[[str, int, int], None] | None, stage: str) -> C
 def measurement_notes(
     models: Mapping[str, PreTrainedModel], window: int, max_windows: int | None, context: int
 ) -> dict:
-    """What a reader needs to judge the figures: versions, threads, number format, sizes."""
+    """Describe the measurement for readers of its results: versions, threads, dtype, sizes."""
     import transformers
 
     dtypes = {str(model.dtype).removeprefix("torch.") for model in models.values()}
@@ -125,7 +125,7 @@ def measurement_notes(
 
 
 def plot_comparison(rows: Sequence[ComparisonRow], path: str | os.PathLike, title: str, note: str = "") -> None:
-    """Draws a bar chart per figure of merit, the models side by side in each, and saves it as PNG.
+    """Draw a bar chart per result, with the models side by side, and save it as PNG.
 
     Args:
         rows (`Sequence[ComparisonRow]`): the models, at most six.
@@ -135,7 +135,7 @@ def plot_comparison(rows: Sequence[ComparisonRow], path: str | os.PathLike, titl
 
     Raises:
         ImportError: without matplotlib; the message says how to install it.
-        ValueError: for no rows, or more than there are colours.
+        ValueError: for no rows, or more rows than colours.
     """
     if not 1 <= len(rows) <= len(COLOURS):
         raise ValueError(f"{len(rows)} models: from 1 to {len(COLOURS)} can be drawn.")

@@ -9,6 +9,10 @@ from .common import Device
 from .scoring import Threads
 
 
+# Runs estimated longer than this come with advice.
+LONG_SECONDS = 600
+
+
 def bench(
     models: Annotated[
         list[str] | None,
@@ -33,12 +37,18 @@ def bench(
     output: Annotated[
         Path, typer.Option(metavar="FOLDER", help="For bench.json, ms_per_token.png, cache_bytes.png.")
     ] = Path("egmla-bench"),
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and leave.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the report as one JSON line; always done when stdout is no terminal.")
+    ] = False,
 ) -> None:
-    """Time decoding against other models of the same size; run it again after an interruption, and it goes on."""
+    """Time decoding against other models of the same size. The same command resumes an interrupted run."""
     import json
+    import sys
 
     from rich.console import Console
 
+    from egmla.bench.plan import plan_bench
     from egmla.bench.report import summary
     from egmla.bench.run import BenchSettings, run_bench
 
@@ -62,6 +72,11 @@ def bench(
     settings.check()
     subjects = _subjects(models or ["egmla-kv64-120m"], settings.longest)
     stderr = Console(stderr=True, soft_wrap=True, highlight=False)
+    plan = _describe_plan(plan_bench(subjects, settings, output), settings, output)
+    if dry_run:
+        typer.echo(plan)
+        return
+    typer.echo(plan, err=True)
     with progress_bars() as progress:
         report = run_bench(
             subjects, settings, output, progress=progress, say=lambda text: stderr.print(text, markup=False)
@@ -71,7 +86,45 @@ def bench(
     console().print(
         f"Left in {output}: bench.json, ms_per_token.png, cache_bytes.png.", style="dim", markup=False, soft_wrap=True
     )
-    typer.echo(json.dumps(summary(report)))
+    if as_json or not sys.stdout.isatty():
+        typer.echo(json.dumps(summary(report)))
+
+
+def _describe_plan(plan, settings, output: Path) -> str:
+    """The plan in words: what will be measured, for how long, and how to make it shorter."""
+
+    def numbers(values) -> str:
+        return ", ".join(f"{value:,}" for value in values)
+
+    lines = [f"{name}: {', '.join(contestants)}" for name, contestants in plan.contestants.items()]
+    lines.append(
+        f"{', '.join(settings.dtypes)}; batch {numbers(settings.batch_sizes)}; {numbers(settings.contexts)} tokens in "
+        f"the cache; {settings.rounds} rounds of {settings.steps} steps"
+    )
+    if settings.prefill_tokens:
+        lines.append(f"prefill of {settings.prefill_tokens:,} tokens")
+    if settings.memory_tokens:
+        lines.append(f"memory over {settings.memory_tokens:,} tokens, each in a process of its own")
+    left = plan.decodes - plan.done
+    done = f" ({plan.done:,} more are finished in {output})" if plan.done else ""
+    lines.append(
+        f"{left:,} timings to take{done}: about {_duration(plan.seconds)} on this machine ({settings.device})."
+    )
+    if left and plan.seconds > LONG_SECONDS:
+        lines.append(
+            "Shorter: fewer of --context, --batch, --dtype or --contestants, or --rounds 3; for example "
+            "--context 2048,8192 --batch 1 --dtype bfloat16."
+        )
+    lines.append(f"Each finished case is saved in {output}; Ctrl-C stops, and the same command resumes.")
+    return "Plan\n" + "\n".join(f"  {line}" for line in lines)
+
+
+def _duration(seconds: float) -> str:
+    """An estimate for people: 40 seconds, 12 minutes, 3 hours."""
+    for unit, size in (("hour", 3600), ("minute", 60)):
+        if seconds >= 1.5 * size:
+            return f"{seconds / size:.0f} {unit}s"
+    return f"{max(1, round(seconds))} seconds"
 
 
 def _counts(option: str, text: str) -> tuple[int, ...]:

@@ -38,8 +38,9 @@ def compare(
     """Score a source and its conversions side by side; run it again after an interruption, and it goes on."""
     from rich.console import Console
 
-    from egmla.evaluation.compare import compare_scores, plot_scores
+    from egmla.evaluation.compare import compare_scores
     from egmla.evaluation.harness import parse_model_args, parse_settings
+    from egmla.evaluation.plots import plot_scores
     from egmla.utils.plotting import check_matplotlib
 
     from .common import console, quiet_lm_eval, quiet_transformers, read_limit, split_names

@@ -1,8 +1,7 @@
-"""Scores of several models side by side: paired differences, cache bytes, and a run that can be interrupted."""
+"""Score several models side by side: paired differences, cache bytes, and a run that can be interrupted."""
 
 import hashlib
 import json
-import math
 import os
 import re
 import time
@@ -11,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from egmla.utils.accounting import cache_elements_per_layer, cache_id_bytes
 from egmla.utils.files import check_writable
 
 from .harness import (
@@ -24,16 +24,10 @@ from .harness import (
     task_leaves,
     write_results,
 )
+from .paired import paired_stderr
 
 
-# How lm-eval makes a figure of the mean of its questions' values, for aggregations where that is all there is to it.
-OF_THE_MEAN: dict[str, Callable[[float], float]] = {
-    "mean": lambda mean: mean,
-    "perplexity": lambda mean: math.exp(-mean),
-    "weighted_perplexity": lambda mean: math.exp(-mean),
-    "bits_per_byte": lambda mean: -mean / math.log(2),
-}
-# The metrics whose aggregation lm-eval's task files leave to the metric itself.
+# Metrics whose aggregation lm-eval's task files leave to the metric itself.
 DEFAULT_AGGREGATIONS = {
     "word_perplexity": "weighted_perplexity",
     "byte_perplexity": "weighted_perplexity",
@@ -43,16 +37,16 @@ DEFAULT_AGGREGATIONS = {
 
 @dataclass
 class Score:
-    """One model's figure on one task.
+    """The result of one model on one task.
 
     Attributes:
-        model, task, metric, filter (`str`): what it is of.
-        value (`float`): lm-eval's figure.
+        model, task, metric, filter (`str`): what was scored.
+        value (`float`): lm-eval's result.
         stderr (`float`, *optional*): lm-eval's standard error.
-        questions (`int`): how many it rests on.
+        questions (`int`): how many were asked.
         difference (`float`, *optional*): value minus the source's; None for the source.
-        difference_stderr (`float`, *optional*): standard error of the difference over the same questions (jackknife,
-            which for a mean is the usual one); None where the questions' values are not known.
+        difference_stderr (`float`, *optional*): standard error of the difference over the same questions (jackknife;
+            for a mean that is the usual one); None where the questions' values are not known.
     """
 
     model: str
@@ -68,12 +62,12 @@ class Score:
 
 @dataclass
 class ModelScores:
-    """A model of the comparison.
+    """One model of a comparison.
 
     Attributes:
         name, path (`str`): its label and where it was loaded from.
         cache_elements_per_token (`int`): over all layers, counted in the cache of a forward pass.
-        cache_bytes_per_token (`int`): the same in bytes of the model's number format.
+        cache_bytes_per_token (`int`): the same in bytes, in the model's dtype.
         results (`dict`): its results, in lm-eval's format.
     """
 
@@ -86,7 +80,7 @@ class ModelScores:
 
 @dataclass
 class Comparison:
-    """What `compare_scores` found: models in the order given, the source first, and their scores."""
+    """Result of `compare_scores`: the models in the order given, the source first, and their scores."""
 
     models: list[ModelScores]
     scores: list[Score]
@@ -110,17 +104,17 @@ def compare_scores(
     say: Callable[[str], None] | None = None,
     **settings: Any,
 ) -> Comparison:
-    """Scores models on the same questions; the first is the one the others are compared with.
+    """Score models on the same questions, and compare each with the first one, the source.
 
-    Each model's result on a task is saved in `output` as soon as there is one. A run with the same settings takes
-    up what an interrupted one left; a model whose files changed since is scored again.
+    Each model's result on each task is saved in `output` at once. The same call resumes an interrupted run. A model
+    whose files have changed is scored again.
 
     Args:
         models (`Sequence[str]`): folders or hub ids, the source first.
-        tasks (`Sequence[str]`): as of `evaluate`; the groups of this package are run task by task.
+        tasks (`Sequence[str]`): as in `evaluate`; the groups of this package are run task by task.
         output (`str`): folder for `comparison.json`, one file in lm-eval's format per model, and the finished parts.
         say (*optional*): called with a line of text at each step.
-        limit, num_fewshot, batch_size, model_args, data_dir, include_path, **settings: as of `evaluate`.
+        limit, num_fewshot, batch_size, model_args, data_dir, include_path, **settings: as in `evaluate`.
 
     Returns:
         `Comparison`: also written to `comparison.json`.
@@ -167,7 +161,7 @@ def compare_scores(
                 part = _run(loaded, model, arguments, task, manager, limit, num_fewshot, batch_size, settings)
                 part = {"key": key, "seconds": round(time.perf_counter() - start, 1), **part}
                 write_results(_part_file(output, name, task), part)
-                # As a resumed run reads it: tuples are lists, numbers are Python's.
+                # Read it back as a resumed run does: tuples become lists, numbers are Python's.
                 parts[task] = part = json.loads(_part_file(output, name, task).read_text(encoding="utf-8"))
                 how = f"{part['seconds']} s"
             else:
@@ -208,7 +202,7 @@ def _labels(models: Sequence[str]) -> list[str]:
 
 def _file_name(name: str) -> str:
     found = re.sub(r"[^\w.+-]+", "_", name).strip("._") or "model"
-    return f"{found}_model" if found == "comparison" else found  # not the name of the comparison's own file
+    return f"{found}_model" if found == "comparison" else found  # the comparison's own file has that name
 
 
 def _part_file(output: Path, model: str, task: str) -> Path:
@@ -216,9 +210,9 @@ def _part_file(output: Path, model: str, task: str) -> Path:
 
 
 def _fingerprint(path: str | os.PathLike | None) -> Any:
-    """Names, sizes and times of a folder's files: enough to notice a change without reading weights.
+    """List names, sizes and times of a folder's files, to notice a change without reading weights.
 
-    Cards, reports and figures change no score.
+    Cards, reports and plots change no score, so they are not listed.
     """
     if path is None or not Path(path).is_dir():
         return None if path is None else str(path)
@@ -251,10 +245,8 @@ def _load(model: str, arguments: Mapping[str, Any], batch_size: int | str, devic
 
 
 def _run(loaded, model, arguments, task, manager, limit, num_fewshot, batch_size, settings) -> dict[str, Any]:
-    """One model on one task: results in lm-eval's format, and each question's values."""
+    """Score one model on one task: results in lm-eval's format, and each question's values."""
     from lm_eval import simple_evaluate
-
-    from egmla.utils.accounting import cache_elements_per_layer, cache_id_bytes
 
     with quiet_git():
         results: Any = simple_evaluate(
@@ -292,7 +284,7 @@ def _run(loaded, model, arguments, task, manager, limit, num_fewshot, batch_size
 
 
 def _with_figures(results: Mapping[str, Any], task: str) -> list[str]:
-    """The task itself, or the tasks behind a tag, file or group that has no figure of its own."""
+    """Return the task, or the tasks of a tag, file or group that has no result of its own."""
     if scores(results, [task]):
         return [task]
     return [name for name in results["results"] if scores(results, [name])]
@@ -300,11 +292,11 @@ def _with_figures(results: Mapping[str, Any], task: str) -> list[str]:
 
 def _summary(results: Mapping[str, Any], task: str) -> str:
     rows = scores(results, _with_figures(results, task))
-    return ", ".join(f"{row['metric']} {with_error(row['value'], row['stderr'])}" for row in rows) or "no figure"
+    return ", ".join(f"{row['metric']} {with_error(row['value'], row['stderr'])}" for row in rows) or "no result"
 
 
 def _merge(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Results of single tasks as lm-eval's results of one run."""
+    """Merge results of single tasks into lm-eval's results of one run."""
     merged: dict[str, Any] = {}
     for part in parts:
         for key, value in part.items():
@@ -336,103 +328,12 @@ def _all_scores(
     return rows
 
 
-def paired_stderr(
-    first: Sequence[Mapping[str, Any] | None], second: Sequence[Mapping[str, Any] | None]
-) -> float | None:
-    """Standard error of the difference of two figures over the same questions, by the jackknife.
-
-    Args:
-        first, second (`Sequence[Mapping]`): of each task, `aggregation` and `values`: by question, a number or a
-            pair of number and weight.
-
-    Returns:
-        `float` or None: None when the questions differ or are fewer than two, or the figure is no function of their
-        mean.
-    """
-    pairs: list[tuple[Any, Any]] = []
-    kinds = set()
-    for one, other in zip(first, second, strict=True):
-        if one is None or other is None or one["values"].keys() != other["values"].keys():
-            return None
-        kinds |= {one["aggregation"], other["aggregation"]}
-        pairs += [(value, other["values"][question]) for question, value in one["values"].items()]
-    if len(kinds) != 1 or len(pairs) < 2 or (of_the_mean := OF_THE_MEAN.get(kinds.pop())) is None:
-        return None
-    try:
-        columns = [[_weighted(pair[index]) for pair in pairs] for index in (0, 1)]
-    except (TypeError, ValueError):
-        return None
-    without = []
-    for column in columns:
-        total, weight = sum(value for value, _ in column), sum(weight for _, weight in column)
-        without.append([of_the_mean((total - value) / (weight - own)) for value, own in column])
-    differences = [one - other for one, other in zip(*without, strict=True)]
-    mean = sum(differences) / len(differences)
-    count = len(differences)
-    return math.sqrt((count - 1) / count * sum((value - mean) ** 2 for value in differences))
-
-
-def _weighted(value: Any) -> tuple[float, float]:
-    if isinstance(value, (list, tuple)):
-        number, weight = value
-        return float(number), float(weight)
-    return float(value), 1.0
-
-
 def metric_name(metric: str, filter: str) -> str:
-    """A metric for people, with its filter where one was used: exact_match (strict-match)."""
+    """Name a metric for people, with its filter if it has one: exact_match (strict-match)."""
     return metric if filter == "none" else f"{metric} ({filter})"
 
 
 def with_error(value: float, stderr: float | None) -> str:
-    """A figure for people: 0.655 ± 0.034."""
+    """Format a result for people: 0.655 ± 0.034."""
     digits = 3 if abs(value) < 10 else 2
     return f"{value:.{digits}f}" + (f" ± {stderr:.{digits}f}" if stderr is not None else "")
-
-
-def plot_scores(comparison: Comparison, path: str | os.PathLike) -> None:
-    """Draws score against cache bytes per token, a panel per task and metric, with standard errors; saves a PNG.
-
-    Raises:
-        ImportError: without matplotlib; the message says how to install it.
-    """
-    from egmla.utils.plotting import COLOURS, check_matplotlib
-
-    check_matplotlib()
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    panels: dict[str, list[Score]] = {}
-    for score in comparison.scores:
-        panels.setdefault(f"{score.task}, {metric_name(score.metric, score.filter)}", []).append(score)
-    if not panels:
-        raise ValueError("None of the tasks has a figure, so there is nothing to draw.")
-    cache = {model.name: model.cache_bytes_per_token / 1024 for model in comparison.models}
-    columns = min(3, len(panels))
-    rows = math.ceil(len(panels) / columns)
-    figure = Figure(figsize=(4.2 * columns, 2.9 * rows + 0.7), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(rows, columns, squeeze=False).flatten()
-    for axis, (heading, points) in zip(axes, panels.items(), strict=False):
-        for index, model in enumerate(comparison.models):
-            for score in (point for point in points if point.model == model.name):
-                axis.errorbar(
-                    cache[model.name],
-                    score.value,
-                    yerr=score.stderr,
-                    fmt="s" if index == 0 else "o",
-                    color=COLOURS[index % len(COLOURS)],
-                    capsize=4,
-                    markersize=8,
-                    label=model.name,
-                )
-        axis.set_title(heading, fontsize=11, fontweight="bold", loc="left")
-        axis.set_xlim(0, 1.1 * max(cache.values()))
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.tick_params(labelsize=9)
-    for axis in axes[len(panels) :]:
-        axis.set_visible(False)
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper left", ncols=min(4, len(labels)), frameon=False, fontsize=10)
-    figure.supxlabel("cache, KiB per token (bars: standard error)", fontsize=10)
-    figure.savefig(path, dpi=160)

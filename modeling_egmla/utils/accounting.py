@@ -1,4 +1,4 @@
-"""Parameters by part, and cache elements and bytes, of any causal language model; nothing here needs weights."""
+"""Count parameters by part, cache elements, bytes and operations of any causal language model, without weights."""
 
 from collections import Counter
 from typing import Any
@@ -15,7 +15,7 @@ PARTS = ("embeddings", "attention", "gate tables", "MLP", "norms and other")
 
 
 def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """Builds a configuration's model on the meta device in bf16, ready for the forward passes that count its cache."""
+    """Make the model of a configuration on the meta device, ready for the counts of this module."""
     return models.meta_model(config, torch.bfloat16, counts_experts=True)
 
 
@@ -34,7 +34,7 @@ def _part(name: str) -> str:
 
 
 def count_parameters(model: PreTrainedModel) -> dict[str, int]:
-    """Parameters of each of `PARTS`; tied weights are counted once."""
+    """Count the parameters of each of `PARTS`. Tied weights are counted once."""
     counts: Counter[str] = Counter(dict.fromkeys(PARTS, 0))
     for name, parameter in model.named_parameters():
         counts[_part(name)] += parameter.numel()
@@ -42,10 +42,10 @@ def count_parameters(model: PreTrainedModel) -> dict[str, int]:
 
 
 def swept_weights(model: PreTrainedModel) -> list[nn.Parameter]:
-    """Parameters that one decode step reads in full: all but the tables of which it looks up a row.
+    """List the parameters that one decode step reads in full: all but the tables in which it looks up a row.
 
-    Those tables are the input embedding and the gate tables. An output head is read in full, and counted once where it
-    is tied to the input embedding.
+    These tables are the input embedding and the gate tables. The output head is read in full. A head that is tied to
+    the input embedding is listed once.
     """
     lookups = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     swept = {id(parameter): parameter for parameter in model.parameters() if id(parameter) not in lookups}
@@ -56,18 +56,18 @@ def swept_weights(model: PreTrainedModel) -> list[nn.Parameter]:
 
 
 def swept_weight_bytes(model: PreTrainedModel) -> int | None:
-    """Bytes of `swept_weights`; None with mixtures of experts, of which each step reads others."""
+    """Bytes of `swept_weights`; None for mixtures of experts, whose steps read different experts."""
     if any("experts" in name and "shared" not in name for name, _ in model.named_parameters()):
         return None
     return sum(parameter.nbytes for parameter in swept_weights(model))
 
 
 def matrix_parameters(model: PreTrainedModel, trainable: bool = False) -> int:
-    """Parameters that multiply activations: all matrices but lookups, and the output embedding even where it is tied.
+    """Count parameters that multiply activations: all matrices but lookup tables, and the tied output embedding.
 
     Args:
         model (`PreTrainedModel`): the model, on any device.
-        trainable (`bool`): only those that are trained.
+        trainable (`bool`): count only trainable ones.
     """
     return sum(
         parameter.numel()
@@ -77,12 +77,16 @@ def matrix_parameters(model: PreTrainedModel, trainable: bool = False) -> int:
 
 
 def decode_attention_flops(config: PreTrainedConfig, context: int) -> int:
-    """Floating point operations of one decode step and sequence that grow with the cache of `context` tokens.
+    """Count floating point operations of attention in one decode step of one sequence, over `context` tokens.
 
-    Scores and their use, a multiplication and an addition counting as two: `2 S H (2R + P)` in the latent space of
-    EG-MLA; `2 S H (N + P + V)` and the expansion `2 S R H (N + V)` where a latent cache is expanded in each step, as
-    Transformers' DeepSeek does, and `2 S E H (N + V)` more for expanded gates; `4 S H d` otherwise. Derived in the
-    design, performance arithmetic 1.2.
+    A multiplication and an addition count as two. Per layer, with `S` cached tokens:
+
+    - EG-MLA attends to latents: `2 S H (2R + P)`.
+    - Transformers' DeepSeek expands its latent cache in each step: `2 S H (N + P + V)` and `2 S R H (N + V)`.
+    - Expanded gates expand too, and compute gates of an input of width `E`: `2 S E H (N + V)` more.
+    - All others: `4 S H d`.
+
+    Source: derived, performance arithmetic of the design, section 1.2.
     """
     fields: Any = config
     heads, layers = fields.num_attention_heads, fields.num_hidden_layers
@@ -102,12 +106,12 @@ def decode_attention_flops(config: PreTrainedConfig, context: int) -> int:
 
 
 def decode_flops(model: PreTrainedModel, context: int) -> int:
-    """Floating point operations of one decode step and sequence: 2 per matrix parameter, and attention's."""
+    """Count floating point operations of one decode step of one sequence: 2 per matrix parameter, and attention's."""
     return 2 * matrix_parameters(model) + decode_attention_flops(model.config, context)
 
 
 def _layer_tensors(cache: Cache) -> list[list[torch.Tensor]]:
-    """The tensors each layer of a cache holds for its tokens: `[..., S, width]`."""
+    """List the tensors that each layer of a cache holds for its tokens: `[..., S, width]`."""
     return [
         [tensor for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None)) if tensor is not None]
         for layer in cache.layers
@@ -115,48 +119,48 @@ def _layer_tensors(cache: Cache) -> list[list[torch.Tensor]]:
 
 
 def _cache_of(model: PreTrainedModel, tokens: int) -> Cache:
-    """The cache that a forward pass over some tokens leaves behind."""
+    """Return the cache that a forward pass over `tokens` tokens fills."""
     ids = torch.zeros((1, tokens), dtype=torch.long, device=model.device)
     with torch.no_grad():
         cache = getattr(model(ids, use_cache=True), "past_key_values", None)
     if not isinstance(cache, Cache):
         raise ValueError(
             f"{type(model).__name__} leaves {type(cache).__name__} behind, no cache of Transformers' class "
-            "Cache, so its elements cannot be counted."
+            "Cache, so its elements cannot be counted; use a model that does."
         )
     return cache
 
 
 def cache_elements_per_layer(model: PreTrainedModel, tokens: int = 4) -> list[int]:
-    """Elements each layer caches per token, counted in the cache that a forward pass leaves behind.
+    """Count the elements that each layer caches per token, in the cache that a forward pass fills.
 
-    Works on the meta device. Layers whose state does not grow with the tokens count 0.
+    Works on the meta device. A layer whose state does not grow with the tokens counts as 0.
 
     Raises:
-        ValueError: when the model leaves no cache of Transformers' kind.
+        ValueError: when the model does not use a cache of Transformers' class `Cache`.
     """
 
     def held(count: int) -> list[int]:
         return [sum(tensor.numel() for tensor in tensors) for tensors in _layer_tensors(_cache_of(model, count))]
 
-    # The difference of two lengths, so that what a layer holds whatever the length is not counted as per token.
+    # The difference of two lengths leaves out what a layer holds at any length.
     return [(more - less) // tokens for more, less in zip(held(2 * tokens), held(tokens), strict=True)]
 
 
 def cache_id_bytes(config: PreTrainedConfig) -> int:
-    """Bytes cached per token beside the elements of the layers, once for all of them: its id, for expanded gates."""
+    """Bytes cached per token once for all layers: the token's id, which expanded gates need; else 0."""
     return getattr(config, "cache_id_bytes_per_token", 0)
 
 
 def cache_windows(model: PreTrainedModel) -> list[int | None]:
-    """Tokens each layer caches at most, where it attends to a sliding window; None for all tokens."""
+    """The most tokens that each layer caches, if it has a sliding window; None if it caches all tokens."""
     windows = [getattr(layer, "sliding_window", None) for layer in _cache_of(model, 1).layers]
-    # A window counts the token being read, which need not be cached for the next.
+    # The window counts the current token, which the next token does not need.
     return [None if window is None else int(window) - 1 for window in windows]
 
 
 def cache_nbytes(cache: Any) -> tuple[int, int]:
-    """Bytes of a `Cache`: in use, and allocated in the storages behind it, each storage counted once."""
+    """Count the bytes of a `Cache`: in use, and allocated. Each storage is counted once."""
     if hasattr(cache, "allocated_nbytes"):
         return cache.nbytes, cache.allocated_nbytes
     tensors = [tensor for layer in _layer_tensors(cache) for tensor in layer]
@@ -167,10 +171,10 @@ def cache_nbytes(cache: Any) -> tuple[int, int]:
 
 
 def mha_elements_per_token(config) -> int:
-    """Elements per token that multi-head attention of an EG-MLA configuration's shape would cache, all layers."""
+    """Elements per token, all layers, that multi-head attention of this configuration's shape would cache."""
     return 2 * config.num_attention_heads * config.v_head_dim * config.num_hidden_layers
 
 
 def mla_elements_per_token(config, kv_lora_rank: int = 256, qk_rope_head_dim: int = 64) -> int:
-    """Elements per token that plain MLA of the same depth caches at the published width, all layers."""
+    """Elements per token, all layers, that plain MLA of the same depth caches at the published width."""
     return (kv_lora_rank + qk_rope_head_dim) * config.num_hidden_layers

@@ -1,4 +1,4 @@
-"""This machine: free memory, memory of this process, processor, load."""
+"""Describe this machine: free memory, memory of this process, processor, load."""
 
 import os
 import platform
@@ -12,7 +12,7 @@ UNKNOWN_MACHINE_BYTES = 4 * 2**30
 
 
 def available_bytes() -> int:
-    """Memory this process can still take, in bytes: the machine's, or its control group's where that is less."""
+    """Bytes of memory that this process can still allocate: the machine's, or its control group's if that is less."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         amount = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
@@ -30,7 +30,7 @@ def available_bytes() -> int:
 
 
 def device_bytes(device: torch.device) -> int:
-    """Memory that tensors on a device can still take, in bytes."""
+    """Bytes of memory that tensors on a device can still take."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
@@ -49,20 +49,20 @@ def processor_name(device: torch.device | None = None) -> str:
 
 
 def multiplies_bf16() -> bool:
-    """Whether products of bf16 matrices are faster than those of fp32 on this processor; else they are far slower."""
+    """Whether this processor multiplies bf16 matrices faster than fp32 ones. If not, bf16 is far slower."""
     if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
         return False
-    # With AVX-512 alone oneDNN says yes too, and converts: three times as long as fp32.
+    # With AVX-512 alone oneDNN also says yes, but converts to fp32: that takes three times as long.
     return not torch.cpu._is_avx512_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
 def resident_bytes() -> int:
-    """Bytes of this process in memory now (Linux).
+    """Resident bytes of this process (Linux).
 
     Raises:
-        OSError: where the system does not say.
+        OSError: when the system does not tell.
     """
-    # `statm` lags behind by what the kernel has counted per processor; this one is exact.
+    # `statm` lags behind, as the kernel counts per processor. This file is exact.
     for line in Path("/proc/self/smaps_rollup").read_text().splitlines():
         if line.startswith("Rss:"):
             return 1024 * int(line.split()[1])
@@ -70,9 +70,9 @@ def resident_bytes() -> int:
 
 
 def peak_resident_bytes() -> int:
-    """The most bytes of this process in memory, since its start or the last `reset_peak_resident` (Linux).
+    """Largest number of resident bytes since the start or the last `reset_peak_resident` (Linux).
 
-    Not `ru_maxrss`, which a new process inherits from the one that started it.
+    Not `ru_maxrss`: a new process inherits that from its parent.
 
     Raises:
         OSError: where the system does not say.
@@ -84,16 +84,16 @@ def peak_resident_bytes() -> int:
 
 
 def reset_peak_resident() -> None:
-    """Starts a new maximum for `peak_resident_bytes` (Linux).
+    """Reset the maximum of `peak_resident_bytes` (Linux).
 
     Raises:
-        OSError: where the system does not let this process.
+        OSError: when the system refuses.
     """
     Path("/proc/self/clear_refs").write_text("5")
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
-    """Processor, cores, threads and memory, for reports."""
+    """Describe processor, cores, threads, memory and load, for reports."""
     return {
         "processor": processor_name(device),
         "device": device.type,
@@ -105,7 +105,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
 
 
 def load_average() -> float | None:
-    """Processes that want to run, averaged over a minute; None where the system does not say."""
+    """Runnable processes, averaged over a minute; None when the system does not tell."""
     try:
         return round(os.getloadavg()[0], 2)
     except (OSError, AttributeError):

@@ -38,13 +38,13 @@ def token_windows(tokenizer, text: str, window: int, max_windows: int | None = N
 def perplexity(
     model, windows: torch.Tensor, progress: Callable[[int, int], None] | None = None, chunk: int = 512
 ) -> float:
-    """Perplexity over windows of token ids; the first token of each window is context only.
+    """Compute perplexity over windows of token ids. The first token of each window is context only.
 
     Args:
         model: a causal language model of Transformers.
         windows (`torch.Tensor`): ids `[windows, window]`.
-        progress (*optional*): called with (windows done, windows in all).
-        chunk (`int`): positions whose logits exist at one time, so that a large vocabulary does not fill memory.
+        progress (*optional*): called with (windows done, windows in total).
+        chunk (`int`): positions whose logits exist at the same time; limits memory with a large vocabulary.
 
     Returns:
         `float`: exp of the mean negative log-likelihood per scored token.
@@ -64,15 +64,15 @@ def perplexity(
 
 
 def recovered_share(source: float | None, before: float | None, after: float | None) -> float | None:
-    """Share of a conversion's loss in log-perplexity that training won back.
+    """Fraction of a conversion's loss in log-perplexity that training won back; negative if training lost more.
 
     Args:
         source (`float`, *optional*): perplexity of the source.
-        before, after (`float`, *optional*): perplexities of the conversion, untrained and trained.
+        before, after (`float`, *optional*): perplexities of the conversion before and after training.
 
     Returns:
-        `float` or `None`: log(before / after) / log(before / source); `None` where a figure is missing or nothing was
-        lost.
+        `float` or `None`: log(before / after) / log(before / source); `None` if a perplexity is missing or nothing
+        was lost.
     """
     if source is None or before is None or after is None or before <= source:
         return None

@@ -1,4 +1,4 @@
-"""What made a result and took, for the reports beside it: versions, commit, hash of weights, names, memory."""
+"""Record how a result was made, for reports: versions, commit, hash of the weights, public names, peak memory."""
 
 import hashlib
 import os
@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from .machine import peak_resident_bytes
+
 
 HASH_BLOCK = 2**20
 CONVERSION_REPORT, TRAINING_REPORT = "conversion_report.json", "training_report.json"
@@ -18,7 +20,7 @@ PACKAGES = ("egmla", "torch", "transformers", "safetensors", "huggingface_hub")
 
 
 def software_versions(*more: str) -> dict[str, str]:
-    """Versions of the packages that every result depends on, and of `more` where they are installed."""
+    """Versions of the packages that every result depends on, and of `more` if they are installed."""
     versions = {}
     for name in (*PACKAGES, *more):
         try:
@@ -29,7 +31,11 @@ def software_versions(*more: str) -> dict[str, str]:
 
 
 def machine() -> dict[str, Any]:
-    """What decides in which order a result's sums are taken: device, threads, the processor's instructions."""
+    """Properties of the machine that change rounding: device, threads, the processor's vector instructions.
+
+    They decide in which order sums are taken, so a run that resumes elsewhere would give other numbers.
+    See `machine.describe_machine` for the machine as a reader of a report knows it.
+    """
     return {
         "device": "cuda" if torch.cuda.is_available() else "cpu",
         "threads": torch.get_num_threads(),
@@ -38,7 +44,7 @@ def machine() -> dict[str, Any]:
 
 
 def source_commit() -> str | None:
-    """The commit of this package's repository, with `+changes` after it where files differ; None outside of one."""
+    """The commit of this package's repository, followed by `+changes` if files differ; None outside of it."""
     folder = Path(__file__).resolve().parent
 
     def git(*arguments: str) -> str:
@@ -46,7 +52,7 @@ def source_commit() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
 
     try:
-        # An installed copy may lie inside of a repository that is somebody else's.
+        # An installed copy may lie inside of another project's repository.
         if git("ls-files", "--error-unmatch", Path(__file__).name):
             return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.SubprocessError):
@@ -55,7 +61,7 @@ def source_commit() -> str | None:
 
 
 def weights_sha256(folder: Path) -> str | None:
-    """SHA-256 of a checkpoint's safetensors files, names included; None when it has none."""
+    """SHA-256 of a checkpoint's safetensors files and their names; None if there are none."""
     files = sorted(folder.glob("model*.safetensors"))
     digest = hashlib.sha256()
     for path in files:
@@ -67,11 +73,9 @@ def weights_sha256(folder: Path) -> str | None:
 
 
 def peak_bytes() -> int:
-    """The most memory this process has held, in bytes: of the accelerator where there is one, else of the machine."""
+    """Peak memory of this process in bytes: on the GPU if there is one, else resident."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    from .machine import peak_resident_bytes
-
     try:
         return peak_resident_bytes()
     except OSError:
@@ -82,6 +86,6 @@ def peak_bytes() -> int:
 
 
 def public_name(label: str) -> str:
-    """A model's or file's name without the folders it lies in: reports are published."""
-    # Not `resolve`: files of the hub's cache are links to names that tell nothing.
+    """Name of a model or file without its folders, as reports are published."""
+    # Not `resolve`: files in the Hub's cache are links to names that are hashes.
     return Path(os.path.abspath(label)).name or label if Path(label).exists() else label

@@ -1,4 +1,4 @@
-"""The one clock of all measurements: seconds that work takes on a CPU, a CUDA device or another accelerator."""
+"""Time work on a CPU, a CUDA device or another accelerator. All measurements use this clock."""
 
 import time
 from collections.abc import Callable
@@ -13,14 +13,14 @@ Result = TypeVar("Result")
 class Timer:
     """Times work on one device.
 
-    A GPU runs behind the program, so a clock read without waiting for it would time the launches only. On CUDA, events
-    are recorded around the work in its own stream after everything earlier is done; elsewhere the device is waited for
-    before either reading of the clock.
+    A GPU runs asynchronously, so a clock read without waiting for it would time the launches only. On CUDA, events are
+    recorded before and after the work, once all earlier work is done. Elsewhere the device is synchronised before both
+    readings of the clock.
 
     Args:
         device (`torch.device`): where the work runs.
-        cuda: what stands for `torch.cuda`, for tests without a GPU.
-        clock: seconds as a float.
+        cuda: replaces `torch.cuda` in tests without a GPU.
+        clock: returns seconds as a float.
     """
 
     def __init__(
@@ -31,7 +31,7 @@ class Timer:
         self._clock = clock
 
     def measure(self, work: Callable[[], Result]) -> tuple[Result, float]:
-        """Result of `work()` and the seconds it took, up to the end of what it started on the device."""
+        """Run `work()`; return its result and the seconds until everything that it started on the device is done."""
         if self.device.type == "cuda":
             start, end = (self._cuda.Event(enable_timing=True) for _ in range(2))
             self._cuda.synchronize(self.device)
@@ -47,13 +47,13 @@ class Timer:
         return result, self._clock() - begin
 
     def reset_peak(self) -> None:
-        """Starts a new maximum of the memory allocated on a CUDA device; nothing elsewhere."""
+        """Reset the peak of the memory allocated on a CUDA device; does nothing elsewhere."""
         if self.device.type == "cuda":
             self._cuda.synchronize(self.device)
             self._cuda.reset_peak_memory_stats(self.device)
 
     def peak_bytes(self) -> int | None:
-        """Most bytes of tensors on a CUDA device since `reset_peak`; None elsewhere."""
+        """Peak bytes of tensors on a CUDA device since `reset_peak`; None elsewhere."""
         if self.device.type != "cuda":
             return None
         self._cuda.synchronize(self.device)

@@ -1,4 +1,4 @@
-"""The benchmark: its figures by hand, the gate before them, going on after an interruption, and bad input."""
+"""The benchmark: results by hand, the parity check before them, resuming after an interruption, and bad input."""
 
 import functools
 import json
@@ -19,13 +19,15 @@ from egmla.bench.contestants import Contestant, Models, compiled_graphs, compili
 from egmla.bench.decode import DecodeTiming, pair_ratios, rewind, synthetic_cache, time_decode, time_prefill
 from egmla.bench.limits import Limits
 from egmla.bench.memory import measure_apart
+from egmla.bench.packing import pack
 from egmla.bench.parity import check_parity, gates_at_identity
+from egmla.bench.plan import plan_bench
 from egmla.bench.report import REPORT, share_of_ceiling, slopes
-from egmla.bench.run import BenchSettings, pack, run_bench
+from egmla.bench.run import run_bench
+from egmla.bench.settings import BenchSettings
 from egmla.commands import app
 from egmla.modeling_egmla import EGMLAAttention
 from egmla.utils.accounting import decode_flops, swept_weight_bytes
-from egmla.utils.machine import multiplies_bf16
 from egmla.utils.timing import Timer
 
 
@@ -106,7 +108,7 @@ def test_every_case_has_its_figures(measured):
     names = ("gemv_bytes_per_second", "read_bytes_per_second", "product_flops_per_second")
     assert all(row[name] > 0 for row in report["decode"] for name in names)
     assert not report["skipped"]
-    assert ("Parity gate", 1, 1) in stages and ("tiny, float32, batch 2, 128 tokens", 10, 10) in stages
+    assert ("Parity check", 1, 1) in stages and ("tiny, float32, batch 2, 128 tokens", 10, 10) in stages
 
 
 def test_ratios_are_of_pairs_of_one_round(measured):
@@ -123,7 +125,7 @@ def test_ratios_are_of_pairs_of_one_round(measured):
     assert pair_ratios(DecodeTiming(1, 1, [[1.0, 2.0, 9.0], [1.0]]), DecodeTiming(1, 1, [[4.0], [5.0, 7.0]])) == [2, 6]
 
 
-def test_the_gate_is_in_the_report(measured):
+def test_the_parity_check_is_in_the_report(measured):
     _, report, _ = measured
     compared = {(row["contestant"], row["against"]) for row in report["parity"]}
     assert ("egmla", "its expanded path") in compared and ("deepseek", "EG-MLA, gates at identity") in compared
@@ -293,23 +295,10 @@ def test_products_grow_until_they_take_long_enough(monkeypatch):
     assert sides == [256, 512]
 
 
-@pytest.mark.parametrize(
-    ("onednn", "avx512", "avx512_bf16", "fast"),
-    [(False, True, True, False), (True, True, True, True), (True, True, False, False), (True, False, False, True)],
-)
-def test_which_processors_multiply_bf16(monkeypatch, onednn, avx512, avx512_bf16, fast):
-    """With AVX-512 alone oneDNN converts; on ARM there is none, and it tells the truth."""
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: onednn)
-    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: avx512)
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
-    assert multiplies_bf16() == fast
+# the parity check
 
 
-# the gate
-
-
-def test_a_red_gate_prints_no_figure(pair, monkeypatch, tmp_path, small_sweeps):
+def test_a_failed_parity_check_prints_no_result(pair, monkeypatch, tmp_path, small_sweeps):
     """Absorbed attention a hundredth too large."""
     attend = EGMLAAttention.attend_absorbed
     monkeypatch.setattr(
@@ -318,15 +307,15 @@ def test_a_red_gate_prints_no_figure(pair, monkeypatch, tmp_path, small_sweeps):
     result = run("bench", *pair, "--context", 64, "--batch", 1, "--dtype", "float32", "--output", tmp_path / "out")
     assert result.exit_code == 1
     assert result.stdout == ""
-    assert "Parity gate: egmla differs from its expanded path" in result.stderr
+    assert "Parity check: egmla differs from its expanded path" in result.stderr
     assert not (tmp_path / "out").exists()
 
 
-def test_the_gate_notices_other_weights():
+def test_the_parity_check_notices_other_weights():
     """DeepSeek-V3 with weights of its own is not what its row says."""
     models = Models(subject(), torch.float32, CPU)
     models.get("deepseek").model.layers[1].self_attn.o_proj.weight = torch.nn.Parameter(torch.ones(48, 48))
-    with pytest.raises(ValueError, match="Parity gate: deepseek differs from EG-MLA, gates at identity"):
+    with pytest.raises(ValueError, match="Parity check: deepseek differs from EG-MLA, gates at identity"):
         check_parity(models, subject().contestants(["deepseek"]))
 
 
@@ -340,7 +329,7 @@ def test_trained_gates_are_set_aside_and_restored():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_every_contestant_passes_the_gate(dtype, monkeypatch):
+def test_every_contestant_passes_the_parity_check(dtype, monkeypatch):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     rows = check_parity(Models(subject(q_lora_rank=20), dtype, CPU), subject().contestants())
     assert {row["contestant"] for row in rows} == set(subject().contestants())
@@ -356,7 +345,7 @@ def test_a_wrong_account_of_a_cache_is_an_error(monkeypatch, tmp_path):
 # interruptions and memory
 
 
-def test_an_interrupted_run_goes_on(monkeypatch, tmp_path):
+def test_an_interrupted_run_resumes(monkeypatch, tmp_path):
     groups = []
 
     def counted(runners, context, **options):
@@ -465,6 +454,41 @@ def test_a_pair_on_the_command_line(pair, tmp_path, small_sweeps):
     assert str(tmp_path) not in last  # reports are published
     again = run(*words)
     assert again.exit_code == 0 and json.loads(again.stdout.splitlines()[-1]) == report
+
+
+def test_the_plan_comes_first_and_a_dry_run_ends_there(pair, tmp_path, small_sweeps, monkeypatch):
+    monkeypatch.setattr(module, "check_parity", lambda *_: pytest.fail("work has begun"))
+    words = ["bench", *pair, "--context", "64,128", "--batch", "1,2", "--dtype", "float32", "--memory"]
+    result = run(*words, "--contestants", "source,egmla", "--output", tmp_path / "out", "--dry-run")
+    assert result.exit_code == 0, result.output
+    assert "source, egmla" in result.stdout and "64, 128 tokens in the cache" in result.stdout
+    assert "8 timings to take: about" in result.stdout and "the same command resumes" in result.stdout
+    assert "memory over 256 tokens" in result.stdout
+    assert not (tmp_path / "out").exists()
+    result = run("bench", "--dry-run", "--output", tmp_path / "out")
+    assert "egmla-kv64-120m: egmla, egmla-fixed" in result.stdout and "Shorter: " in result.stdout
+
+
+def test_a_plan_counts_what_is_left(measured):
+    folder, _, _ = measured
+    plan = plan_bench([subject()], SMALL, folder)
+    assert (plan.decodes, plan.done, plan.seconds) == (4 * len(NAMES), 4 * len(NAMES), 0)
+    longer = plan_bench([subject()], settings(contexts=(64, 128, 256)), folder)
+    assert (longer.decodes, longer.done) == (6 * len(NAMES), 4 * len(NAMES)) and longer.seconds > 0
+    assert plan_bench([subject()], settings(rounds=2, contexts=(1024,)), folder / "new").seconds > longer.seconds
+
+
+def test_a_terminal_shows_no_json(pair, tmp_path, small_sweeps, monkeypatch):
+    """A line of 9 kB hid the tables; programs read the last line of a pipe, or ask for --json."""
+    words = ["bench", *pair, "--context", 64, "--batch", 1, "--dtype", "float32", "--prefill", 0, "--rounds", 1]
+    words += ["--steps", 1, "--contestants", "source,egmla", "--output", tmp_path / "out"]
+    piped = run(*words)
+    assert json.loads(piped.stdout.splitlines()[-1])["decode"]
+    assert "4 timings" not in piped.stdout and "2 timings to take" in piped.stderr
+    monkeypatch.setattr("click.testing._NamedTextIOWrapper.isatty", lambda self: self.name == "<stdout>")
+    shown = run(*words)
+    assert shown.exit_code == 0 and "{" not in shown.stdout and "bench.json" in shown.stdout
+    assert json.loads(run(*words, "--json").stdout.splitlines()[-1])["decode"]
 
 
 @pytest.mark.parametrize(

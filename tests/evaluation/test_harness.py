@@ -29,6 +29,7 @@ from lm_eval.tasks import TaskManager
 
 from egmla.evaluation import lm_eval as registered
 from egmla.evaluation.local_tasks import GROUPS, EGMLATaskManager, find_file, read_rows
+from egmla.evaluation.paired import paired_stderr
 
 
 pytestmark = pytest.mark.usefixtures("one_task_index")
@@ -329,16 +330,16 @@ def test_paired_standard_error_by_hand():
         return [{"aggregation": aggregation, "values": dict(enumerate(values))}]
 
     # Differences 1, 0, 1, 1: mean 3/4, variance 1/4, over 4 questions.
-    assert score_comparison.paired_stderr(of("mean", 1, 1, 1, 1), of("mean", 0, 1, 0, 0)) == pytest.approx(0.25)
+    assert paired_stderr(of("mean", 1, 1, 1, 1), of("mean", 0, 1, 0, 0)) == pytest.approx(0.25)
     # A constant factor of perplexity: the two leave-one-out figures are 2 and 8 apart from 1.
-    wide = score_comparison.paired_stderr(of("perplexity", -math.log(8), -math.log(2)), of("perplexity", 0, 0))
+    wide = paired_stderr(of("perplexity", -math.log(8), -math.log(2)), of("perplexity", 0, 0))
     assert wide == pytest.approx(3)
-    weighted = score_comparison.paired_stderr(
+    weighted = paired_stderr(
         of("bits_per_byte", [-3 * math.log(2), 1], [-math.log(2), 1]), of("bits_per_byte", [0, 1], [0, 1])
     )
     assert weighted == pytest.approx(1)
-    assert score_comparison.paired_stderr(of("mean", 1, 2), of("mean", 1)) is None
-    assert score_comparison.paired_stderr(of("f1", 1, 2), of("f1", 1, 1)) is None
+    assert paired_stderr(of("mean", 1, 2), of("mean", 1)) is None
+    assert paired_stderr(of("f1", 1, 2), of("f1", 1, 1)) is None
 
 
 def run(*arguments: object):
