@@ -25,7 +25,7 @@ def summary(config: EGMLAConfig, conversion: dict, base_model: str | None, train
 
 
 def perplexity(conversion: dict, trained: bool) -> str:
-    """What `egmla convert --evaluate` measured; empty where it did not."""
+    """The result of `egmla convert --evaluate`; empty without one."""
     evaluation = conversion.get("evaluation")
     if evaluation is None:
         return ""
@@ -63,7 +63,7 @@ def made(conversion: dict, folder: Path) -> str:
 
 
 def _refinement(conversion: dict) -> list[str]:
-    """The line about the refinement; none for reports from before there was one."""
+    """The line about the refinement; none for older reports, which do not mention it."""
     if "refinement" not in conversion:
         return []
     refinement = conversion["refinement"]

@@ -1,4 +1,4 @@
-"""What a card says of a model trained from new weights, which has no conversion report and no source."""
+"""What a card says about a model trained from new weights, which has no conversion report and no source."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -38,7 +38,7 @@ def summary(config: EGMLAConfig, report: Mapping[str, Any]) -> str:
 
 
 def counterpart(config: EGMLAConfig) -> tuple[str, int]:
-    """What the table sets beside this model's cache, and its elements per token."""
+    """The attention that the cache table compares with, and its elements per token."""
     attention = f"multi-head attention, {config.num_attention_heads} heads {config.v_head_dim} wide (counted)"
     return attention, mha_elements_per_token(config)
 
@@ -61,7 +61,7 @@ def made(report: Mapping[str, Any]) -> str:
 
 
 def limits(results: Mapping[str, Any] | None, changed: bool) -> list[str]:
-    """What a reader must not take for granted."""
+    """Limits that a reader must know."""
     found = [
         "The text named under Training is all it is known to have been trained on: elsewhere it may know nothing."
     ]

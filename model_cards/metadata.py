@@ -12,10 +12,10 @@ from .tables import questions, shots, top_scores
 
 
 TAGS = ("egmla", "eg-mla", "mla", "kv-cache", "custom_code")
-# `namespace/name` as the Hub takes it; huggingface_hub checks the rest.
+# `namespace/name`, as the Hub accepts it; huggingface_hub checks the rest.
 REPO_ID = re.compile(r"[^/\s]+/[^/\s]+")
 
-# Fields of a card's metadata: what their values look like, and that in words.
+# Fields of a card's metadata: pattern of their values, and the same in words.
 CARD_FIELDS = {
     "license": (r"[a-z0-9][a-z0-9.+-]*", "a licence's short name on the Hub, such as apache-2.0"),
     "language": (r"[a-z]{2,3}(-[A-Za-z]+)?|code|multilingual", "a code of ISO 639, such as en"),
@@ -27,7 +27,7 @@ CARD_FIELDS = {
 
 
 def check_repo_id(repo_id: str) -> None:
-    """Raises `ValueError` when the Hub cannot take this name."""
+    """Raise `ValueError` when a repository cannot have this name on the Hub."""
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
     if not REPO_ID.fullmatch(repo_id):
@@ -42,9 +42,9 @@ def check_repo_id(repo_id: str) -> None:
 
 
 def card_problems(text: str) -> list[str]:
-    """What the Hub would refuse in the metadata of a model card, told without asking it.
+    """List what the Hub would refuse in the metadata of a model card, without asking it.
 
-    Source: the fields and forms of huggingface.co/docs/hub/model-cards; huggingface_hub's parser for `model-index`.
+    Source: fields and formats of huggingface.co/docs/hub/model-cards; huggingface_hub's parser for `model-index`.
     """
     import yaml
     from huggingface_hub import ModelCard
@@ -101,9 +101,9 @@ def card_data(origin, license, license_name, base_model, model_index):
 
 
 def model_index(title: str, results: Mapping[str, Any] | None) -> list[dict[str, Any]]:
-    """The Hub's evaluation metadata, an entry per task.
+    """The Hub's evaluation metadata, one entry per task.
 
-    Not `EvalResult`s: huggingface_hub merges those of one data set, and two tasks may ask it in two ways.
+    Not `EvalResult`s: huggingface_hub merges those of one data set, but two tasks may use a data set in two ways.
     """
     entries: dict[str, dict[str, Any]] = {}
     if results is None:
@@ -126,7 +126,7 @@ def model_index(title: str, results: Mapping[str, Any] | None) -> list[dict[str,
 
 def _dataset(results: Mapping[str, Any], task: str) -> dict[str, Any]:
     leaves = [results["configs"].get(leaf, {}) for leaf in task_leaves(results, task)]
-    # Files of one's own are read by a loader's name, which is no data set.
+    # A task on local files names a loader, which is no data set.
     paths = {leaf.get("dataset_path") for leaf in leaves} - {None, "json", "csv", "parquet", "text"}
     dataset: dict[str, Any] = {"name": task, "type": paths.pop() if len(paths) == 1 else task}
     if len(leaves) == 1:

@@ -1,4 +1,4 @@
-"""Scores beside a checkpoint: lm-eval's JSON, without what is private or nobody repeats a figure with."""
+"""Scores in a checkpoint's folder: lm-eval's JSON, without private data and without what no reader needs."""
 
 import json
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from egmla.evaluation.compare import Comparison, ModelScores, Score
 SCORES_FOLDER = "evaluation"
 ROUTER_BIAS = ".e_score_correction_bias"  # the buffer of DeepSeek's routers
 RESULTS, SOURCE_RESULTS, COMPARISON, PLOT = "results.json", "source_results.json", "comparison.json", "scores.png"
-# What of lm-eval's results goes along; the rest describes the machine and its folders.
+# Keys of lm-eval's results that are published. The others describe the machine and its folders.
 KEPT = (
     "results",
     "groups",
@@ -42,7 +42,7 @@ KEPT_OF_CONFIG = (
     "fewshot_seed",
 )
 KEPT_OF_TASKS = ("dataset_path", "dataset_name", "validation_split", "test_split", "num_fewshot")
-# Arguments of lm-eval's `hf` model that change figures and are nobody's secret. Others are named, not shown.
+# Arguments of lm-eval's `hf` model that change results and are not private. Others are named without their value.
 MODEL_ARGS = (
     "dtype",
     "max_length",
@@ -60,7 +60,7 @@ VERSIONS = ("egmla", "lm_eval", "torch", "transformers")
 
 
 def read_scores(folder: Path, path: Path) -> dict[str, dict[str, Any]]:
-    """Scores of a checkpoint as they are published: file name to JSON content.
+    """Read the scores of a checkpoint as they are published: file name to JSON content.
 
     Args:
         folder (`Path`): the checkpoint.
@@ -68,8 +68,8 @@ def read_scores(folder: Path, path: Path) -> dict[str, dict[str, Any]]:
             compare`, from which this checkpoint and the source are taken; a file or its folder.
 
     Raises:
-        FileNotFoundError: when there is no such file.
-        ValueError: when it holds no scores, or those of another model.
+        FileNotFoundError: when the file does not exist.
+        ValueError: when it holds no scores, or scores of another model.
     """
     for file in _candidates(folder, path):
         try:
@@ -91,7 +91,7 @@ def read_scores(folder: Path, path: Path) -> dict[str, dict[str, Any]]:
 
 
 def _candidates(folder: Path, path: Path) -> list[Path]:
-    """The files to look at, newest results first."""
+    """List the files to read, newest results first."""
     if path.resolve().is_relative_to((folder / SCORES_FOLDER).resolve()):
         raise ValueError(f"{path} is what an earlier card took along already; leave --scores out to use it again.")
     if not path.is_dir():
@@ -144,7 +144,7 @@ def _from_comparison(folder: Path, content: Mapping[str, Any], file: Path) -> di
 
 
 def comparison_to_plot(content: Mapping[str, Any]) -> Comparison:
-    """The published comparison as `plot_scores` takes it."""
+    """Convert a published comparison for `plot_scores`."""
     models = [ModelScores(path="", results={}, **model) for model in content["models"]]
     return Comparison(models, [Score(**score) for score in content["scores"]], {})
 
@@ -165,14 +165,14 @@ def _check_model(folder: Path, model: str, results: Mapping[str, Any], file: Pat
 
 
 def _same(folder: Path, model: str) -> bool:
-    """Whether scores of `model` are this checkpoint's: by path, and by name where they came from another machine."""
+    """Whether scores of `model` are of this checkpoint: by path, or by name if they are from another machine."""
     if not model or Path(model).exists():
         return bool(model) and Path(model).resolve() == folder.resolve()
     return Path(model).name == folder.resolve().name
 
 
 def _count_parameters(folder: Path) -> int | None:
-    """Parameters in the weight files, as lm-eval counts them: without buffers; None without weights."""
+    """Count the parameters in the weight files as lm-eval does, without buffers; None without weights."""
     from math import prod
 
     from safetensors import safe_open
@@ -187,13 +187,13 @@ def _count_parameters(folder: Path) -> int | None:
 
 
 def _public_name(model: str) -> str:
-    """A hub id as it is, of a local path its last part."""
+    """A Hub id unchanged; of a local path the last part."""
     is_id = model.count("/") <= 1 and not model.startswith((".", "/", "~")) and "\\" not in model
     return model if is_id and not Path(model).exists() else Path(model.replace("\\", "/")).resolve().name
 
 
 def public_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a run's settings is published; `other` names those that were set and are not shown."""
+    """Settings of a run that are published; `other` names the ones whose values are not."""
     arguments = settings.get("model_args") or {}
     known = {*SETTINGS, *VERSIONS, "model_args"}
     other = {key for key, value in settings.items() if key not in known and value is not None}
@@ -206,7 +206,7 @@ def public_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def public_results(results: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """lm-eval's results under the model's public name, with names of data files in place of paths."""
+    """lm-eval's results with the model's public name, and file names in place of paths."""
     config = {key: results["config"][key] for key in KEPT_OF_CONFIG if key in results["config"]}
     arguments = _arguments(results)
     config["model_args"] = {"pretrained": name} | {key: arguments[key] for key in MODEL_ARGS if key in arguments}

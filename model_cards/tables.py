@@ -12,7 +12,7 @@ from egmla.evaluation.harness import task_leaves
 
 ITEM_SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 LONG_CONTEXT = 32_768
-# Below these a figure is an error of prediction, not a share of right answers.
+# Metrics that measure the error of prediction, not a fraction of right answers.
 PERPLEXITIES = ("word_perplexity", "byte_perplexity", "bits_per_byte", "perplexity")
 
 
@@ -22,14 +22,14 @@ def shots(results: Mapping[str, Any], task: str) -> int:
 
 
 def questions(results: Mapping[str, Any], task: str) -> tuple[int, int]:
-    """Questions asked, and how many the task has."""
+    """Number of questions asked, and of questions that the task has."""
     counts = results.get("n-samples", {})
     leaves = [counts[leaf] for leaf in task_leaves(results, task) if leaf in counts]
     return sum(leaf["effective"] for leaf in leaves), sum(leaf["original"] for leaf in leaves)
 
 
 def top_scores(results: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Scores of tasks and groups, without the members of a group that has a figure of its own."""
+    """Scores of tasks and groups, without the members of a group that has its own score."""
     rows = flat_scores(results)
     with_figures = {row["task"] for row in rows}
     hidden: set[str] = set()
@@ -40,7 +40,7 @@ def top_scores(results: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def cache_rows(config: EGMLAConfig, other: str, elements: int, dtype: str) -> list[dict[str, str]]:
-    """Rows of the cache's table: this model, and another's elements per token."""
+    """Rows of the cache table: this model, and another model with `elements` elements per token."""
     size = ITEM_SIZES[dtype]
     counts = (
         ("this model", config.cache_elements_per_token, config.cache_bytes_per_token(size)),
@@ -69,7 +69,7 @@ def cache_note(comparison: dict | None, files: str) -> str:
 
 
 def score_table(results, source_results, comparison, perplexity: bool) -> str:
-    """A table of the tasks whose figures are perplexities, or of the others; empty when there is none."""
+    """A table of the tasks that measure perplexity, or of the others; empty without such tasks."""
     if results is None:
         return ""
     rows = [row for row in top_scores(results) if (row["metric"] in PERPLEXITIES) == perplexity]
@@ -106,7 +106,7 @@ def _figure(value: float, stderr: float | None, sign: str = "") -> str:
 
 
 def score_note(results: dict | None, comparison: dict | None) -> str:
-    """How scores were taken, and the command that takes them again where all it needs is known."""
+    """How scores were taken, and the command that repeats it if everything it needs is known."""
     if results is None:
         return ""
     config = results["config"]

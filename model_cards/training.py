@@ -1,4 +1,4 @@
-"""What a card says of training, after a conversion or from new weights, from `training_report.json`."""
+"""What a card says about training, after a conversion or from new weights, from `training_report.json`."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,18 +12,18 @@ WANTED = {"command", "commit", "data", "dtype", "evaluation", "perplexity", "set
 
 
 def check_training(report: Mapping[str, Any], path: Path) -> None:
-    """Raises `ValueError` when a training report lacks what a card states."""
+    """Raise `ValueError` when a training report lacks something that a card states."""
     if missing := sorted(WANTED - set(report)):
         raise ValueError(f"{path} lacks {', '.join(missing)}: it was written by another version; train again.")
 
 
 def stages(report: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The reports of all trainings of a model, the first one first."""
+    """The reports of all training runs of a model, oldest first."""
     return [*report.get("earlier", ()), report]
 
 
 def training_section(report: Mapping[str, Any] | None, folder: Path) -> str:
-    """Markdown: perplexity after 0 tokens beside that after training, commands, data; empty where nothing was trained.
+    """Render perplexity before and after training, commands and data as Markdown; empty without training.
 
     Args:
         report (`Mapping`, *optional*): the training report.

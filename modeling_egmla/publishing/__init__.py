@@ -1,4 +1,4 @@
-"""Publishing a checkpoint folder on the Hub: checks before anything is sent, then one commit."""
+"""Publish a checkpoint folder on the Hub: check it first, then send it as one commit."""
 
 from egmla.model_cards.metadata import check_repo_id
 

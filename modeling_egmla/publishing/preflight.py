@@ -1,4 +1,4 @@
-"""What a folder must be before it is sent: a whole EG-MLA checkpoint, safetensors only, nothing private in it."""
+"""Check a folder before it is sent: a complete EG-MLA checkpoint, safetensors only, nothing private in it."""
 
 import ast
 import contextlib
@@ -16,12 +16,12 @@ from egmla.utils.files import read_json
 
 CHECKPOINT_REMEDY = "write the checkpoint again"
 KNOWN_SUFFIXES = {".json", ".jsonl", ".md", ".txt", ".py", ".jinja", ".yaml", ".yml", ".csv", ".png", ".safetensors"}
-# Formats of weights other than safetensors; most of them are pickles, which run code when they are read.
+# Weight formats other than safetensors. Most are pickles, which run code when they are read.
 REFUSED_WEIGHTS = {
     ".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz",
     ".h5", ".hdf5", ".keras", ".msgpack", ".gguf", ".onnx", ".pb", ".tflite",
 }  # fmt: skip
-# Files whose purpose is to hold a secret.
+# Names of files that hold secrets.
 SECRET_FILES = re.compile(r"\.env(\..*)?|\.?netrc|\.git-credentials|id_(rsa|dsa|ecdsa|ed25519)|.*\.(pem|key|p12|pfx)")
 SECRETS = {
     "a Hugging Face token": r"\b(?:hf|api_org)_[A-Za-z0-9]{30,}\b",
@@ -55,7 +55,7 @@ JSON_PATHS = (
     r"(?<=\")[A-Za-z]:(?:\\\\|/)\w[^\"]*",
     r"(?<=\")\\{4}[A-Za-z][\w.-]*\\\\[^\"]+",
 )
-# Vocabularies hold pieces of any text, paths among them.
+# Vocabularies hold parts of any text, also of paths.
 VOCABULARIES = {"tokenizer.json", "vocab.json", "vocab.txt", "merges.txt"}
 MAX_SCANNED_BYTES = 256 * 1024**2
 IGNORED_FOLDERS = {".git", ".cache", "__pycache__", ".ipynb_checkpoints"}
@@ -64,12 +64,12 @@ SENT_HIDDEN = {".gitattributes", ".eval_results"}
 
 @dataclass
 class FolderReport:
-    """What `check_folder` found.
+    """Result of `check_folder`.
 
     Args:
         files (`dict[str, int]`): paths in the repository and their sizes in bytes.
-        left_out (`list[str]`): paths in the folder that are not sent.
-        warnings (`list[str]`): what is worth knowing and does not hinder.
+        left_out (`list[str]`): paths in the folder that will not be sent.
+        warnings (`list[str]`): messages for the user that do not prevent sending.
     """
 
     files: dict[str, int]
@@ -78,16 +78,16 @@ class FolderReport:
 
 
 def check_folder(folder: Path, secrets: Iterable[str] = (), allow: Iterable[str] = ()) -> FolderReport:
-    """Everything about a checkpoint folder that can be seen without loading the model.
+    """Check a checkpoint folder as far as possible without loading the model.
 
     Args:
         folder (`Path`): the checkpoint.
-        secrets (`Iterable[str]`): strings that must not occur, such as the token in use.
-        allow (`Iterable[str]`): texts that look like a secret or a local path and are none.
+        secrets (`Iterable[str]`): strings that must not occur in any file, such as the token in use.
+        allow (`Iterable[str]`): texts that look like a secret or a local path, but are not.
 
     Raises:
-        FileNotFoundError: when it is no checkpoint folder, or something it names is not there.
-        ValueError: all other problems, in one message.
+        FileNotFoundError: when it is no checkpoint folder.
+        ValueError: lists all other problems in one message.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder {folder}; give the folder of a checkpoint.")
@@ -121,7 +121,7 @@ def _collect(folder: Path) -> tuple[list[str], list[str]]:
         if IGNORED_FOLDERS & set(parts):
             continue
         hidden = any(part.startswith(".") and part not in SENT_HIDDEN for part in parts)
-        # A secret's file is not left out in silence: one day it would be sent by another tool.
+        # A file with a secret is an error, not skipped: another tool might send it one day.
         keep = not hidden or SECRET_FILES.fullmatch(path.name)
         (files if keep else left_out).append("/".join(parts))
     return files, left_out
@@ -147,9 +147,9 @@ def _is_pickle(path: Path) -> bool:
     if head[:1] == b"\x80" and head[1:] in (b"\x02", b"\x03", b"\x04", b"\x05") and path.suffix != ".safetensors":
         return True
     if head == b"\x1f\x8b":
-        return True  # compressed: nobody sees what is in it
+        return True  # compressed, so it cannot be checked
     if path.suffix not in KNOWN_SUFFIXES and path.stat().st_size < MAX_SCANNED_BYTES and head[:1] in b"(cd]}l":
-        # The oldest pickles are text without a mark; reading their operations runs nothing.
+        # The oldest pickles are text without a magic number. Listing their operations runs nothing.
         with contextlib.suppress(Exception):
             return [operation.name for operation, _, _ in pickletools.genops(path.read_bytes())][-1] == "STOP"
     if head == b"PK" and zipfile.is_zipfile(path):
@@ -222,14 +222,14 @@ def _link_problems(folder: Path, files: list[str]) -> list[str]:
     outside = [
         name
         for name in files
-        # The hub's own cache links its files to the blobs beside them.
+        # The Hub's cache links its files to blobs beside them.
         if not (target := (folder / name).resolve()).is_relative_to(root) and target.parent.name != "blobs"
     ]
     return [f"Links to files outside of the folder: replace {_some(outside)} by the files."] if outside else []
 
 
 def _text_problems(folder: Path, files: list[str], secrets: list[str], allow: set[str]) -> list[str]:
-    # The folder's own absolute path may lie outside the usual roots.
+    # The folder's absolute path may lie outside the usual roots.
     places = [str(path) for path in (Path.home(), Path.cwd(), folder.resolve()) if len(path.parts) > 2]
     paths = [re.compile(pattern) for pattern in LOCAL_PATHS]
     paths += [re.compile(rf"{_START}{re.escape(place)}(?![\w-])") for place in places]
@@ -266,7 +266,7 @@ def _first(pattern: re.Pattern, text: str, allow: set[str]) -> re.Match | None:
 
 
 def _read_text(path: Path) -> tuple[str, bool]:
-    """What a file says, of weights their header, and whether it is no text."""
+    """Read a file as text, weights only up to their header; also return whether it is binary."""
     with path.open("rb") as file:
         if path.suffix == ".safetensors":
             data = file.read(min(int.from_bytes(file.read(8), "little"), MAX_SCANNED_BYTES))
@@ -275,7 +275,7 @@ def _read_text(path: Path) -> tuple[str, bool]:
     try:
         return data.decode("utf-8"), False
     except UnicodeDecodeError:
-        return data.replace(b"\0", b"").decode("ascii", "replace"), True  # what is ASCII in UTF-16 too
+        return data.replace(b"\0", b"").decode("ascii", "replace"), True  # finds ASCII in UTF-16 too
 
 
 def _line(text: str, found: re.Match) -> int:

@@ -1,4 +1,4 @@
-"""Sending a checkpoint folder to the Hub as one commit: the branch moves only when everything has arrived."""
+"""Send a checkpoint folder to the Hub as one commit. The branch changes only when all files have arrived."""
 
 import contextlib
 import hashlib
@@ -16,8 +16,8 @@ from .preflight import FolderReport, check_folder
 
 
 DEFAULT_MESSAGE = "Upload EG-MLA model"
-# Shards of an earlier push that this one does not have would be loaded in place of the new ones, and its scores and
-# reports would be taken for this one's.
+# Files of an earlier push that this push removes: old shards would be loaded in place of the new ones, and old scores
+# and reports would be taken for the new model's.
 WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json")
 REPORTS = {CONVERSION_REPORT, CONVERSION_FIGURE, TRAINING_REPORT} | {
     f"evaluation/{name}" for name in ("results.json", "source_results.json", "comparison.json", "scores.png")
@@ -33,7 +33,7 @@ class PushedFile:
         path (`str`): in the repository.
         size (`int`): bytes.
         state (`str`): `"new"`, `"changed"`, `"unchanged"`, `"unknown"` (the Hub was not asked) or `"stale"` (removed
-            from the repository); of a real push only stale files are told apart, the others are `"sent"`.
+            from the repository). After a real push, files are `"stale"` or `"sent"`.
     """
 
     path: str
@@ -43,16 +43,16 @@ class PushedFile:
 
 @dataclass
 class PushReport:
-    """What was or, in a dry run, would be sent.
+    """Files that were sent or, in a dry run, would be sent.
 
     Args:
         repo_id (`str`): the repository.
-        exists (`bool`, *optional*): whether it was there before; None when that was not asked (no token).
+        exists (`bool`, *optional*): whether it existed before; None if the Hub was not asked (no token).
         files (`list[PushedFile]`): all files.
-        left_out (`list[str]`): files of the folder that are never sent.
-        warnings (`list[str]`): what is worth knowing.
+        left_out (`list[str]`): files of the folder that are not sent.
+        warnings (`list[str]`): messages for the user.
         url (`str`): address of the repository; empty in a dry run.
-        commit (`str`): id of the commit; empty in a dry run.
+        commit (`str`): hash of the commit; empty in a dry run.
         changed (`bool`): whether there was anything to commit.
     """
 
@@ -71,7 +71,7 @@ class _Remote:
     exists: bool
     has_revision: bool = False
     head: str | None = None
-    # path -> (size, name of the content: sha256 of large files, git's of the others)
+    # path -> (size, hash of the content: SHA-256 for large files, git's hash for others)
     files: dict[str, tuple[int, str]] = field(default_factory=dict)
 
 
@@ -87,24 +87,24 @@ def push_folder(
     allow: Iterable[str] = (),
     say: Callable[[str], None] = lambda text: None,
 ) -> PushReport:
-    """Checks a checkpoint folder, then sends it to the Hub as one commit.
+    """Check a checkpoint folder, then send it to the Hub as one commit.
 
-    An upload that was interrupted goes on where it stopped when it is started again: the Hub keeps the large files
-    that have arrived. Until the commit at the end the branch stays as it was.
+    The same call resumes an interrupted upload: the Hub keeps the large files that have arrived. The branch does not
+    change before the final commit.
 
     Args:
         folder (`str` or `Path`): the checkpoint.
-        repo_id (`str`): `namespace/name`; created when it is not there.
+        repo_id (`str`): `namespace/name`; created if it does not exist.
         private (`bool`, *optional*): visibility of a new repository.
-        revision (`str`, *optional*): branch, created when it is not there; the main one by default.
-        message (`str`, *optional*): of the commit.
+        revision (`str`, *optional*): branch, created if it does not exist; the main branch by default.
+        message (`str`, *optional*): commit message.
         dry_run (`bool`): check and compare, send nothing.
-        allow (`Iterable[str]`): texts that look like a secret or a local path and are none.
-        token (`str`, *optional*): the one of `hf auth login` or HF_TOKEN by default.
-        say (`Callable`): told what is being done.
+        allow (`Iterable[str]`): texts that look like a secret or a local path, but are not.
+        token (`str`, *optional*): by default the token of `hf auth login` or HF_TOKEN.
+        say (`Callable`): called with a message at each step.
 
     Raises:
-        ValueError: when the folder or the name is not fit to be sent.
+        ValueError: when the folder cannot be published or the name is invalid.
         OSError: when the Hub refuses or cannot be reached.
     """
     from huggingface_hub import HfApi, get_token
@@ -189,7 +189,7 @@ def _read_remote(api: Any, repo_id: str, revision: str | None, private: bool | N
         try:
             remote.head = api.model_info(repo_id, revision=revision).sha
         except RevisionNotFoundError:
-            remote.has_revision = False  # a new branch starts as a copy of the main one
+            remote.has_revision = False  # a new branch starts as a copy of the main branch
     for entry in api.list_repo_tree(repo_id, recursive=True, revision=revision if remote.has_revision else None):
         if hasattr(entry, "blob_id"):
             remote.files[entry.path] = (entry.size, entry.lfs.sha256 if entry.lfs else entry.blob_id)
@@ -197,7 +197,7 @@ def _read_remote(api: Any, repo_id: str, revision: str | None, private: bool | N
 
 
 def _other_names(folder: Path, repo_id: str) -> list[str]:
-    """A warning when the card's examples load another repository than this."""
+    """Warn when the card's examples load another repository."""
     card = folder / "README.md"
     text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
     others = {name for name in re.findall(r"from_pretrained\(\"([\w.-]+/[\w.-]+)\"", text) if name != repo_id}
@@ -225,7 +225,7 @@ def _state(file: Path, path: str, size: int, remote: _Remote | None) -> str:
     remote_size, name = remote.files[path]
     if size != remote_size:
         return "changed"
-    # Git's name of a file is the SHA-1 of a header and its content; that of a large one is its SHA-256.
+    # Git's hash of a file is the SHA-1 of a header and the content; large files have the SHA-256 of their content.
     digest = hashlib.sha256() if len(name) == 64 else hashlib.sha1(b"blob %d\0" % size)
     with file.open("rb") as stream:
         while block := stream.read(HASH_BLOCK):
@@ -259,8 +259,8 @@ def _send(
                 else CommitOperationAdd(path_in_repo=file.path, path_or_fileobj=str(folder / file.path))
                 for file in report.files
             ]
-            # Not upload_folder: with Xet it sends large folders as several commits. And with the parent named, a push
-            # by someone else in the meantime is an error instead of a mixture of two models.
+            # Not upload_folder: with Xet it sends large folders as several commits. The parent commit makes a push by
+            # someone else in the meantime an error, instead of a mixture of two models.
             info = api.create_commit(
                 repo_id, operations, commit_message=message, revision=revision, parent_commit=remote.head
             )
@@ -276,7 +276,7 @@ def _send(
 
 @contextlib.contextmanager
 def _clear_errors(repo_id: str, sending: bool = False, created: bool = False) -> Iterator[None]:
-    """Turns what the client raises for bad answers and lost connections into an `OSError` that says what to do."""
+    """Convert the client's errors for bad answers and lost connections to an `OSError` that says what to do."""
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
