@@ -19,6 +19,7 @@ import torch
 from transformers import AutoTokenizer
 
 from egmla.utils.files import check_writable, write_json
+from egmla.utils.models import local_folder
 
 
 TOKENIZER_FILES = (
@@ -50,14 +51,11 @@ def check_model(model: str, tokenizer: str | None = None) -> None:
         FileNotFoundError: when the folder holds no model or no tokenizer.
         ValueError: for a GGUF file, or a tokenizer without any token that can pad a batch.
     """
-    folder = Path(model)
-    if folder.suffix == ".gguf":
-        _refuse_gguf(folder)
-    local = folder.is_dir()
-    if local and not (folder / "config.json").is_file():
+    if Path(model).suffix == ".gguf":
+        _refuse_gguf(Path(model))
+    folder = local_folder(model)
+    if folder is not None and not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{model} is a folder without a config.json, so it holds no model; check the path.")
-    if not local and (folder.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1):
-        raise FileNotFoundError(f"There is no folder {model}; check the path.")
     name = tokenizer or model
     if Path(name).is_dir() and not any((Path(name) / file).is_file() for file in TOKENIZER_FILES):
         raise FileNotFoundError(

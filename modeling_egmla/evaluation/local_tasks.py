@@ -1,6 +1,6 @@
-"""lm-eval tasks with this package's groups, and with official data sets replaced by local files. Needs `egmla[eval]`.
+"""lm-eval tasks with this package's groups, and official tasks on local files. Needs `egmla[eval]`.
 
-The official task configuration is kept; only where its rows come from changes, so the prompts are the official ones.
+A task on local files keeps its official configuration and so its prompts. Only the source of its rows changes.
 """
 
 import difflib
@@ -20,7 +20,7 @@ GROUPS = {
     "egmla_paper": ("piqa", "arc_challenge", "arc_easy", "hellaswag", "winogrande", "social_iqa", "mmlu"),
     "egmla_quick": ("piqa", "arc_easy", "hellaswag", "lambada_openai"),
 }
-# Official data set (last part of its hub id) and configuration, "*" for any, to the beginning of each split's file.
+# Official data set (last part of its Hub id) and configuration ("*" for any): how each split's file name begins.
 LOCAL_FILES: dict[tuple[str, str | None], dict[str, str]] = {
     ("piqa", None): {"validation": "piqa_valid", "train": "piqa_train"},
     ("ai2_arc", "ARC-Easy"): {"test": "arc_easy_test", "train": "arc_easy_train"},
@@ -34,17 +34,17 @@ LOCAL_FILES: dict[tuple[str, str | None], dict[str, str]] = {
     ("mmlu", "*"): {"test": "mmlu_test", "dev": "mmlu_dev"},
     ("blimp", "*"): {"train": "blimp"},
 }
-# Files that hold every configuration of a data set: the column that names it.
+# Data sets with all configurations in one file: the column that names the configuration.
 CONFIGURATION_COLUMNS = {"mmlu": "subject", "blimp": "UID"}
 SPLIT_KEYS = ("training_split", "validation_split", "test_split")
 
 
 class LocalTaskFactory(TaskFactory):
-    """Builds official tasks on the files of a folder.
+    """Build official tasks on the files of a folder.
 
     Args:
-        data_dir (`str`): folder of JSON-lines files, whose rows have the official field names.
-        meta (`dict`, *optional*): metadata for every task.
+        data_dir (`str`): folder of JSON-lines files with the official field names.
+        meta (`dict`, *optional*): metadata passed to every task.
     """
 
     def __init__(self, data_dir: str | os.PathLike, *, meta: dict[str, Any] | None = None) -> None:
@@ -85,7 +85,7 @@ class LocalTaskFactory(TaskFactory):
                 config[key] = None
         column = CONFIGURATION_COLUMNS.get(source)
         config["custom_dataset"] = _reader(files, column, name, task)
-        # For the record in the results; file names only, so that results can be published.
+        # Recorded in the results. File names only, so that results can be published.
         config["metadata"]["local_files"] = {split: path.name for split, path in sorted(files.items())}
         return config
 
@@ -109,7 +109,9 @@ def _reader(files: dict[str, Path], column: str | None, value: str | None, task:
 
 
 def find_file(folder: Path, stem: str) -> Path | None:
-    """The one file of a folder whose name begins with `stem`, such as `hellaswag_val_1000.jsonl`; None without one.
+    """Find the only file of a folder whose name begins with `stem`, such as `hellaswag_val_1000.jsonl`.
+
+    Returns None without such a file.
 
     Raises:
         ValueError: when several match.
@@ -125,10 +127,10 @@ def find_file(folder: Path, stem: str) -> Path | None:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Objects of a JSON-lines file.
+    """Read the objects of a JSON-lines file.
 
     Raises:
-        ValueError: when a line is not one; the message names it.
+        ValueError: when a line is no JSON object; the message names the line.
     """
     rows = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
@@ -145,7 +147,7 @@ class EGMLATaskManager(TaskManager):
 
     Args:
         data_dir (`str`, *optional*): folder of files that replace the official data sets.
-        include_path (*optional*): further folders of task files.
+        include_path (*optional*): more folders of task files.
         metadata (`dict`, *optional*): passed to every task.
     """
 
@@ -162,13 +164,13 @@ class EGMLATaskManager(TaskManager):
         self._ready: tuple[list, Any] | None = None
 
     def prepare(self, tasks: Sequence[str], num_fewshot: int | None = None) -> None:
-        """Loads tasks now, data included, so that what is wrong with them shows before a model is loaded.
+        """Load tasks with their data now, so that errors show before a model is loaded.
 
-        The next `load` of the same tasks hands them out.
+        The next `load` of the same tasks returns them.
 
         Raises:
-            ValueError: for unknown tasks, naming near matches; for data that cannot be read; for examples that would
-                come out of the questions.
+            ValueError: for unknown tasks, naming near matches; for data that cannot be read; for solved
+                examples that would be questions of the test.
             FileNotFoundError: for a missing local file.
         """
         self.check_names(tasks)
@@ -176,7 +178,7 @@ class EGMLATaskManager(TaskManager):
             loaded = super().load(list(tasks))
         except (ConnectionError, datasets.exceptions.DatasetNotFoundError) as error:
             raise ValueError(
-                f"The data of {', '.join(tasks)} cannot be had from the hub ({type(error).__name__}: {error}); check "
+                f"The data of {', '.join(tasks)} cannot be read from the Hub ({type(error).__name__}: {error}); check "
                 "the connection, or give a folder of local files as data_dir."
             ) from error
         if num_fewshot:
@@ -198,7 +200,7 @@ class EGMLATaskManager(TaskManager):
         return super().load(task_list)
 
     def check_names(self, tasks: Sequence[str]) -> None:
-        """Raises `ValueError` for names that are no task, group, tag or task file; the message names near matches."""
+        """Raise `ValueError` for names that are no task, group, tag or task file. The message names near matches."""
         if not tasks:
             raise ValueError(f"No tasks were given; name some, such as {', '.join(GROUPS)} or piqa.")
         for name in tasks:
@@ -209,6 +211,6 @@ class EGMLATaskManager(TaskManager):
             raise ValueError(f"{name!r} is no task, group or tag of lm-eval or of this package; {hint}")
 
     def match(self, tasks: Sequence[str]) -> list[str]:
-        """Names with lm-eval's wildcards replaced by what they match, each once; what matches nothing stays."""
+        """Expand lm-eval's wildcards, each name once. A pattern without a match is kept."""
         names = [name for task in tasks for name in ((self.match_tasks([task]) if "*" in task else None) or [task])]
         return list(dict.fromkeys(names))
