@@ -1,5 +1,6 @@
 """`egmla bench`."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -44,7 +45,6 @@ def bench(
 ) -> None:
     """Time decoding against other models of the same size. The same command resumes an interrupted run."""
     import json
-    import sys
 
     from rich.console import Console
 
@@ -86,8 +86,12 @@ def bench(
     console().print(
         f"Left in {output}: bench.json, ms_per_token.png, cache_bytes.png.", style="dim", markup=False, soft_wrap=True
     )
-    if as_json or not sys.stdout.isatty():
+    if as_json or not _on_a_terminal():
         typer.echo(json.dumps(summary(report)))
+
+
+def _on_a_terminal() -> bool:
+    return sys.stdout.isatty()
 
 
 def _describe_plan(plan, settings, output: Path) -> str:

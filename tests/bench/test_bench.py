@@ -485,7 +485,7 @@ def test_a_terminal_shows_no_json(pair, tmp_path, small_sweeps, monkeypatch):
     piped = run(*words)
     assert json.loads(piped.stdout.splitlines()[-1])["decode"]
     assert "4 timings" not in piped.stdout and "2 timings to take" in piped.stderr
-    monkeypatch.setattr("click.testing._NamedTextIOWrapper.isatty", lambda self: self.name == "<stdout>")
+    monkeypatch.setattr(sys.modules["egmla.commands.bench"], "_on_a_terminal", lambda: True)
     shown = run(*words)
     assert shown.exit_code == 0 and "{" not in shown.stdout and "bench.json" in shown.stdout
     assert json.loads(run(*words, "--json").stdout.splitlines()[-1])["decode"]
