@@ -3,6 +3,7 @@
 import os
 import site
 import subprocess
+import sys
 import sysconfig
 import venv
 from pathlib import Path
@@ -23,37 +24,17 @@ from transformers.utils import logging
 torch.set_num_threads(1)
 
 
-# Modules that take half a minute and more, longest first. `--dist loadscope` hands modules out by number of tests:
-# those of few and long ones last, where one worker waits for the other to finish them.
-LONG_MODULES = (
-    "test_smollm2",
-    "test_transformers_suite",
-    "test_families",
-    "test_healing_runs",
-    "test_harness",
-    "test_kernel_attention",
-    "test_conversion_processes",
-    "test_generation",
-    "test_attention_backends",
-    "test_push",
-    "test_deepseek_export",
-    "test_model",
-    "test_from_scratch",
-    "test_bench",
-    "test_remote_code",
-    "test_resumed_conversions",
-    "test_conversion",
-)
-
-
 def pytest_configure(config):
-    config.option.loadscopereorder = False  # in the order below
+    config.option.loadscopereorder = False  # keeps the order below
 
 
 def pytest_collection_modifyitems(items):
-    """Long modules in front; within them, and of all others, the order stays."""
-    rank = {name: number for number, name in enumerate(LONG_MODULES)}
-    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+    """Run modules marked `long` first.
+
+    `--dist loadscope` hands out modules with many tests first. A long module with few tests would come last, and one
+    worker would wait for the other to finish it.
+    """
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
 
 
 @pytest.fixture(autouse=True)
@@ -103,9 +84,10 @@ def clean_python(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("clean")
     packages = root / "packages"
     packages.mkdir()
-    for folder in dict.fromkeys(
-        [*site.getsitepackages(), sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
-    ):
+    # The path of this Python too: a .pth file may have added another environment's packages.
+    added = [path for path in sys.path if path.endswith("site-packages")]
+    standard = [*site.getsitepackages(), sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
+    for folder in dict.fromkeys([*standard, *added]):
         for entry in Path(folder).iterdir() if Path(folder).is_dir() else ():
             # Links, not a path entry: an installed package, or an editable one's finder, would come along.
             if "egmla" not in entry.name.lower() and not (packages / entry.name).exists():

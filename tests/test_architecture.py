@@ -48,11 +48,8 @@ MOST_PARAMETERS = 12
 TOO_LARGE = {
     "egmla.cache_egmla",
     "egmla.commands.train.train",
-    "egmla.conversion.convert",
-    "egmla.conversion.convert.convert_checkpoint",
     "egmla.conversion.sweep.sweep",
     "egmla.modeling_egmla",
-    "egmla.training.run.run_job",
 }
 AGAINST_THE_ARROWS: set[str] = set()
 IN_A_CIRCLE = {"egmla.evaluation.lm_eval"}

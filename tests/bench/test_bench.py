@@ -31,6 +31,9 @@ from egmla.utils.accounting import decode_flops, swept_weight_bytes
 from egmla.utils.timing import Timer
 
 
+pytestmark = pytest.mark.long  # in front, see conftest.py
+
+
 CPU = torch.device("cpu")
 # Elements per token and layer of each role's cache: R + P, R + P, 2 x heads x 12 (twice: 4 heads are 4 groups).
 ELEMENTS = {"egmla": 24 + 8, "deepseek": 24 + 8, "llama-mha": 96, "llama-gqa4": 96}

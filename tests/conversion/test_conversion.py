@@ -26,6 +26,9 @@ from egmla.conversion.refinement import causal_attention_in_blocks
 from egmla.conversion.shards import ShardWriter
 
 
+pytestmark = pytest.mark.long  # in front, see conftest.py
+
+
 make_source = conversions.make_source  # the fixture
 
 

@@ -17,6 +17,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from egmla.conversion import convert_checkpoint
 
 
+pytestmark = pytest.mark.long  # in front, see conftest.py
+
+
 make_source = conversions.make_source  # the fixture
 
 

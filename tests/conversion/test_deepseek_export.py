@@ -14,6 +14,9 @@ from egmla.conversion import Recipe, Refinement, convert_checkpoint
 from egmla.conversion.deepseek_export import LAYOUTS
 
 
+pytestmark = pytest.mark.long  # in front, see conftest.py
+
+
 make_source = conversions.make_family_source  # the fixture
 UNIFORM = Recipe(slots="uniform", freqfold=1, latent_norm=True)
 CLOSED_FORM = Refinement(steps=0)

@@ -23,6 +23,9 @@ from egmla.utils.accounting import cache_elements_per_layer, meta_model
 from egmla.utils.perplexity import perplexity
 
 
+pytestmark = pytest.mark.long  # in front, see conftest.py
+
+
 make_source = conversions.make_family_source  # the fixture
 
 

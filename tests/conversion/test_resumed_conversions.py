@@ -13,6 +13,9 @@ from transformers import AutoModelForCausalLM
 from egmla.conversion import Recipe, Refinement, convert, convert_checkpoint, job, journal, shards
 
 
+pytestmark = pytest.mark.long  # in front, see conftest.py
+
+
 make_source = conversions.make_family_source  # the fixture
 
 SMALLER = {"kv_lora_rank": 12, "qk_rope_head_dim": 6, "calibration_tokens": 1024}

@@ -12,6 +12,9 @@ from egmla.samples import sample_path, sample_text
 from egmla.utils.perplexity import perplexity, token_windows
 
 
+pytestmark = pytest.mark.long  # in front, see conftest.py
+
+
 CACHE = Path(__file__).parents[2] / ".cache" / "smollm2"
 # fp32 sums in another order, on logits of size 30: the source's own eager and sdpa attention differ as much.
 LOGIT_TOLERANCE = 1e-4

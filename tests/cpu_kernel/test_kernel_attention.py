@@ -8,7 +8,7 @@ from kernel_cases import LAYERS, TOLERANCE, check_codes
 from egmla.latent_attention_egmla import latent_attention
 
 
-pytestmark = needs_compiler
+pytestmark = [pytest.mark.long, needs_compiler]
 
 
 @torch.no_grad()

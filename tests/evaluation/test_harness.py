@@ -32,7 +32,7 @@ from egmla.evaluation.local_tasks import GROUPS, EGMLATaskManager, find_file, re
 from egmla.evaluation.paired import paired_stderr
 
 
-pytestmark = pytest.mark.usefixtures("one_task_index")
+pytestmark = [pytest.mark.long, pytest.mark.usefixtures("one_task_index")]
 DATA = Path(__file__).parents[1] / "fixtures" / "lm_eval"
 # Whole data files in place of the fixtures' few rows, for the comparison of requests.
 WHOLE = Path(os.environ.get("EGMLA_LM_EVAL_DATA", DATA))

@@ -7,6 +7,9 @@ from cases import difference, needs_compiler, tiny_model, token_ids
 from egmla import EGMLACache
 
 
+pytestmark = pytest.mark.long  # in front, see conftest.py
+
+
 # fp32 sums in another order, logits up to 6: measured 5e-6 or less against fp64 after two layers.
 TOLERANCE = 1e-5
 

@@ -15,6 +15,9 @@ from egmla import EGMLACache
 from egmla.cache_layers_egmla import FixedLatentLayer, GrowingLatentLayer
 
 
+pytestmark = pytest.mark.long  # in front, see conftest.py
+
+
 # Scores of a beam sum log-probabilities of fp32 logits.
 TOLERANCE = 1e-4
 # Two logits closer than twice the rounding of fp32 (1e-5 here) may change places.

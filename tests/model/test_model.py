@@ -29,6 +29,9 @@ from egmla import (
 from egmla import modeling_egmla as modeling
 
 
+pytestmark = pytest.mark.long  # in front, see conftest.py
+
+
 # fp32 sums in another order, logits up to 6: measured 5e-6 or less against fp64 after two layers.
 TOLERANCE = 1e-5
 # Gradients are sums over tokens of larger terms (up to 40), so they are compared relative to the largest of a tensor.

@@ -9,6 +9,9 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, 
 from egmla import EGMLACache, EGMLAConfig, EGMLAForCausalLM
 
 
+pytestmark = pytest.mark.long  # in front, see conftest.py
+
+
 # fp32 sums in another order. What is quantised is the weight, which both paths read alike.
 TOLERANCE = 1e-4
 # LLM.int8 rounds a matmul's inputs too: one part in 127 of each row's largest, in logits around 3.

@@ -14,6 +14,9 @@ from cases import CODE_FILES, EXPERTS, tiny_model, token_ids
 from egmla import EGMLACache, EGMLAForCausalLM, EGMLAForSequenceClassification, EGMLAForTokenClassification, EGMLAModel
 
 
+pytestmark = pytest.mark.long  # in front, see conftest.py
+
+
 CASES = ("input-gate", "table-gate", "rank-per-layer", "rope-slots", "experts")
 NEW_TOKENS = 8
 

@@ -22,6 +22,9 @@ from safetensors.torch import load_file, save_file
 from egmla.publishing import check_folder, check_loads_without_package, check_repo_id
 
 
+pytestmark = pytest.mark.long  # in front, see conftest.py
+
+
 CARD = (
     "---\nlibrary_name: transformers\nlicense: apache-2.0\n---\n\n# A tiny model\n\nLoad it from `/path/to/model`.\n"
 )

@@ -23,6 +23,9 @@ from egmla.training.report import outcome
 from egmla.utils.perplexity import perplexity, recovered_share
 
 
+pytestmark = pytest.mark.long  # in front, see conftest.py
+
+
 pytest.importorskip("matplotlib")
 
 

@@ -22,6 +22,9 @@ from egmla.training.run_folders import RunFolders, check_space
 from egmla.training.trainer import DistillationTrainer
 
 
+pytestmark = pytest.mark.long  # in front, see conftest.py
+
+
 pytest.importorskip("matplotlib")
 
 KILLED = """

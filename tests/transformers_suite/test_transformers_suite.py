@@ -4,6 +4,9 @@ import pytest
 from upstream_sources import UpstreamTestsUnavailable
 
 
+pytestmark = pytest.mark.long  # in front, see conftest.py
+
+
 try:
     from model_suite import EGMLAGateTableModelTest, EGMLAModelTest  # noqa: F401
 except UpstreamTestsUnavailable as error:
