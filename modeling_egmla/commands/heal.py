@@ -66,43 +66,15 @@ def heal(
     settings: options.Settings = None,
 ) -> None:
     """Heal a converted model by self-distillation from the model it was converted from."""
+    given = dict(locals())
     import functools
 
     from egmla.training import TrainingSettings, heal_checkpoint
-    from egmla.training.settings import parse_count, parse_training_arguments
 
     from .common import quiet_transformers
 
     quiet_transformers()
-    wanted = TrainingSettings(
-        data=data,
-        tokens=parse_count(tokens),
-        eval_data=eval_data or [],
-        eval_share=eval_share,
-        eval_tokens=eval_tokens,
-        text_field=text_field,
-        sequence_length=sequence_length,
-        batch_size=batch_size,
-        micro_batch_size=micro_batch_size,
-        learning_rate=learning_rate,
-        gate_learning_rate=gate_learning_rate,
-        weight_decay=weight_decay,
-        warmup_share=warmup_share,
-        stage=stage.value,
-        kl_weight=kl_weight,
-        ce_weight=ce_weight,
-        temperature=temperature,
-        lora_rank=lora_rank,
-        bf16=bf16,
-        gradient_checkpointing=gradient_checkpointing,
-        seed=seed,
-        save_every=save_every,
-        eval_every=eval_every,
-        chunk=chunk,
-        dtype=None if dtype is DType.auto else dtype.value,
-        device=device,
-        arguments=parse_training_arguments(settings or ()),
-    )
+    wanted = TrainingSettings(**options.settings_values({**given, "stage": stage.value}))
     options.run_shown(
         functools.partial(heal_checkpoint, converted, settings=wanted, teacher=teacher),
         target,

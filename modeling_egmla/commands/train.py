@@ -64,42 +64,19 @@ def train(
     data_dir: DataDir = None,
 ) -> None:
     """Train a model from new weights."""
+    given = dict(locals())
     import functools
 
     from accelerate.utils import get_cpu_distributed_information
 
     from egmla.training import scratch_settings, train_from_scratch
     from egmla.training.from_scratch import changed_config
-    from egmla.training.settings import parse_count, parse_training_arguments
 
     from .common import find_config, quiet_transformers
     from .evaluate import evaluate
 
     quiet_transformers()
-    wanted = scratch_settings(
-        data=data,
-        tokens=parse_count(tokens),
-        eval_data=eval_data or [],
-        eval_share=eval_share,
-        eval_tokens=eval_tokens,
-        text_field=text_field,
-        sequence_length=sequence_length,
-        batch_size=batch_size,
-        micro_batch_size=micro_batch_size,
-        learning_rate=learning_rate,
-        gate_learning_rate=gate_learning_rate,
-        weight_decay=weight_decay,
-        warmup_share=warmup_share,
-        bf16=bf16,
-        gradient_checkpointing=gradient_checkpointing,
-        seed=seed,
-        save_every=save_every,
-        eval_every=eval_every,
-        chunk=chunk,
-        dtype=None if dtype is DType.auto else dtype.value,
-        device=device,
-        arguments=parse_training_arguments(settings or ()),
-    )
+    wanted = scratch_settings(**options.settings_values(given))
     if tasks is not None:
         if (processes := get_cpu_distributed_information().world_size) > 1:  # read from the environment, GPUs or not
             raise ValueError(

@@ -57,6 +57,27 @@ Settings = Annotated[
 Chunk = Annotated[int, typer.Option(min=1, help="Positions whose logits exist at one time.")]
 
 
+def settings_values(options: dict[str, Any]) -> dict[str, Any]:
+    """Return the values of `TrainingSettings` that a command's options give.
+
+    Args:
+        options (`dict`): the command's parameters by name; names that are no setting are left out.
+    """
+    from dataclasses import fields
+
+    from egmla.training import TrainingSettings
+    from egmla.training.settings import parse_count, parse_training_arguments
+
+    values = {item.name: options[item.name] for item in fields(TrainingSettings) if item.name in options}
+    return {
+        **values,
+        "tokens": parse_count(options["tokens"]),
+        "eval_data": options["eval_data"] or [],
+        "dtype": None if options["dtype"] == "auto" else options["dtype"].value,
+        "arguments": parse_training_arguments(options["settings"] or ()),
+    }
+
+
 def run_shown(start, target: Path, **arguments: Any) -> None:
     """Run `start(target, ...)` of `egmla.training`; show its progress on stderr and its result as a table."""
     from rich.console import Console
