@@ -17,7 +17,7 @@ GROUPS = {
     "Model card": "--scores --repo-id --license --license-name --base-model --overwrite",
     "Publishing": "--private --revision --allow --message",
     "Machine": "--device --dtype --threads --seed --cpu-kernel",
-    "Files": "--output --checkpoints --keep-checkpoints --save-every --resume --config",
+    "Files": "--output --json --checkpoints --keep-checkpoints --save-every --resume --config",
     "Other": "--set --dry-run --yes --debug --version --install-completion --show-completion --help",
 }
 GROUP_OF = {option: group for group, options in GROUPS.items() for option in options.split()}
