@@ -15,7 +15,7 @@ from .report import open_report
 from .settings import BenchSettings
 
 
-# A step takes this many times as long as its limit, in the median of earlier reports. Source: tests/benchmarks.
+# Rough guesses, not calibrated against measured runs. A step takes this many times as long as its limit.
 STEP_OVERHEAD = 2.5
 COMPILE_SECONDS = 60.0
 # Starting Python and loading a model, for each memory measurement.
