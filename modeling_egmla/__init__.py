@@ -25,7 +25,9 @@ def _command_line_starts() -> bool:
     The command line registers the model when a command runs. Help and completion then need no PyTorch.
     """
     if sys.argv[:1] == ["-m"]:  # Python looks up the module that it is going to run
-        return "egmla" in sys.orig_argv and sys.orig_argv[sys.orig_argv.index("-m") + 1] == "egmla"
+        # What stands before the module's own arguments names it: `-m egmla`, `-megmla` or `-Im egmla`.
+        given = sys.orig_argv[-len(sys.argv)] if len(sys.argv) <= len(sys.orig_argv) else ""
+        return (given.partition("m")[2] if given.startswith("-") else given) == "egmla"
     return getattr(sys.modules.get("egmla_command"), "starting", False)
 
 

@@ -40,17 +40,16 @@ ARROWS = {
     "model_cards": GROUND | {"evaluation"},
     "publishing": GROUND | {"model_cards"},
     "commands": None,  # any room
+    "entry_point": {"commands"},
 }
 MOST_LINES_OF_A_FUNCTION = 100
 MOST_LINES_OF_A_FILE = 520
 MOST_PARAMETERS = 12
 # What was too large before the rooms were redesigned. This list only shrinks.
 TOO_LARGE = {
-    "egmla.conversion.sweep.sweep",
     "egmla.modeling_egmla",
 }
 AGAINST_THE_ARROWS: set[str] = set()
-IN_A_CIRCLE = {"egmla.evaluation.lm_eval"}
 
 
 @cache
@@ -158,7 +157,7 @@ def test_imports_follow_the_arrows():
 
 
 def test_imports_make_no_circle():
-    graph = {name: {target for target, _ in imports(name)} for name in modules() if name not in IN_A_CIRCLE}
+    graph = {name: {target for target, _ in imports(name)} for name in modules()}
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:

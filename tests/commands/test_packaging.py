@@ -52,8 +52,11 @@ def test_wheel_holds_the_package_alone(archives, tracked):
     modules = {name for name in tracked if name.endswith(".py")}
     for folder in ("configuration/", "conversion/", "model_cards/"):
         assert {f"egmla/{name}" for name in modules if name.startswith(folder)} <= held
-    assert {name[len("modeling_") :] for name in modules if name.startswith("modeling_egmla/")} <= held
-    assert {name.split("/")[0] for name in held if "dist-info" not in name} == {"egmla", "egmla_command.py"}
+    entry_point = "modeling_egmla/entry_point/"
+    of_package = {name for name in modules if name.startswith("modeling_egmla/") and not name.startswith(entry_point)}
+    assert {name[len("modeling_") :] for name in of_package} <= held
+    assert "egmla_command/__init__.py" in held and not any(name.startswith("egmla/entry_point/") for name in held)
+    assert {name.split("/")[0] for name in held if "dist-info" not in name} == {"egmla", "egmla_command"}
     assert any(name.endswith("licenses/LICENSE") for name in held)
     assert any(name.endswith("licenses/modeling_egmla/samples/README.md") for name in held)
     for line in (

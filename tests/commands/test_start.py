@@ -41,6 +41,37 @@ def test_help_and_version_do_without_pytorch(form, arguments, shown):
     assert not imported & SLOW_IMPORTS
 
 
+@pytest.mark.parametrize(
+    ("before", "arguments", "starts"),
+    [
+        (["-m", "egmla"], ["heal", "--help"], True),
+        (["-m", "egmla"], ["-m", "other"], True),
+        (["-megmla"], ["egmla"], True),
+        (["-Bm", "egmla"], [], True),
+        (["-X", "dev", "-Bmegmla"], ["--help"], True),
+        (["-megmla.evaluation.lm_eval"], ["egmla"], False),
+        (["-m", "egmla.evaluation.lm_eval"], ["-m", "egmla"], False),
+        (["-m", "pytest"], ["-m", "egmla"], False),
+    ],
+)
+def test_the_module_that_runs_is_told_from_its_arguments(before, arguments, starts, monkeypatch):
+    monkeypatch.setattr(sys, "orig_argv", ["python", *before, *arguments])
+    monkeypatch.setattr(sys, "argv", ["-m", *arguments])  # as it is while Python looks up the module
+    assert egmla._command_line_starts() == starts
+
+
+def test_an_argv_that_somebody_changed_is_no_start(monkeypatch):
+    monkeypatch.setattr(sys, "orig_argv", [])
+    monkeypatch.setattr(sys, "argv", ["-m", "egmla"])
+    assert not egmla._command_line_starts()
+
+
+def test_module_and_option_in_one_word_do_without_pytorch():
+    printed, imported = start("-megmla", "heal", "--help")
+    assert "--tokens" in printed
+    assert not imported & SLOW_IMPORTS
+
+
 def test_completion_does_without_pytorch():
     completion = {"_EGMLA_COMPLETE": "complete_bash", "COMP_WORDS": "egmla pres", "COMP_CWORD": "1"}
     wrapper = "import sys; sys.argv[0] = 'egmla'; from egmla_command import main; main()"
