@@ -17,7 +17,7 @@ from .recipes import find_recipe
 from .refinement import Refinement
 from .report import Progress, converted_perplexity, source_perplexity, write_report
 from .sources import open_source
-from .texts import MAX_CHARACTERS_PER_TOKEN, open_evaluation, read_text
+from .texts import MAX_CHARACTERS_PER_TOKEN, EvaluationText, open_evaluation, read_text
 
 
 SWEEP_REPORT, SWEEP_FIGURE = "sweep.json", "sweep.png"
@@ -65,6 +65,54 @@ def sweep(
         raise ValueError(
             "A sweep needs at least one size and one recipe, such as caches=[0.5, 0.25] (--cache 0.5,0.25)."
         )
+    settings, evaluation = _settings_and_evaluation(
+        source, calibration, evaluate, choices, calibration_tokens, refinement, evaluation_windows, options
+    )
+    report = _start(target, settings)
+    arguments = {
+        "calibration": calibration,
+        "calibration_tokens": calibration_tokens,
+        "refinement": refinement,
+        **options,
+    }
+    jobs = {
+        target / f"{recipe}-{cache:g}": {"cache": cache, "recipe": find_recipe(recipe, choices), **arguments}
+        for recipe in recipes
+        for cache in caches
+    }
+    # All of them are checked before the first is made.
+    pending = [folder for folder in jobs if not _finished(folder)]
+    for folder in pending:
+        convert_checkpoint(source, folder, **jobs[folder], evaluate=evaluate, dry_run=True)
+    target.mkdir(parents=True, exist_ok=True)
+    if "perplexity" not in report["source"]:
+        report["source"]["perplexity"] = source_perplexity(source, evaluation, progress)
+        write_json(target / SWEEP_REPORT, report)
+    report["rows"] = []
+    for folder, job in jobs.items():
+        if folder in pending:
+            convert_checkpoint(source, folder, **job, progress=_named(folder.name, progress))
+        made = _measured(folder, evaluation, report["source"]["perplexity"], _named(folder.name, progress))
+        report["source"]["elements"] = made["plan"]["source_elements"]
+        report["rows"].append(_row(folder, job["cache"], made))
+        write_json(target / SWEEP_REPORT, report)
+    _mark_best(report["rows"])
+    write_json(target / SWEEP_REPORT, report)
+    _draw(report, target / SWEEP_FIGURE)
+    return report
+
+
+def _settings_and_evaluation(
+    source: str | Path,
+    calibration: str | Path,
+    evaluate: str | Path,
+    choices: Mapping[str, Any] | None,
+    calibration_tokens: int | None,
+    refinement: Refinement | None,
+    evaluation_windows: int,
+    options: Mapping[str, Any],
+) -> tuple[dict[str, Any], EvaluationText]:
+    """Read source and texts. Return all that the figures depend on, as `sweep.json` keeps it, and the windows."""
     opened = open_source(source)
     evaluation = open_evaluation(evaluate, opened.needed_tokenizer("evaluation"), opened.config, evaluation_windows)
     most = most_calibration_tokens(calibration_tokens, refined=True)
@@ -84,48 +132,17 @@ def sweep(
         "refinement": None if refinement is None else asdict(refinement),
         "options": {name: value for name, value in options.items() if value is not None},
     }
-    del opened
-    report = _start(target, settings)
-    arguments = {
-        "calibration": calibration,
-        "calibration_tokens": calibration_tokens,
-        "refinement": refinement,
-        **options,
-    }
-    jobs = {
-        target / f"{recipe}-{cache:g}": {"cache": cache, "recipe": find_recipe(recipe, choices), **arguments}
-        for recipe in recipes
-        for cache in caches
-    }
-    # All of them are checked before the first is made.
-    plans = {
-        folder: convert_checkpoint(source, folder, **job, evaluate=evaluate, dry_run=True)
-        for folder, job in jobs.items()
-        if not _finished(folder)
-    }
-    target.mkdir(parents=True, exist_ok=True)
-    if "perplexity" not in report["source"]:
-        report["source"]["perplexity"] = source_perplexity(source, evaluation, progress)
-        write_json(target / SWEEP_REPORT, report)
-    report["rows"] = []
-    for folder, job in jobs.items():
-        if folder in plans:
-            convert_checkpoint(source, folder, **job, progress=_named(folder.name, progress))
-        made = read_json(folder / CONVERSION_REPORT)
-        if "evaluation" not in made:
-            found = converted_perplexity(folder, evaluation, _named(folder.name, progress))
-            made["evaluation"] = evaluation.describe() | {
-                "source": report["source"]["perplexity"],
-                "converted": found,
-            }
-            write_report(folder, made)
-        report["source"]["elements"] = made["plan"]["source_elements"]
-        report["rows"].append(_row(folder, job["cache"], made))
-        write_json(target / SWEEP_REPORT, report)
-    _mark_best(report["rows"])
-    write_json(target / SWEEP_REPORT, report)
-    _draw(report, target / SWEEP_FIGURE)
-    return report
+    return settings, evaluation
+
+
+def _measured(folder: Path, evaluation: EvaluationText, of_source: float, progress: Progress | None) -> dict[str, Any]:
+    """Return a model's report. Measure its perplexity first where the report has none."""
+    made = read_json(folder / CONVERSION_REPORT)
+    if "evaluation" not in made:
+        found = converted_perplexity(folder, evaluation, progress)
+        made["evaluation"] = evaluation.describe() | {"source": of_source, "converted": found}
+        write_report(folder, made)
+    return made
 
 
 def _start(target: Path, settings: dict[str, Any]) -> dict[str, Any]:

@@ -18,13 +18,13 @@ from .harness import (
     check_lm_eval,
     check_model,
     check_model_args,
-    quiet_git,
     run_settings,
     scores,
     task_leaves,
     write_results,
 )
 from .paired import paired_stderr
+from .quiet import quiet_git
 
 
 # Metrics whose aggregation lm-eval's task files leave to the metric itself.

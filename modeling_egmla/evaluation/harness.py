@@ -1,15 +1,13 @@
 """Score causal language models with lm-eval's own `simple_evaluate`. lm-eval is imported when it is first needed."""
 
 import ast
-import contextlib
 import difflib
 import importlib.util
 import inspect
 import math
 import os
 import shlex
-import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from numbers import Real
 from pathlib import Path
@@ -20,6 +18,8 @@ from transformers import AutoTokenizer
 
 from egmla.utils.files import check_writable, write_json
 from egmla.utils.models import local_folder
+
+from .quiet import quiet_git
 
 
 TOKENIZER_FILES = (
@@ -201,27 +201,6 @@ def evaluate(
     # lm-eval does not record everything that its results depend on.
     results["settings"] = run_settings(limit, num_fewshot, batch_size, model_args, include_path, settings)
     return results
-
-
-@contextlib.contextmanager
-def quiet_git() -> Iterator[None]:
-    """Keep git from printing "fatal: not a git repository" when lm-eval asks it for the current commit."""
-    from lm_eval import evaluator
-
-    ask = evaluator.get_git_commit_hash
-
-    def ask_in_a_repository() -> str | None:
-        try:
-            found = subprocess.run(["git", "describe", "--always"], capture_output=True).returncode == 0
-        except OSError:  # git is not installed
-            found = False
-        return ask() if found else None
-
-    evaluator.get_git_commit_hash = ask_in_a_repository
-    try:
-        yield
-    finally:
-        evaluator.get_git_commit_hash = ask
 
 
 def run_settings(limit, num_fewshot, batch_size, model_args, include_path, settings) -> dict[str, Any]:

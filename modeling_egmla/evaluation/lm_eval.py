@@ -10,6 +10,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
 import egmla  # noqa: F401  registers the architecture with the Auto classes
+from egmla.evaluation.quiet import quiet_git
 from egmla.utils.machine import available_bytes
 
 
@@ -73,8 +74,6 @@ class EGMLAHarnessModel(HFLM):
 def main() -> None:
     """Run lm-eval's command line."""
     from lm_eval.__main__ import cli_evaluate
-
-    from egmla.evaluation.harness import quiet_git
 
     with quiet_git():
         cli_evaluate()
