@@ -171,6 +171,7 @@ class SourceRun:
         weighting (`str`): `"attention"` weighs tokens by the attention they receive, `"uniform"` equally.
         dtype (`str`): of the matrix products in sequences that are not measured, only run through.
         measured (`int`, *optional*): the first so many sequences are measured; all by default.
+        device (`str`, *optional*): where it runs; by default the GPU if there is one.
 
     Attributes:
         embeddings: embeddings `[sequences, T, D]` of the calibration tokens, what the gates read.
@@ -185,11 +186,12 @@ class SourceRun:
         weighting: str = "attention",
         dtype: str = "float32",
         measured: int | None = None,
+        device: str | None = None,
     ):
         config, T = source.config, sequences.shape[1]
         self.measured = len(sequences) if measured is None else measured
         self.source, self.family, self.weighting, self.dtype = source, family, weighting, getattr(torch, dtype)
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         model = family.meta_model(config).model
         self.layers = model.layers
         rotary = type(model.rotary_emb)(config).to(self.device)

@@ -89,7 +89,7 @@ def convert_checkpoint(
         report = _write(job, target, report, started, progress)
     if job.evaluation is not None:
         # The model is written: an interruption from here on costs the figures only, which the same command adds.
-        report = _add_evaluation(report, source, target, job.evaluation, progress)
+        report = _add_evaluation(report, source, target, job.evaluation, progress, checked.device)
     return report
 
 
@@ -116,7 +116,7 @@ def _write(
             **journal.spent(),
             "dtype": str(job.stored_dtype).removeprefix("torch."),
             "versions": software_versions(),
-            "machine": machine(),
+            "machine": _machine(job.settings),
             "commit": source_commit(),
             "weights_sha256": weights_sha256(folder),
         }
@@ -130,6 +130,11 @@ def _write(
     return report
 
 
+def _machine(settings: ConversionSettings) -> dict[str, Any]:
+    """Return what changes rounding, with the kind of device that was chosen."""
+    return machine() | ({} if settings.device is None else {"device": settings.device.partition(":")[0]})
+
+
 def _journal_settings(job: Job, report: Mapping[str, Any]) -> dict[str, Any]:
     """Return all that the result depends on, in types that JSON keeps."""
     settings = {
@@ -138,7 +143,7 @@ def _journal_settings(job: Job, report: Mapping[str, Any]) -> dict[str, Any]:
         "dtype": job.settings.dtype,
         "versions": software_versions(),
         # Training amplifies differences in the order of sums, which depends on the machine.
-        "machine": None if job.plan.exact else machine(),
+        "machine": None if job.plan.exact else _machine(job.settings),
     }
     return json.loads(json.dumps(settings))
 
@@ -190,12 +195,17 @@ def _check_same_conversion(target: Path, found: dict[str, Any], wanted: dict[str
 
 
 def _add_evaluation(
-    report: dict[str, Any], source: str | Path, target: Path, evaluation: EvaluationText, progress: Progress | None
+    report: dict[str, Any],
+    source: str | Path,
+    target: Path,
+    evaluation: EvaluationText,
+    progress: Progress | None,
+    device: str | None,
 ) -> dict[str, Any]:
     """The report of a written model with perplexities before and after, which is written too."""
     perplexities = {
-        "source": source_perplexity(source, evaluation, progress),
-        "converted": converted_perplexity(target, evaluation, progress),
+        "source": source_perplexity(source, evaluation, progress, device),
+        "converted": converted_perplexity(target, evaluation, progress, device),
     }
     report = report | {"evaluation": evaluation.describe() | perplexities}
     write_report(target, report)

@@ -28,7 +28,7 @@ def allocate_ranks(job: Job, journal: Journal, progress: Progress | None) -> Pla
     if ranks is None:
         count, spectra = len(plan.ranks), []
         sequences = job.sequences[: -(-RANK_TOKENS // job.sequences.shape[1])]
-        run = SourceRun(job.source, job.family, sequences, job.recipe.weighting)
+        run = SourceRun(job.source, job.family, sequences, job.recipe.weighting, device=job.settings.device)
         for layer_idx in range(count):
             statistics = run.measure(layer_idx).statistics
             layer = _layer_function(job.family)(job.source, job.family, layer_idx, statistics, plan, job.recipe)
@@ -62,7 +62,7 @@ def _low_rank_layers(job: Job, journal: Journal, progress: Progress | None) -> I
     measured = measured_sequences(job.sequences, refined)
     if not refined:
         refinement = Refinement(steps=0, dtype="float32")  # only errors are measured
-    run = SourceRun(source, family, job.sequences, recipe.weighting, refinement.dtype, measured)
+    run = SourceRun(source, family, job.sequences, recipe.weighting, refinement.dtype, measured, job.settings.device)
     converted = ConvertedRun(run, refinement)
     if states := journal.states():
         run.states, converted.states = states["source"], states["converted"]

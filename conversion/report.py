@@ -27,15 +27,23 @@ def write_report(folder: Path, report: Mapping[str, Any]) -> None:
     os.replace(part, folder / CONVERSION_REPORT)
 
 
-def source_perplexity(source: str | Path, evaluation: EvaluationText, progress: Progress | None = None) -> float:
-    """Perplexity of a conversion's source, in fp32; `progress` is called with (stage, done, total)."""
-    return perplexity(load_source(source)[0], evaluation.windows, stage_progress("evaluate source", progress))
+def source_perplexity(
+    source: str | Path, evaluation: EvaluationText, progress: Progress | None = None, device: str | None = None
+) -> float:
+    """Measure the perplexity of a conversion's source, in fp32; `progress` is called with (stage, done, total)."""
+    return perplexity(
+        load_source(source)[0].to(device or "cpu"), evaluation.windows, stage_progress("evaluate source", progress)
+    )
 
 
-def converted_perplexity(folder: Path, evaluation: EvaluationText, progress: Progress | None = None) -> float:
-    """Perplexity of a converted checkpoint, computed in fp32; `progress` is called with (stage, done, total)."""
+def converted_perplexity(
+    folder: Path, evaluation: EvaluationText, progress: Progress | None = None, device: str | None = None
+) -> float:
+    """Measure the perplexity of a converted checkpoint, in fp32; `progress` is called with (stage, done, total)."""
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    return perplexity(model.eval(), evaluation.windows, stage_progress("evaluate converted", progress))
+    return perplexity(
+        model.to(device or "cpu").eval(), evaluation.windows, stage_progress("evaluate converted", progress)
+    )
 
 
 def energy_by_rank(spectrum: torch.Tensor) -> list[list[float]]:

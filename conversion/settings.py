@@ -37,6 +37,8 @@ class ConversionSettings:
             leaves it out, which is the default of the peers' recipes.
         layout (`str`): `"egmla"`, or `"deepseek_v3"` for a checkpoint of Transformers' own DeepSeek-V3 class.
         dtype (`str`, *optional*): dtype to write, `"float32"`, `"bfloat16"` or `"float16"`; the source's by default.
+        device (`str`, *optional*): where everything is computed, such as `"cpu"` or `"cuda:1"`. By default
+            calibration and refinement use the GPU if there is one, and perplexity is measured on the CPU.
         resume (`bool`): continue an interrupted conversion into the same target with the same settings.
         dry_run (`bool`): check everything and return the plan, bytes on disk, and an estimate; write nothing.
     """
@@ -54,6 +56,7 @@ class ConversionSettings:
     refinement: Refinement | None = None
     layout: str = "egmla"
     dtype: str | None = None
+    device: str | None = None
     resume: bool = True
     dry_run: bool = False
 

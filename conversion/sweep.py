@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -35,12 +36,13 @@ def sweep(
     calibration_tokens: int | None = None,
     refinement: Refinement | None = None,
     evaluation_windows: int = 9,
+    resume: bool = True,
     progress: Progress | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Converts a source at each size by each recipe and measures all of them on one text.
 
-    Models that an earlier run finished in the same folder, with the same settings, are not made again.
+    The same call resumes an interrupted sweep: models that it finished with the same settings are not made again.
 
     Args:
         source (`str` or `Path`): as of `convert_checkpoint`.
@@ -50,6 +52,8 @@ def sweep(
         recipes (`Sequence[str]`): names in `RECIPES`.
         choices (`Mapping`, *optional*): choices changed in each recipe.
         calibration_tokens, refinement, evaluation_windows: as of `convert_checkpoint`.
+        resume (`bool`): resume; otherwise a sweep in the folder is replaced, with its models of the same sizes and
+            recipes.
         progress (*optional*): called with (stage, done, total).
         **options: further arguments of `convert_checkpoint`, the same for all.
 
@@ -68,7 +72,7 @@ def sweep(
     settings, evaluation = _settings_and_evaluation(
         source, calibration, evaluate, choices, calibration_tokens, refinement, evaluation_windows, options
     )
-    report = _start(target, settings)
+    report = _start(target, settings, resume)
     arguments = {
         "calibration": calibration,
         "calibration_tokens": calibration_tokens,
@@ -81,18 +85,26 @@ def sweep(
         for cache in caches
     }
     # All of them are checked before the first is made.
-    pending = [folder for folder in jobs if not _finished(folder)]
+    pending = [folder for folder in jobs if not (resume and _finished(folder))]
     for folder in pending:
-        convert_checkpoint(source, folder, **jobs[folder], evaluate=evaluate, dry_run=True)
+        # A finished model is removed after the check alone, so its name is not free yet.
+        checked = folder.with_name(f"{folder.name}.new") if _finished(folder) else folder
+        convert_checkpoint(source, checked, **jobs[folder], evaluate=evaluate, dry_run=True)
     target.mkdir(parents=True, exist_ok=True)
+    if not resume:
+        write_json(target / SWEEP_REPORT, report)  # if this run is interrupted, the next can resume it
+    for folder in filter(_finished, pending):
+        shutil.rmtree(folder)
     if "perplexity" not in report["source"]:
-        report["source"]["perplexity"] = source_perplexity(source, evaluation, progress)
+        report["source"]["perplexity"] = source_perplexity(source, evaluation, progress, options.get("device"))
         write_json(target / SWEEP_REPORT, report)
     report["rows"] = []
     for folder, job in jobs.items():
         if folder in pending:
-            convert_checkpoint(source, folder, **job, progress=_named(folder.name, progress))
-        made = _measured(folder, evaluation, report["source"]["perplexity"], _named(folder.name, progress))
+            convert_checkpoint(source, folder, **job, resume=resume, progress=_named(folder.name, progress))
+        made = _measured(
+            folder, evaluation, report["source"]["perplexity"], _named(folder.name, progress), options.get("device")
+        )
         report["source"]["elements"] = made["plan"]["source_elements"]
         report["rows"].append(_row(folder, job["cache"], made))
         write_json(target / SWEEP_REPORT, report)
@@ -135,17 +147,19 @@ def _settings_and_evaluation(
     return settings, evaluation
 
 
-def _measured(folder: Path, evaluation: EvaluationText, of_source: float, progress: Progress | None) -> dict[str, Any]:
+def _measured(
+    folder: Path, evaluation: EvaluationText, of_source: float, progress: Progress | None, device: str | None
+) -> dict[str, Any]:
     """Return a model's report. Measure its perplexity first where the report has none."""
     made = read_json(folder / CONVERSION_REPORT)
     if "evaluation" not in made:
-        found = converted_perplexity(folder, evaluation, progress)
+        found = converted_perplexity(folder, evaluation, progress, device)
         made["evaluation"] = evaluation.describe() | {"source": of_source, "converted": found}
         write_report(folder, made)
     return made
 
 
-def _start(target: Path, settings: dict[str, Any]) -> dict[str, Any]:
+def _start(target: Path, settings: dict[str, Any], resume: bool) -> dict[str, Any]:
     """The report of an earlier run, or a new one.
 
     Raises:
@@ -153,9 +167,9 @@ def _start(target: Path, settings: dict[str, Any]) -> dict[str, Any]:
         ValueError: when the earlier run had other settings.
     """
     path = target / SWEEP_REPORT
-    if not path.is_file():
-        if target.is_file() or (target.is_dir() and any(target.iterdir())):
-            raise FileExistsError(f"{target} exists and holds no sweep; choose another folder or remove it.")
+    if not path.is_file() and (target.is_file() or (target.is_dir() and any(target.iterdir()))):
+        raise FileExistsError(f"{target} exists and holds no sweep; choose another folder or remove it.")
+    if not (resume and path.is_file()):
         return {
             "settings": settings,
             "source": {"name": settings["source"]},

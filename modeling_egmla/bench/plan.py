@@ -41,20 +41,23 @@ class BenchPlan:
     seconds: float
 
 
-def plan_bench(subjects: Sequence[Subject], settings: BenchSettings, output: str | Path) -> BenchPlan:
+def plan_bench(
+    subjects: Sequence[Subject], settings: BenchSettings, output: str | Path, resume: bool = True
+) -> BenchPlan:
     """Count what is left to measure and estimate its time. Takes seconds: only the machine's limits are measured.
 
     Args:
         subjects (`Sequence[Subject]`): the models.
         settings (`BenchSettings`): how they are measured.
         output (`str` or `Path`): the folder of the run; finished cases in it are not counted again.
+        resume (`bool`): as `run_bench`.
 
     Raises:
         ValueError, FileExistsError: for bad input, as `run_bench`.
     """
     settings.check()
     names = {subject.name: subject.contestants(settings.contestants) for subject in subjects}
-    report = open_report(Path(output), subjects, settings.describe(), settings.device)
+    report = open_report(Path(output), subjects, settings.describe(), settings.device, resume)
     keys = ("subject", "dtype", "batch", "context", "contestant")
     finished = {tuple(row[key] for key in keys) for row in report["decode"]}
     limits = Limits(torch.float32, settings.device, settings.sweep_bytes).measure()

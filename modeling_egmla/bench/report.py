@@ -77,7 +77,9 @@ def share_of_ceiling(bytes_read: float, bandwidth: float, seconds: float) -> flo
     return bytes_read / bandwidth / seconds
 
 
-def open_report(output: Path, subjects: Sequence[Subject], settings: Mapping[str, Any], device: str) -> dict[str, Any]:
+def open_report(
+    output: Path, subjects: Sequence[Subject], settings: Mapping[str, Any], device: str, resume: bool = True
+) -> dict[str, Any]:
     """Open the report of an earlier run in a folder, or make a new one.
 
     Args:
@@ -85,6 +87,7 @@ def open_report(output: Path, subjects: Sequence[Subject], settings: Mapping[str
         subjects (`Sequence[Subject]`): what will be measured.
         settings (`Mapping`): settings that results depend on.
         device (`str`): the device of the run.
+        resume (`bool`): open it; otherwise a new report will replace it.
 
     Raises:
         FileExistsError: when the folder is a file.
@@ -100,7 +103,7 @@ def open_report(output: Path, subjects: Sequence[Subject], settings: Mapping[str
         for subject in subjects
     }
     path = output / REPORT
-    if not path.is_file():
+    if not (resume and path.is_file()):
         report: dict[str, Any] = {"format": FORMAT, "settings": described, "commit": commit}
         report |= {"machine": describe_machine(torch.device(device)), "subjects": shapes}
         return report | {kind: [] for kind in KINDS}

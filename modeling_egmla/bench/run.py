@@ -38,6 +38,7 @@ def run_bench(
     settings: BenchSettings,
     output: str | Path,
     *,
+    resume: bool = True,
     progress: Progress | None = None,
     say: Say | None = None,
 ) -> dict[str, Any]:
@@ -49,6 +50,7 @@ def run_bench(
         subjects (`Sequence[Subject]`): what to measure.
         settings (`BenchSettings`): how.
         output (`str` or `Path`): folder for `bench.json`, `ms_per_token.png` and `cache_bytes.png`.
+        resume (`bool`): keep the cases that an earlier run finished there; otherwise all are measured again.
         progress (*optional*): called with (stage, done, total).
         say (*optional*): called with messages for the user, such as skipped cases.
 
@@ -68,7 +70,7 @@ def run_bench(
         check_lengths(subject, settings.longest)
     check_matplotlib()
     output = Path(output)
-    report = open_report(output, subjects, settings.describe(), settings.device)
+    report = open_report(output, subjects, settings.describe(), settings.device, resume)
     bench = _Bench(report, settings, output, progress or _silent, say or _silent)
     bench.check(subjects)
     for subject in subjects:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from .common import Device
+from .common import Device, Resume
 from .scoring import Threads
 
 
@@ -20,25 +20,26 @@ def bench(
         typer.Argument(metavar="[PRESET or FOLDER]...", help="Presets, one EG-MLA folder, or SOURCE CONVERTED."),
     ] = None,
     context: Annotated[str, typer.Option(metavar="TOKENS,...", help="Tokens in the cache.")] = "512,2048,8192,32768",
-    batch: Annotated[str, typer.Option(metavar="ROWS,...", help="Sequences at once.")] = "1,4,16",
-    dtype: Annotated[str, typer.Option(metavar="FORMAT,...", help="float32, bfloat16, float16.")] = "float32,bfloat16",
+    batch: Annotated[str, typer.Option(metavar="ROWS,...", help="Sequences of a batch.")] = "1,4,16",
+    dtype: Annotated[str, typer.Option(metavar="DTYPE,...", help="float32, bfloat16, float16.")] = "float32,bfloat16",
     contestants: Annotated[
-        str | None, typer.Option(metavar="NAME,...", help="Who takes part: egmla,llama-mha,...; all by default.")
+        str | None, typer.Option(metavar="NAME,...", help="Contestants: egmla,llama-mha,...; all by default.")
     ] = None,
     rounds: Annotated[int, typer.Option(help="Turns of each contestant.")] = 5,
     steps: Annotated[int, typer.Option(help="Timed steps of a turn.")] = 4,
-    turn_seconds: Annotated[float, typer.Option(help="A turn ends early beyond this.")] = 60.0,
-    prefill: Annotated[int, typer.Option(metavar="TOKENS", help="Prompts to time prefill on; 0 for none.")] = 512,
+    turn_seconds: Annotated[float, typer.Option(help="End a turn after this many seconds.")] = 60.0,
+    prefill: Annotated[int, typer.Option(metavar="TOKENS", help="Length of the prompts to time; 0 for none.")] = 512,
     memory: Annotated[
-        bool, typer.Option("--memory", help="Also follow the memory of each case in a process of its own.")
+        bool, typer.Option("--memory", help="Also follow the memory of each case, in a separate process.")
     ] = False,
-    memory_tokens: Annotated[int, typer.Option(metavar="TOKENS", help="Tokens decoded there.")] = 256,
+    memory_tokens: Annotated[int, typer.Option(metavar="TOKENS", help="Tokens to decode with --memory.")] = 256,
     threads: Threads = None,
     device: Device = "auto",
     output: Annotated[
-        Path, typer.Option(metavar="FOLDER", help="For bench.json, ms_per_token.png, cache_bytes.png.")
+        Path, typer.Option(metavar="FOLDER", help="Folder of bench.json, ms_per_token.png and cache_bytes.png.")
     ] = Path("egmla-bench"),
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and leave.")] = False,
+    resume: Resume = True,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan; measure nothing.")] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the report as one JSON line; always done when stdout is no terminal.")
     ] = False,
@@ -72,14 +73,19 @@ def bench(
     settings.check()
     subjects = _subjects(models or ["egmla-kv64-120m"], settings.longest)
     stderr = Console(stderr=True, soft_wrap=True, highlight=False)
-    plan = _describe_plan(plan_bench(subjects, settings, output), settings, output)
+    plan = _describe_plan(plan_bench(subjects, settings, output, resume), settings, output)
     if dry_run:
         typer.echo(plan)
         return
     typer.echo(plan, err=True)
     with progress_bars() as progress:
         report = run_bench(
-            subjects, settings, output, progress=progress, say=lambda text: stderr.print(text, markup=False)
+            subjects,
+            settings,
+            output,
+            resume=resume,
+            progress=progress,
+            say=lambda text: stderr.print(text, markup=False),
         )
     for table in _tables(report):
         console().print(table)

@@ -15,7 +15,7 @@ def card(
     repo_id: Annotated[str | None, typer.Option(metavar="NAME", help="Its name on the Hub, for the examples.")] = None,
     license: Annotated[str | None, typer.Option(help="Licence, where no source states one.")] = None,
     license_name: Annotated[str | None, typer.Option(metavar="NAME", help="Its name, where it is `other`.")] = None,
-    base_model: Annotated[str | None, typer.Option(metavar="ID", help="The source's hub id, where unknown.")] = None,
+    base_model: Annotated[str | None, typer.Option(metavar="ID", help="The source's Hub id, where unknown.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a card written by hand.")] = False,
 ) -> None:
     """Write a checkpoint's model card from its reports and scores."""

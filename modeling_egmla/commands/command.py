@@ -59,7 +59,7 @@ class Command(typer.core.TyperCommand):
 
 def _plain_types(text: str) -> str:
     """Names of types as a manual writes them: `--steps N` instead of `--steps <int range>`."""
-    for typed, plain in (("int", "N"), ("float", "X"), ("str", "TEXT"), ("path", "PATH")):
+    for typed, plain in (("int", "N"), ("float", "X"), ("str", "TEXT"), ("[Pp]ath", "PATH")):
         text = re.sub(rf"<(?:list\[)?{typed}(?: range)?\]?>", plain, text)
     return text
 

@@ -1,4 +1,4 @@
-"""What the commands share: the way errors are shown, names of models, numbers for people."""
+"""Options that commands share, names of models and devices, progress, and numbers for people."""
 
 import ast
 import contextlib
@@ -18,6 +18,13 @@ from rich.console import Console
 Device = Annotated[
     str, typer.Option(metavar="NAME", help="auto, cpu, cuda or cuda:1. auto takes the first GPU where there is one.")
 ]
+Resume = Annotated[
+    bool,
+    typer.Option(
+        "--resume/--no-resume",
+        help="Resume an interrupted run of this command; --no-resume removes it and starts over.",
+    ),
+]
 
 
 class DType(StrEnum):
@@ -31,7 +38,7 @@ class DType(StrEnum):
 
 @contextlib.contextmanager
 def interruption_says(kept: Callable[[], str | None]) -> Iterator[None]:
-    """Adds what `kept` says, if anything, to the message of an interruption inside."""
+    """Add what `kept` returns, if anything, to the message of an interruption inside."""
     try:
         yield
     except KeyboardInterrupt as interruption:
@@ -41,7 +48,7 @@ def interruption_says(kept: Callable[[], str | None]) -> Iterator[None]:
 
 
 def show_version(wanted: bool) -> None:
-    """Prints the version and leaves, when wanted."""
+    """Print the version and exit, when wanted."""
     if wanted:
         from egmla import __version__
 
@@ -68,8 +75,13 @@ def find_device(name: str) -> str:
     return name
 
 
+def chosen_device(name: str) -> str | None:
+    """Return the device for `--device` as `find_device`, or `None` for auto: what is called then chooses."""
+    return None if name == "auto" else find_device(name)
+
+
 def find_config(name: str):
-    """Configuration of a preset, a local folder or a hub id.
+    """Return the configuration of a preset, a local folder or a Hub id.
 
     Raises:
         FileNotFoundError: when it is none of these; the message says what was tried.
@@ -82,20 +94,20 @@ def find_config(name: str):
         return load_preset(name)
     check_model_path(name)
     if "/" not in name and not Path(name).is_dir() and difflib.get_close_matches(name, preset_names(), cutoff=0.5):
-        load_preset(name)  # a preset misspelt: its message names the nearest ones, without asking the hub
+        load_preset(name)  # a preset misspelt: its message names the nearest ones, without asking the Hub
     try:
         return AutoConfig.from_pretrained(name)
     except OSError as error:
         if Path(name).is_dir():
             raise
         raise FileNotFoundError(
-            f"{name!r} is no preset ({', '.join(preset_names())}), no local folder, and the hub has no "
-            "configuration of that name or is out of reach; check the spelling (egmla --debug shows the hub's answer)."
+            f"{name!r} is no preset ({', '.join(preset_names())}), no local folder, and the Hub has no "
+            "configuration of that name or is out of reach; check the spelling (egmla --debug shows the Hub's answer)."
         ) from error
 
 
 def check_model_path(name: str) -> None:
-    """Raises `FileNotFoundError` when `name` can only be a local folder and is no model."""
+    """Raise `FileNotFoundError` when `name` can only be a local folder and is no model."""
     path = Path(name)
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -107,13 +119,13 @@ def check_model_path(name: str) -> None:
 
 
 def console() -> Console:
-    """Console for results; wide enough for the tables when the output goes to a file or a pipe."""
+    """Return the console for results. Its lines fit the tables when stdout is a file or a pipe."""
     return Console(width=None if sys.stdout.isatty() else 120, highlight=False)
 
 
 @contextlib.contextmanager
 def progress_bars() -> Iterator[Callable[[str, float, int], None]]:
-    """Progress on stderr: a function of (stage, done, total) that keeps one bar per stage.
+    """Show progress on stderr: give a function of (stage, done, total) that keeps one bar per stage.
 
     Without a terminal it prints a line at each step of a stage, at each quarter where there are more than 100.
     """
@@ -150,7 +162,7 @@ def progress_bars() -> Iterator[Callable[[str, float, int], None]]:
 
 
 def quiet_transformers() -> None:
-    """Hides loading bars and the hub's retry notices: the commands show their own progress and errors."""
+    """Hide loading bars and the Hub's retry notices: the commands show their own progress and errors."""
     import transformers.modeling_gguf_pytorch_utils as gguf_loading
     from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
@@ -164,7 +176,7 @@ def quiet_transformers() -> None:
 
 @contextlib.contextmanager
 def quiet_lm_eval() -> Iterator[None]:
-    """Hides lm-eval's remarks, and sends what it prints to stderr: stdout is for our tables. Its bars stay."""
+    """Hide lm-eval's log, and send what it prints to stderr: stdout is for our tables. Its bars stay."""
     import logging
 
     import datasets
@@ -176,12 +188,12 @@ def quiet_lm_eval() -> Iterator[None]:
 
 
 def split_names(text: str) -> list[str]:
-    """Names separated by commas."""
+    """Split names at commas."""
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def read_settings(pairs: Sequence[str]) -> dict[str, Any]:
-    """Settings from texts like `key=value`; values are Python literals or plain text.
+    """Read settings from texts like `key=value`. Values are Python literals or plain text.
 
     Raises:
         ValueError: for what is no pair.
@@ -199,7 +211,7 @@ def read_settings(pairs: Sequence[str]) -> dict[str, Any]:
 
 
 def read_limit(limit: float | None) -> float | None:
-    """Number of questions as lm-eval wants it: a whole number, or a share below 1.
+    """Return the number of questions as lm-eval wants it: a whole number, or a fraction below 1.
 
     Raises:
         ValueError: when it is neither.
@@ -207,12 +219,12 @@ def read_limit(limit: float | None) -> float | None:
     if limit is None or 0 < limit < 1:
         return limit
     if limit < 1 or limit != int(limit):
-        raise ValueError(f"--limit {limit:g}: must be a whole number of questions, or a share of them below 1.")
+        raise ValueError(f"--limit {limit:g}: must be a whole number of questions, or a fraction of them below 1.")
     return int(limit)
 
 
 def in_units(count: int) -> str:
-    """Parameters for people: 19.2K, 154.5M, 1.25B."""
+    """Write parameters for people: 19.2K, 154.5M, 1.25B."""
     for unit, size, digits in (("B", 1e9, 2), ("M", 1e6, 1), ("K", 1e3, 1)):
         if count >= size:
             return f"{count / size:.{digits}f}{unit}"
@@ -220,12 +232,12 @@ def in_units(count: int) -> str:
 
 
 def change(part: float, whole: float) -> str:
-    """How much smaller or larger `part` is: -91.7%, same."""
+    """Write how much smaller or larger `part` is: -91.7%, same."""
     return "same" if part == whole else f"{part / whole - 1:+.1%}"
 
 
 def in_bytes(count: float) -> str:
-    """Bytes for people: 960 B, 22.5 KiB, 96.0 MiB."""
+    """Write bytes for people: 960 B, 22.5 KiB, 96.0 MiB."""
     for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if count >= size:
             return f"{count / size:.1f} {unit}"

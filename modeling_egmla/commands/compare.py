@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from .common import Device, Resume
 from .scoring import (
     BatchSize,
     DataDir,
@@ -21,10 +22,10 @@ from .scoring import (
 
 
 def compare(
-    models: Annotated[list[str], typer.Argument(metavar="SOURCE MODEL...", help="Folders or hub ids, source first.")],
+    models: Annotated[list[str], typer.Argument(metavar="SOURCE MODEL...", help="Folders or Hub ids, source first.")],
     tasks: Tasks,
     output: Annotated[
-        Path, typer.Option(metavar="FOLDER", help="For comparison.json, scores.png, results of each model.")
+        Path, typer.Option(metavar="FOLDER", help="Folder of comparison.json, scores.png and each model's results.")
     ] = Path("egmla-compare"),
     limit: Limit = None,
     num_fewshot: NumFewshot = None,
@@ -33,9 +34,11 @@ def compare(
     data_dir: DataDir = None,
     include_path: IncludePath = None,
     settings: Settings = None,
+    device: Device = "auto",
     threads: Threads = None,
+    resume: Resume = True,
 ) -> None:
-    """Score a source and its conversions side by side; run it again after an interruption, and it goes on."""
+    """Score a source and its conversions side by side. The same command resumes an interrupted run."""
     from rich.console import Console
 
     from egmla.evaluation.compare import compare_scores
@@ -43,8 +46,10 @@ def compare(
     from egmla.evaluation.plots import plot_scores
     from egmla.utils.plotting import check_matplotlib
 
-    from .common import console, quiet_lm_eval, quiet_transformers, read_limit, split_names
+    from .common import chosen_device, console, quiet_lm_eval, quiet_transformers, read_limit, split_names
 
+    # Without a choice lm-eval's own ways to name a device stay in force.
+    on = {} if (where := chosen_device(device)) is None else {"device": where}
     more = parse_settings(settings or ())
     check_matplotlib()
     quiet_transformers()
@@ -60,8 +65,9 @@ def compare(
             model_args=parse_model_args(model_args),
             data_dir=data_dir,
             include_path=include_path,
+            resume=resume,
             say=lambda text: stderr.print(text, markup=False),
-            **{"limit": read_limit(limit), **more},
+            **{"limit": read_limit(limit), **on, **more},
         )
     plot_scores(result, output / "scores.png")
     console().print(_table(result))

@@ -6,11 +6,11 @@ from typing import Annotated
 
 import typer
 
-from .common import DType
+from .common import Device, DType, Resume
 
 
 def convert(
-    source: Annotated[str, typer.Argument(help="Folder of a checkpoint, a .gguf file or a hub id.")],
+    source: Annotated[str, typer.Argument(help="Folder of a checkpoint, a .gguf file or a Hub id.")],
     target: Annotated[Path, typer.Argument(help="Folder to write; must be absent or empty.")],
     kv_lora_rank: Annotated[
         str | None, typer.Option(metavar="R", help="Latent width: a number, or one per layer separated by commas.")
@@ -19,14 +19,12 @@ def convert(
         int | None, typer.Option(metavar="P", help="Width of the shared rotary key, even.")
     ] = None,
     cache: Annotated[
-        float | None, typer.Option(metavar="FRACTION", help="Share of the source's cache to keep, such as 0.5.")
+        float | None, typer.Option(metavar="FRACTION", help="Fraction of the source's cache to keep, such as 0.5.")
     ] = None,
     exact: Annotated[
         bool, typer.Option("--exact", help="Full rank: the same function as the source, no smaller cache.")
     ] = False,
-    calibration: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Plain text to weigh directions by.")
-    ] = None,
+    calibration: Annotated[Path | None, typer.Option(metavar="FILE", help="Plain text to calibrate with.")] = None,
     calibration_tokens: Annotated[
         int | None, typer.Option(min=1, help="Tokens of it to read at most; 65,536, or 196,608 with refinement.")
     ] = None,
@@ -59,17 +57,23 @@ def convert(
     layout: Annotated[
         str, typer.Option(metavar="LAYOUT", help="egmla, or deepseek_v3: a checkpoint of DeepSeek's own class.")
     ] = "egmla",
-    dtype: Annotated[DType, typer.Option(help="Format of the written weights; auto is the source's.")] = DType.auto,
-    resume: Annotated[
-        bool, typer.Option("--resume/--no-resume", help="Go on where an interrupted run of this command stopped.")
-    ] = True,
+    dtype: Annotated[DType, typer.Option(help="dtype of the written weights; auto keeps the source's.")] = DType.auto,
+    device: Device = "auto",
+    resume: Resume = True,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and the sizes; write nothing.")] = False,
 ) -> None:
     """Convert a model with multi-head, grouped-query or latent attention to EG-MLA."""
     from egmla.conversion import convert_checkpoint, find_recipe
     from egmla.conversion.recipes import find_refinement, split_choices
 
-    from .common import console, interruption_says, progress_bars, quiet_transformers, read_settings
+    from .common import (
+        chosen_device,
+        console,
+        interruption_says,
+        progress_bars,
+        quiet_transformers,
+        read_settings,
+    )
 
     quiet_transformers()
     of_recipe, of_refinement = split_choices(read_settings(choices or ()))
@@ -90,6 +94,7 @@ def convert(
             latent_norm=latent_norm,
             layout=layout,
             dtype=None if dtype is DType.auto else dtype.value,
+            device=chosen_device(device),
             resume=resume,
             dry_run=dry_run,
             progress=progress,
@@ -103,12 +108,12 @@ def convert(
 
 
 def _kept(target: Path) -> str | None:
-    """What an interrupted conversion has left to go on from."""
+    """Return what an interrupted conversion has left to resume from."""
     from egmla.utils.folders import JOURNAL, staging_path
 
     target = target.resolve()
     if (staging_path(target) / JOURNAL).is_file():
-        return "The layers that are finished are kept, and the same command goes on from there."
+        return "The layers that are finished are kept, and the same command resumes from there."
     if (target / "config.json").is_file():
         return "The model is written, and the same command measures it."
     return None

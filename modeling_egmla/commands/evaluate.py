@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from .common import Device
 from .scoring import (
     BatchSize,
     DataDir,
@@ -21,7 +22,7 @@ from .scoring import (
 
 
 def evaluate(
-    model: Annotated[str, typer.Argument(help="Folder or hub id of a causal model, EG-MLA or not.")],
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of a causal model, EG-MLA or not.")],
     tasks: Tasks,
     limit: Limit = None,
     num_fewshot: NumFewshot = None,
@@ -31,14 +32,17 @@ def evaluate(
     data_dir: DataDir = None,
     include_path: IncludePath = None,
     settings: Settings = None,
+    device: Device = "auto",
     threads: Threads = None,
 ) -> None:
     """Score a model with lm-eval: a table with standard errors, results as JSON."""
     from egmla.evaluation.harness import check_output, parse_model_args, parse_settings, scores, write_results
     from egmla.evaluation.harness import evaluate as score
 
-    from .common import console, quiet_lm_eval, quiet_transformers, read_limit, split_names
+    from .common import chosen_device, console, quiet_lm_eval, quiet_transformers, read_limit, split_names
 
+    # Without a choice lm-eval's own ways to name a device stay in force.
+    on = {} if (where := chosen_device(device)) is None else {"device": where}
     more = parse_settings(settings or ())
     if output is not None:
         check_output(output)
@@ -53,7 +57,7 @@ def evaluate(
             model_args=parse_model_args(model_args),
             data_dir=data_dir,
             include_path=include_path,
-            **{"limit": read_limit(limit), **more},
+            **{"limit": read_limit(limit), **on, **more},
         )
     console().print(_table(model, scores(results)))
     if output is not None:

@@ -10,7 +10,7 @@ from .common import Device, DType
 
 
 def generate(
-    model: Annotated[str, typer.Argument(help="Folder of a converted, trained or stock causal model, or a hub id.")],
+    model: Annotated[str, typer.Argument(help="Folder of a converted, trained or stock causal model, or a Hub id.")],
     prompt: Annotated[
         str | None, typer.Option(help="What to answer or continue. Without it, every line you type is answered.")
     ] = None,

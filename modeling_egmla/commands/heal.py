@@ -8,7 +8,7 @@ import typer
 
 from egmla.commands import training as options
 
-from .common import DType
+from .common import DType, Resume
 
 
 class Stage(StrEnum):
@@ -55,13 +55,13 @@ def heal(
     save_every: options.SaveEvery = None,
     eval_every: options.EvalEvery = None,
     chunk: options.Chunk = 256,
-    device: options.Device = None,
+    device: options.Device = "auto",
     dtype: Annotated[
         DType, typer.Option(help="dtype of the written weights; auto keeps the converted model's.")
     ] = DType.auto,
     checkpoints: options.Checkpoints = None,
     keep_checkpoints: options.KeepCheckpoints = False,
-    resume: options.Resume = True,
+    resume: Resume = True,
     dry_run: options.DryRun = False,
     settings: options.Settings = None,
 ) -> None:

@@ -5,14 +5,14 @@ from typing import Annotated
 
 import typer
 
-from .common import DType
+from .common import Device, DType, Resume
 
 
 def sweep(
-    source: Annotated[str, typer.Argument(help="Folder of a checkpoint, a .gguf file or a hub id.")],
+    source: Annotated[str, typer.Argument(help="Folder of a checkpoint, a .gguf file or a Hub id.")],
     target: Annotated[Path, typer.Argument(help="Folder for the models, sweep.json and sweep.png.")],
-    cache: Annotated[str, typer.Option(metavar="FRACTIONS", help="Shares of the source's cache: 0.5,0.3125.")],
-    calibration: Annotated[Path, typer.Option(metavar="FILE", help="Plain text to weigh directions by.")],
+    cache: Annotated[str, typer.Option(metavar="FRACTIONS", help="Fractions of the source's cache: 0.5,0.3125.")],
+    calibration: Annotated[Path, typer.Option(metavar="FILE", help="Plain text to calibrate with.")],
     evaluate: Annotated[Path, typer.Option(metavar="FILE", help="Other plain text, to measure perplexity on.")],
     recipe: Annotated[
         str, typer.Option(metavar="NAMES", help="Recipes: default,transmla-like,mha2mla-like.")
@@ -28,34 +28,44 @@ def sweep(
     latent_norm: Annotated[
         bool, typer.Option("--latent-norm", help="Give the latents a norm, which --layout deepseek_v3 wants.")
     ] = False,
-    layout: Annotated[str, typer.Option(metavar="LAYOUT", help="egmla or deepseek_v3, as of convert.")] = "egmla",
+    layout: Annotated[str, typer.Option(metavar="LAYOUT", help="egmla or deepseek_v3, as in convert.")] = "egmla",
     qk_rope_head_dim: Annotated[
         int | None, typer.Option(metavar="P", help="Width of the shared rotary key, the same in all.")
     ] = None,
     calibration_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Tokens to calibrate with at most; as of convert by default.")
+        int | None, typer.Option(min=1, help="Tokens to calibrate with at most; as in convert by default.")
     ] = None,
     refine_steps: Annotated[
-        int | None, typer.Option(min=0, help="Training steps of each layer's attention; as of convert by default.")
+        int | None, typer.Option(min=0, help="Training steps of each layer's attention; as in convert by default.")
     ] = None,
     refine_gate: Annotated[
         bool, typer.Option("--refine-gate", help="Train the gates with the rest of each layer's attention.")
     ] = False,
     evaluation_windows: Annotated[int, typer.Option(min=1, help="Windows to measure, 2,048 tokens each.")] = 9,
-    dtype: Annotated[DType, typer.Option(help="Format of the written weights; auto is the source's.")] = DType.auto,
+    dtype: Annotated[DType, typer.Option(help="dtype of the written weights; auto keeps the source's.")] = DType.auto,
+    device: Device = "auto",
+    resume: Resume = True,
 ) -> None:
-    """Convert a model at several cache sizes and measure each; a killed sweep goes on where it stopped."""
+    """Convert a model at several cache sizes and measure each. The same command resumes an interrupted run."""
     from egmla.conversion.recipes import find_refinement, split_choices
     from egmla.conversion.sweep import sweep as run_sweep
 
-    from .common import console, interruption_says, progress_bars, quiet_transformers, read_settings, split_names
+    from .common import (
+        chosen_device,
+        console,
+        interruption_says,
+        progress_bars,
+        quiet_transformers,
+        read_settings,
+        split_names,
+    )
 
     quiet_transformers()
     of_recipes, of_refinement = split_choices(read_settings(choices or ()))
     if latent_norm:
         of_recipes["latent_norm"] = True
     options = {} if layout == "egmla" else {"layout": layout}
-    with interruption_says(lambda: _kept(target)), progress_bars() as progress:
+    with interruption_says(lambda: _kept(target) if resume else None), progress_bars() as progress:
         report = run_sweep(
             source,
             target,
@@ -69,6 +79,8 @@ def sweep(
             refinement=find_refinement(refine_steps, refine_gate, of_refinement),
             evaluation_windows=evaluation_windows,
             dtype=None if dtype is DType.auto else dtype.value,
+            device=chosen_device(device),
+            resume=resume,
             progress=progress,
             **options,
         )
@@ -77,12 +89,12 @@ def sweep(
 
 
 def _kept(target: Path) -> str | None:
-    """What an interrupted sweep has left to go on from."""
+    """Return what an interrupted sweep has left to resume from."""
     from egmla.conversion.sweep import SWEEP_REPORT
 
     if not (target / SWEEP_REPORT).is_file():
         return None
-    return "The models and layers that are finished are kept, and the same command goes on from there."
+    return "The models and layers that are finished are kept, and the same command resumes from there."
 
 
 def _fractions(text: str) -> list[float]:
@@ -92,7 +104,7 @@ def _fractions(text: str) -> list[float]:
         return [float(part) for part in split_names(text)]
     except ValueError:
         raise ValueError(
-            f"--cache {text}: must be shares of the source's cache separated by commas: 0.5,0.25."
+            f"--cache {text}: must be fractions of the source's cache separated by commas: 0.5,0.25."
         ) from None
 
 

@@ -8,7 +8,7 @@ import typer
 from egmla.commands import training as options
 
 from .command import read_config
-from .common import DType
+from .common import DType, Resume
 from .scoring import DataDir, Limit, check_tasks
 
 
@@ -50,11 +50,11 @@ def train(
     save_every: options.SaveEvery = None,
     eval_every: options.EvalEvery = None,
     chunk: options.Chunk = 256,
-    device: options.Device = None,
+    device: options.Device = "auto",
     dtype: Annotated[DType, typer.Option(help="dtype of the written weights; auto is fp32.")] = DType.auto,
     checkpoints: options.Checkpoints = None,
     keep_checkpoints: options.KeepCheckpoints = False,
-    resume: options.Resume = True,
+    resume: Resume = True,
     dry_run: options.DryRun = False,
     settings: options.Settings = None,
     tasks: Annotated[

@@ -41,14 +41,9 @@ Checkpoints = Annotated[
     Path | None, typer.Option(metavar="FOLDER", help="For checkpoints and tokens; TARGET.checkpoints by default.")
 ]
 KeepCheckpoints = Annotated[bool, typer.Option("--keep-checkpoints", help="Keep that folder at the end.")]
-Resume = Annotated[
-    bool,
-    typer.Option(
-        "--resume/--no-resume",
-        help="Resume an interrupted run of this command; --no-resume removes it and starts over.",
-    ),
+Device = Annotated[
+    str, typer.Option(metavar="NAME", help="auto, cpu or cuda. CUDA_VISIBLE_DEVICES=1 chooses the second GPU.")
 ]
-Device = Annotated[str | None, typer.Option(metavar="NAME", help="cpu or cuda; a GPU by default if there is one.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print parameters, memory and time; write nothing.")]
 Settings = Annotated[
     list[str] | None,
@@ -73,6 +68,7 @@ def settings_values(options: dict[str, Any]) -> dict[str, Any]:
         **values,
         "tokens": parse_count(options["tokens"]),
         "eval_data": options["eval_data"] or [],
+        "device": None if options["device"] == "auto" else options["device"],
         "dtype": None if options["dtype"] == "auto" else options["dtype"].value,
         "arguments": parse_training_arguments(options["settings"] or ()),
     }

@@ -101,6 +101,7 @@ def compare_scores(
     model_args: Mapping[str, Any] | None = None,
     data_dir: str | os.PathLike | None = None,
     include_path: str | os.PathLike | Sequence[str | os.PathLike] | None = None,
+    resume: bool = True,
     say: Callable[[str], None] | None = None,
     **settings: Any,
 ) -> Comparison:
@@ -113,6 +114,7 @@ def compare_scores(
         models (`Sequence[str]`): folders or hub ids, the source first.
         tasks (`Sequence[str]`): as in `evaluate`; the groups of this package are run task by task.
         output (`str`): folder for `comparison.json`, one file in lm-eval's format per model, and the finished parts.
+        resume (`bool`): take the parts that an interrupted run finished; otherwise all are scored again.
         say (*optional*): called with a line of text at each step.
         limit, num_fewshot, batch_size, model_args, data_dir, include_path, **settings: as in `evaluate`.
 
@@ -148,7 +150,7 @@ def compare_scores(
     reported: dict[str, None] = {}
     for name, model in zip(names, models, strict=True):
         key = _key({**common, **inputs, "model": _fingerprint(model)})
-        parts = {task: _load_part(_part_file(output, name, task), key) for task in wanted}
+        parts = {task: _load_part(_part_file(output, name, task), key) if resume else None for task in wanted}
         loaded = None
         for task, part in parts.items():
             found += 1

@@ -377,6 +377,9 @@ def test_an_interrupted_run_resumes(monkeypatch, tmp_path):
     assert [row["against"] for row in report["ratios"]] == ["llama-mha", "llama-mha", "deepseek", "deepseek"]
     monkeypatch.setattr(module, "check_parity", lambda *_: pytest.fail("nothing is left to be checked"))
     assert run_bench([subject()], settings(**options), tmp_path) == json.loads((tmp_path / REPORT).read_text())
+    assert plan_bench([subject()], settings(**options), tmp_path).decodes == 6
+    assert plan_bench([subject()], settings(**options), tmp_path).done == 6
+    assert plan_bench([subject()], settings(**options), tmp_path, resume=False).done == 0
     with pytest.raises(ValueError, match=r"figures taken otherwise \(steps\).*choose another folder"):
         run_bench([subject()], settings(steps=3, **options), tmp_path)
     with pytest.raises(ValueError, match=r"figures taken otherwise \(tiny\)"):

@@ -325,7 +325,7 @@ def test_interruption_says_what_is_kept(llama, text, tmp_path, monkeypatch):
         patch.setattr("egmla.conversion.convert.ShardWriter.finish", fail_with(KeyboardInterrupt()))
         result = run("convert", llama, "half", *options)
     assert result.exit_code == 130
-    expected = "Interrupted. The layers that are finished are kept, and the same command goes on from there."
+    expected = "Interrupted. The layers that are finished are kept, and the same command resumes from there."
     assert result.stderr.strip().endswith(expected)
     other = tmp_path / "other.txt"
     other.write_text(sample_text("evaluation")[:60_000])

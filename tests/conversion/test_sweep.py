@@ -111,6 +111,30 @@ def test_a_namesake_of_the_source_is_another(swept, llama_folder, texts, tmp_pat
         sweep(llama_folder, target, CACHES, recipes=RECIPES, **texts)
 
 
+def test_a_sweep_starts_over(swept, llama_folder, texts, tmp_path):
+    target = shutil.copytree(swept[0], tmp_path / "models")
+    kept = (target / "transmla-like-0.5" / "config.json").stat().st_mtime_ns
+    with pytest.raises(ValueError, match=r"qk_rope_head_dim=3"):
+        sweep(llama_folder, target, [0.5], **texts, resume=False, qk_rope_head_dim=3)
+    assert json.loads((target / "sweep.json").read_text())["rows"] == swept[1]["rows"]  # the check removed nothing
+    before = (target / "default-0.5" / "config.json").stat().st_mtime_ns
+    report = sweep(llama_folder, target, [0.5], **{**texts, "calibration_tokens": 1024}, resume=False)
+    assert [row["folder"] for row in report["rows"]] == ["default-0.5"]
+    assert report["settings"]["calibration"]["tokens_asked"] == 1024
+    assert (target / "default-0.5" / "config.json").stat().st_mtime_ns > before
+    assert (target / "transmla-like-0.5" / "config.json").stat().st_mtime_ns == kept
+
+
+def test_the_device_that_was_chosen(llama_folder, texts, tmp_path, monkeypatch):
+    """On a machine whose GPU PyTorch sees but cannot use, the CPU can be chosen."""
+    from egmla.conversion import convert_checkpoint
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    options = {name: texts[name] for name in ("calibration", "calibration_tokens", "refinement")}
+    report = convert_checkpoint(llama_folder, tmp_path / "t", cache=0.5, device="cpu", **options)
+    assert report["machine"]["device"] == "cpu"
+
+
 def test_bad_input_shows_before_anything_is_made(llama_folder, texts, tmp_path):
     def refused(message, error=ValueError, caches=(0.5, 0.25), **changes):
         with pytest.raises(error, match=message):
@@ -170,4 +194,4 @@ def test_sweep_on_the_command_line(swept, llama_folder, texts):
     assert result.exit_code == 0, result.output
     for row in report["rows"]:
         assert f"{row['perplexity']:.3f}" in result.stdout
-    assert "--cache half: must be shares" in run(*words[:4], "half", *words[5:]).stderr
+    assert "--cache half: must be fractions" in run(*words[:4], "half", *words[5:]).stderr

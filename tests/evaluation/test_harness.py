@@ -306,6 +306,10 @@ def test_comparison_goes_on_after_an_interruption(model, narrow, tmp_path, monke
     # What the scores depend on asks for new ones.
     compare(tmp_path / "cut", limit=2)
     assert len(calls) == 4
+    compare(tmp_path / "cut", limit=2)
+    assert not calls
+    compare(tmp_path / "cut", limit=2, resume=False)
+    assert len(calls) == 4
 
     saved = json.loads((tmp_path / "whole" / "comparison.json").read_text())
     assert [entry["cache_bytes_per_token"] for entry in saved["models"]] == [2 * 32 * 4, 2 * 20 * 4]
@@ -352,6 +356,7 @@ def test_eval_command(model, tmp_path):
     done = run(
         *("eval", model, "--tasks", "piqa, mmlu_anatomy", "--data-dir", DATA, "--limit", "0.5", "--num-fewshot", 0),
         *("--batch-size", "auto", "--output", output, "--set", "bootstrap_iters=10", "--model-args", "dtype=bfloat16"),
+        *("--device", "cpu"),
     )
     assert done.exit_code == 0, done.output
     assert "acc_norm" in done.stdout
@@ -359,6 +364,7 @@ def test_eval_command(model, tmp_path):
     assert set(results["results"]) == {"piqa", "mmlu_anatomy"}
     assert results["n-samples"]["piqa"]["effective"] == 2
     assert results["config"]["bootstrap_iters"] == 10
+    assert results["config"]["device"] == "cpu"
     assert results["config"]["model_dtype"] == "torch.bfloat16"
 
 
