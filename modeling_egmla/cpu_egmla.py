@@ -117,7 +117,7 @@ def linear(layer: nn.Module, input: torch.Tensor) -> torch.Tensor:
         output = (weight.float() * input.reshape(1, -1).float()).sum(dim=-1)  # a sum over each row of the weight
         if bias is not None:
             output = output + bias.float()
-        return output.to(input.dtype).reshape(*input.shape[:-1], layer.out_features)
+        return output.to(input.dtype).reshape(*input.shape[:-1], -1)
     rows = input.numel() // layer.in_features
     if input.dtype != torch.float32 or not ROWS_OF_MKL < rows <= FEW_ROWS or type(input) is not torch.Tensor:
         return layer(input)

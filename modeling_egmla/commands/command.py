@@ -53,7 +53,7 @@ class Command(typer.core.TyperCommand):
     def format_epilog(self, ctx, formatter):
         """Write examples as they are typed."""
         with formatter.section("Examples"):
-            for line in textwrap.dedent(EXAMPLES[self.name]).strip().splitlines():
+            for line in textwrap.dedent(EXAMPLES[self.name or ""]).strip().splitlines():
                 formatter.write(f"{'':{formatter.current_indent}}{line}\n")
 
 
@@ -146,7 +146,8 @@ class CommandGroup(typer.core.TyperGroup):
 
     def format_commands(self, ctx, formatter):
         """Write each command with the whole first line of its docstring."""
-        commands = [(name, self.get_command(ctx, name)) for name in self.list_commands(ctx)]
+        names = self.list_commands(ctx)
+        commands = [(name, command) for name in names if (command := self.get_command(ctx, name))]
         with formatter.section("Commands"):
             formatter.write_dl([(name, (command.help or "").splitlines()[0]) for name, command in commands])
 
