@@ -138,7 +138,7 @@ def planned_report(job: Job) -> dict[str, Any]:
     settings, source, plan = job.settings, job.source, job.plan
     evaluation = None if job.evaluation is None else job.evaluation.describe()
     asked = ("exact", "kv_lora_rank", "qk_rope_head_dim", "cache", "calibration_tokens", "dtype")
-    report = {
+    report: dict[str, Any] = {
         "source": {
             "label": public_name(source.label),
             "model_type": source.config.model_type,

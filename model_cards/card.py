@@ -156,7 +156,9 @@ def render_card(
         perplexity = converted.perplexity(conversion, training is not None)
     perplexities = [score_table(results, source_results, comparison, perplexity=True), perplexity]
     if training is not None and not any(perplexities):
-        perplexities = [f"Measured on text of the training: see [{parts['trained']}](#{parts['trained'].lower()})."]
+        perplexities = [
+            f"Measured on text of the training: see [{parts['trained']}](#{str(parts['trained']).lower()})."
+        ]
     data = card_data(origin, license, license_name, base_model, model_index(title, results))
     # Not `ModelCard.from_template`: it would parse the metadata again and merge tasks of one data set.
     return Template(TEMPLATE.read_text(encoding="utf-8"), keep_trailing_newline=True).render(
