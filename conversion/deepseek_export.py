@@ -9,7 +9,8 @@ from transformers import DeepseekV3Config, PreTrainedConfig
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention, DeepseekV3RotaryEmbedding
 
 from egmla import EGMLAConfig
-from egmla.modeling_egmla import EGMLAAttention, EGMLARotaryEmbedding
+from egmla.attention_egmla import softmax_scale
+from egmla.modeling_egmla import EGMLARotaryEmbedding
 
 from .families.base import KEPT_FIELDS
 from .refinement import Refinement
@@ -127,7 +128,7 @@ def serving_note(config: PreTrainedConfig) -> str | None:
 def query_factor(config: EGMLAConfig, deepseek: DeepseekV3Config) -> float:
     """What our scores are multiplied by, over what DeepSeek's are."""
     with torch.device("meta"):
-        return EGMLAAttention(config, 0).scaling / DeepseekV3Attention(deepseek, 0).scaling
+        return softmax_scale(config) / DeepseekV3Attention(deepseek, 0).scaling
 
 
 def _check_frequencies(config: EGMLAConfig, deepseek: DeepseekV3Config) -> None:

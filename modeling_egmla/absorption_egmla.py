@@ -105,3 +105,15 @@ def affine_map(layer: nn.Module, width: int, like: torch.Tensor) -> tuple[torch.
     outputs = layer(inputs[None])[0]
     bias = outputs[-1]
     return (outputs[:-1] - bias).transpose(0, 1), bias
+
+
+def up_projections(
+    layer: nn.Module, rank: int, parts: list[int], like: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Return `W_UK` `[H, N, R]`, `W_UV` `[H, V, R]` and the values' bias `[H, V]`; `parts` are `[N, V]`.
+
+    A bias on keys adds the same to every score of a query, which the softmax cancels. `like` is an activation.
+    """
+    weight, bias = affine_map(layer, rank, like)
+    key_up, value_up = weight.view(-1, sum(parts), rank).split(parts, dim=1)
+    return key_up, value_up, None if bias is None else bias.view(-1, sum(parts))[:, parts[0] :]

@@ -111,10 +111,13 @@ CODE_FILES = {
     f"{name}_egmla.py"
     for name in (
         "absorption",
+        "attention",
         "cache",
         "cache_layers",
         "configuration",
+        "converted_attention",
         "cpu",
+        "expanded_gate",
         "generation",
         "latent_attention",
         "modeling",

@@ -8,7 +8,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from egmla import EGMLAConfig
 from egmla.conversion.source import Source, TensorSlice
-from egmla.modeling_egmla import EGMLAAttention
+from egmla.converted_attention_egmla import ConvertedAttention
+from egmla.expanded_gate_egmla import attention_class
 
 from .base import AttentionShape, Family, identity
 from .mla import MLA
@@ -49,7 +50,7 @@ class EGMLA(MLA):
 
     def _names(self, config: Any, layer_idx: int) -> list[str]:
         with torch.device("meta"):
-            names = EGMLAAttention(config, layer_idx).state_dict()
+            names = attention_class(config)(config, layer_idx).state_dict()
         return [f"{self.layer_prefix(layer_idx)}self_attn.{name}" for name in names]
 
     def sparse_layers(self, config: PreTrainedConfig) -> list[int]:
@@ -76,7 +77,7 @@ class EGMLA(MLA):
     def meta_model(self, config: PreTrainedConfig) -> PreTrainedModel:
         model = super().meta_model(EGMLAConfig(**{**config.to_dict(), "kv_gate": None, "kv_gate_embedding_dim": None}))
         for module in model.modules():
-            if isinstance(module, EGMLAAttention) and module.rope_slots is not None:  # in no checkpoint
+            if isinstance(module, ConvertedAttention) and module.rope_slots is not None:  # in no checkpoint
                 slots = torch.tensor(config.layer_rope_slots(module.layer_idx))
                 module.register_buffer("rope_slots", slots, persistent=False)
         return model
