@@ -46,9 +46,7 @@ MOST_LINES_OF_A_FUNCTION = 100
 MOST_LINES_OF_A_FILE = 520
 MOST_PARAMETERS = 12
 # What was too large before the rooms were redesigned. This list only shrinks.
-TOO_LARGE = {
-    "egmla.modeling_egmla",
-}
+TOO_LARGE: set[str] = set()
 AGAINST_THE_ARROWS: set[str] = set()
 
 
