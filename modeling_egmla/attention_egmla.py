@@ -329,7 +329,10 @@ class EGMLAAttention(nn.Module):
         if absorb:
             output, weights = self.attend_absorbed(nope, rope, found, attention_mask)
         else:
-            output, weights = self.attend_expanded(nope, rope, *found, attention_mask, gate_input, **kwargs)
+            latents, rope_keys = found
+            output, weights = self.attend_expanded(
+                nope, rope, latents, rope_keys, attention_mask, gate_input, **kwargs
+            )
         return linear(self.o_proj, output.reshape(*hidden_states.shape[:-1], -1)), weights
 
 
