@@ -3,11 +3,11 @@
 Pure functions on fp64 tensors, one layer at a time. Notation as in the model: `H` heads, `g` key/value heads, `d`
 head width, `D` hidden size, `P` rotary width, `R` latent width; `j(h)` is head `h`'s key/value head.
 
-1. **Rotary decoupling.** RoPE turns the pair `(l, l + d/2)` of every key head by the same angle: as a complex number
+1. **Rotary decoupling.** RoPE rotates the pair `(l, l + d/2)` of every key head by the same angle: as a complex number
    times `e^{i theta_l t}`. Any invertible real mixing `M_l` of the heads' components at one frequency commutes with
    that, if the queries get `M_l^-T`. The mixing here makes components independent in the energy that the logits would
    lose without rotation, so that the `P / 2` rotary slots go to the components that lose most.
-2. **Mean rotation.** A component without a slot turns no more; its best constant stand-in is the mean rotation
+2. **Mean rotation.** A component without a slot rotates no more; its best constant stand-in is the mean rotation
    `rho = E[e^{i theta (t - s)}]` over the positions attended to, put into the query: free at run time.
 3. **Joint low rank.** What is left of the keys and all values become `R` numbers: the leading directions of their
    second moment on calibration text. Means are folded away: a constant in a key changes no softmax, and one in a value
@@ -39,7 +39,7 @@ class LatentAttention:
         kv_a: `[R + P, D]`; kv_a_bias `[R + P]`.
         kv_b: `[H (N + V), R]`.
         o: `[D, H V]`; o_bias `[D]`.
-        slots: frequency numbers, `P / 2`; without meaning where the layer does not turn.
+        slots: frequency numbers, `P / 2`; without meaning where the layer does not rotate.
         spectrum: eigenvalues of the latent's second moment, largest first (empty in exact mode).
         q_rope_scale: `[H, P / 2]` where normalised queries give their rotary part too, `q` then being `[H N, D]`.
         latent_gain: `[R]`, weight of the latent's norm; `None` where it has none.
@@ -63,10 +63,10 @@ class LatentAttention:
 
 
 def exact_attention(weights: AttentionWeights, shape: AttentionShape, interleaved: bool = False) -> LatentAttention:
-    """The same function in EG-MLA's form: every key component that turns keeps its rotation, the rest is the latent.
+    """The same function in EG-MLA's form: every key component that rotates keeps its rotation, the rest is the latent.
 
-    `P` is the width of all that turns, `R` that of the values and of key components that do not, `N` such components
-    of a head (0 where whole heads turn). Each query head sits on the rotary block of its own key head and is zero
+    `P` is the width of all that rotates, `R` that of the values and of key components that do not, `N` such components
+    of a head (0 where whole heads rotate). Each query head sits on the rotary block of its own key head and is zero
     elsewhere.
 
     Args:
@@ -87,7 +87,7 @@ def exact_attention(weights: AttentionWeights, shape: AttentionShape, interleave
     keys = _joined(weights.k, weights.k_bias).view(g, d, -1)
     values = _joined(weights.v, weights.v_bias)
     kv_a = torch.cat((values, keys[:, r:].flatten(0, 1), keys[:, :r].flatten(0, 1)[order]))
-    # What a head takes from the latent [values, keys that do not turn]: those of its key/value head.
+    # What a head takes from the latent [values, keys that do not rotate]: those of its key/value head.
     take_v = torch.eye(g * d, dtype=torch.float64).view(g, d, g * d)
     take_k = torch.eye(g * N, dtype=torch.float64).view(g, N, g * N)
     kv_b = torch.zeros(g, N + d, g * (d + N), dtype=torch.float64)
@@ -118,7 +118,7 @@ def low_rank_attention(
 ) -> LatentAttention:
     """EG-MLA attention of latent width `R` and rotary width `P` closest to the source's on the calibration text.
 
-    All is done on the features `[k; v]` of a token, keys as they are before they turn. Where they are linear in the
+    All is done on the features `[k; v]` of a token, keys as they are before they rotate. Where they are linear in the
     layer's input, the maps are merged into one; else the source's projections stay before its norms, as an encoder.
 
     Args:
@@ -126,12 +126,12 @@ def low_rank_attention(
         shape (`AttentionShape`): its widths.
         statistics (`LayerStatistics`): its second moments.
         kv_lora_rank (`int`): `R`, at most `2 g d - P`.
-        qk_rope_head_dim (`int`): `P`, at most the width of all keys that turn.
+        qk_rope_head_dim (`int`): `P`, at most the width of all keys that rotate.
         recipe (`Recipe`): choices.
         attention_factor (`float`): what the rope type multiplies cosines and sines by; what loses its rotation gets
             it here.
-        rotates (`bool`): whether this layer turns its queries and keys.
-        normed (`bool`): whether queries and keys are normalised before they turn.
+        rotates (`bool`): whether this layer rotates its queries and keys.
+        normed (`bool`): whether queries and keys are normalised before they rotate.
     """
     H, g, d, P, R = shape.heads, shape.kv_heads, shape.head_dim, qk_rope_head_dim, kv_lora_rank
     rotation = _mean_rotation(statistics, recipe) if rotates else torch.ones_like(statistics.rotation)
@@ -164,7 +164,7 @@ def low_rank_attention(
         "latent_gain": gain,
     }
     if normed:
-        # Rotary queries are pairs of the normalised one; the mean rotation goes to the keys, turning them back.
+        # Rotary queries are pairs of the normalised one; the mean rotation goes to the keys, rotating them back.
         return LatentAttention(
             q=weights.q,
             q_bias=weights.q_bias,
@@ -275,7 +275,7 @@ def _mean_rotation(statistics: LayerStatistics, recipe: Recipe) -> torch.Tensor:
 
 
 class _Slot(NamedTuple):
-    """A component that keeps its rotation: which one of which group of frequencies, and the frequency it turns at."""
+    """A component that keeps its rotation: its group of frequencies, its place there, and its own frequency."""
 
     frequency: int
     group: int
@@ -296,7 +296,7 @@ def _rotary_components(shape, statistics, rotation, recipe):
     moment = statistics.key_moment.view(g, d, g, d)[:, :r, :, :r].reshape(g, 2, groups, M, g, 2, groups, M)
     energy = statistics.query_moment.diagonal(dim1=1, dim2=2)[:, :r].reshape(H, 2, F).sum(dim=1)  # E|q_h,l|^2
     # A component that is represented by rho times itself loses the share 1 - |rho|^2 of its energy. Where nothing
-    # turns nothing is lost, and the slots go to the components that carry most.
+    # rotates nothing is lost, and the slots go to the components that carry most.
     known = rotation is not None and recipe.mean_rotation != "none"
     lost = energy * (1 - rotation.abs() ** 2) if known else energy
     mixings, strengths = [], []
@@ -374,7 +374,7 @@ def _metric(weights, shape, statistics, rotation, rows, moment, recipe):
     g, n, d = shape.kv_heads, shape.group, shape.head_dim
     keys = values = torch.eye(g * d, dtype=torch.float64)
     if recipe.metric == "output":
-        turned = _turn(_turn(statistics.query_moment, rotation).transpose(1, 2), rotation)  # E of turned queries
+        turned = _turn(_turn(statistics.query_moment, rotation).transpose(1, 2), rotation)  # E of rotated queries
         outputs = weights.o.view(-1, shape.heads, d).permute(1, 0, 2)
         costs = turned, outputs.transpose(1, 2) @ outputs
         # Block-diagonal over key/value heads.

@@ -54,7 +54,7 @@ def energy_by_rank(spectrum: torch.Tensor) -> list[list[float]]:
 
 
 def slots_per_frequency(slots: Sequence[Sequence[int]], frequencies: int) -> list[int]:
-    """How many rotary slots of all layers turn at each of a source's frequencies, the fastest first."""
+    """How many rotary slots of all layers rotate at each of a source's frequencies, the fastest first."""
     counts = Counter(frequency for layer in slots for frequency in layer)
     return [counts[frequency] for frequency in range(frequencies)]
 
@@ -62,8 +62,7 @@ def slots_per_frequency(slots: Sequence[Sequence[int]], frequencies: int) -> lis
 def draw_report(folder: Path, report: Mapping[str, Any]) -> None:
     """Draws the report of a calibrated conversion into its folder, or warns that matplotlib is missing.
 
-    Panels: the error of each layer's attention, the energy its latent keeps, and how many of its rotary slots turn at
-    each frequency.
+    Panels: the error of each layer's attention, the energy its latent keeps, and its rotary slots per frequency.
     """
     try:
         check_matplotlib()

@@ -28,7 +28,7 @@ class EGMLACache(Cache):
         max_cache_len (`int`, *optional*):
             Tokens to allocate once and for all, for `torch.compile`; `None` grows as needed.
         offloading (`bool`, *optional*, defaults to `False`):
-            Keep layers in CPU memory and fetch each before its turn (Transformers' mechanism; needs an accelerator).
+            Keep layers in CPU memory and prefetch each one. This is Transformers' mechanism. It needs an accelerator.
         quantization (`str`, *optional*):
             "int8" or "int4" for integer codes with a scale per group; `None` keeps entries as they are.
         quantization_group_size (`int`, *optional*):

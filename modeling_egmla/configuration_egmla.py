@@ -26,7 +26,7 @@ MOE_MODULES = {"deepseek_v2": "DeepseekV2Moe", "deepseek_v3": "DeepseekV3MoE", "
 class EGMLAConfig(PreTrainedConfig):
     r"""
     Configuration of an EG-MLA model (Embedding-Gated Multi-head Latent Attention). Fields that DeepSeek-V3 has keep
-    its names and meaning; the defaults are the paper's kv64 row with the gate fed by the input embedding.
+    its names and meaning. The defaults are the paper's kv64 row, with the gate fed by the input embedding.
 
     Args:
         num_attention_heads (`int`, *optional*, defaults to 12):
@@ -51,23 +51,23 @@ class EGMLAConfig(PreTrainedConfig):
             Width the rotary frequencies are computed for, `rope_table_dim // 2` frequencies. `None` is
             `qk_rope_head_dim`. A converted model keeps its source's head width here.
         rope_slots (`list[int]` or `list[list[int]]`, *optional*):
-            Which of the frequencies each of the `qk_rope_head_dim // 2` rotary pairs turns at; one list for all
+            Which of the frequencies each of the `qk_rope_head_dim // 2` rotary pairs rotates at; one list for all
             layers or one per layer. `None` takes them in order.
         nope_layers (`list[int]`, *optional*):
-            Numbers of the layers whose rotary queries and keys do not turn (SmolLM3's NoPE layers). `None` turns all.
+            Layer indices whose rotary queries and keys do not rotate (SmolLM3's NoPE layers). `None` rotates all.
         qk_norm_dim (`int`, *optional*):
-            RMS-normalise rotary queries and keys, before they turn, in groups of this many dimensions (`q_norm`,
+            RMS-normalise rotary queries and keys, before they rotate, in groups of this many dimensions (`q_norm`,
             `k_norm`), as Qwen3 does with its heads. Low-rank queries have `q_a_layernorm` instead of `q_norm`. `None`
             for no such norms.
         query_norm_dim (`int`, *optional*):
-            RMS-normalise whole queries in groups of this many dimensions (`q_norm`) and take their rotary part from
-            what is normalised: `q_proj` gives `N` dimensions a head, and its rotary pairs are those of them that turn
-            at the frequencies of `rope_slots`, each times a factor per head (`q_rope_scale`). A smaller cache for
+            RMS-normalise whole queries in groups of this many dimensions (`q_norm`). Their rotary part is taken from
+            normalised queries. `q_proj` gives `N` dimensions a head. Its rotary pairs are those that rotate at
+            the frequencies of `rope_slots`, each times a factor per head (`q_rope_scale`). A smaller cache for
             Qwen3 (groups of one head) and OLMo 2 (all heads). `None` for queries without such a norm.
         kv_encoder_dim (`int`, *optional*):
             Width of features between the layer's input and `kv_a_proj_with_mqa`: `kv_encoder_proj`, part of it
-            RMS-normalised by `kv_encoder_norm`. For sources whose keys or latents are normalised, so that a smaller
-            latent is linear in what is normalised only; the cache does not grow. `None` for no such encoder.
+            RMS-normalised by `kv_encoder_norm`. It is for sources whose keys or latents are normalised: a smaller latent
+            is linear in normalised features only. The cache does not grow. `None` for no such encoder.
         kv_encoder_norm_dim (`int`, *optional*):
             Width of a group of features to normalise (epsilon `latent_norm_eps`), required with `kv_encoder_dim`.
         kv_encoder_norm_groups (`int`, *optional*, defaults to 1):
@@ -76,14 +76,14 @@ class EGMLAConfig(PreTrainedConfig):
             Normalise what attention and MLP give (`post_attention_layernorm`, `post_feedforward_layernorm`), as OLMo 2
             does, instead of what they take.
         softmax_scale (`float`, *optional*):
-            Factor on the attention scores. `None` is `(N + P) ** -0.5`, times YaRN's `mscale` squared where
-            `rope_parameters` has `mscale_all_dim`, as in DeepSeek.
+            Factor on the attention scores. `None` is `(N + P) ** -0.5`, as in DeepSeek. Where `rope_parameters` has
+            `mscale_all_dim`, YaRN's `mscale` squared is multiplied in.
         kv_gate (`str`, *optional*, defaults to `"latent"`):
-            `"latent"` multiplies the latent by the token's gate before it is cached; `None` is plain MLA. `"expanded"`
-            multiplies the keys and values made of the latent instead, by a gate of width `H (N + V)`: the latent is
-            cached ungated, each token's id beside it, once for all layers, and every step expands the whole cache.
+            `"latent"` multiplies the latent by the token's gate before it is cached. `None` is plain MLA. `"expanded"`
+            multiplies the keys and values made of the latent instead, by a gate of width `H (N + V)`. The latent is
+            then cached ungated, and each token's id once for all layers. Every step expands the whole cache.
         kv_gate_embedding_dim (`int`, *optional*):
-            `None` feeds the gate with the model's input embedding; a number gives each layer a table of its own,
+            `None` feeds the gate with the model's input embedding. A number gives each layer a table of its own,
             `vocab_size x kv_gate_embedding_dim` (256 in the paper).
         attention_bias (`bool`, *optional*, defaults to `False`):
             Bias on `q_a_proj`, `kv_encoder_proj`, `kv_a_proj_with_mqa` and `o_proj` (DeepSeek's meaning).
@@ -92,7 +92,7 @@ class EGMLAConfig(PreTrainedConfig):
         mlp_bias (`bool`, *optional*, defaults to `False`):
             Bias on the three MLP projections.
         moe_layers (`list[int]`, *optional*):
-            Numbers of the layers whose MLP is a mixture of experts.
+            Layer indices whose MLP is a mixture of experts.
         moe_config (`dict`, *optional*):
             Configuration of those mixtures, required with `moe_layers`: `model_type`, which says whose module of
             Transformers it is (`deepseek_v2`, `deepseek_v3` or `glm4_moe_lite`), and that architecture's own fields.

@@ -46,8 +46,8 @@ def quantized_cache_options(cache_config: dict | None) -> dict[str, Any]:
 class EGMLAGenerationMixin(GenerationMixin):
     """`GenerationMixin` with the latent cache.
 
-    The cache is chosen as a whole, not by registering layers under a `_layer_type`: the options of a quantised cache
-    and the token ids of expanded gates belong to the cache, not to one layer.
+    The cache is chosen as a whole, not by registering layers under a `_layer_type`. Options of a quantised cache and
+    token ids of expanded gates belong to the cache, not to one layer.
     """
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
@@ -106,7 +106,7 @@ class EGMLAGenerationMixin(GenerationMixin):
         """As in `GenerationMixin`; ids for the gate tables go along with `inputs_embeds` and nowhere else.
 
         Source: `Phi3ForCausalLM`, which also starts over where LongRoPE changes its frequencies: keys cached so far
-        were turned by the old ones.
+        were rotated by the old ones.
         """
         cache, rope = kwargs.get("past_key_values"), self.config.rope_parameters or {}
         if cache is not None and rope.get("rope_type") == "longrope":

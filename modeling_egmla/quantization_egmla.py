@@ -5,8 +5,8 @@ int8: groups of neighbouring elements of a token, after a Hadamard rotation of l
 that spreads outliers over all elements. It is orthogonal, so queries are rotated instead of what is cached.
 
 int4: groups of neighbouring tokens of an element, each with a scale and a zero point (as KIVI, arXiv 2402.02750, has
-it for keys). An element of a rotary key is large or small for all tokens and turns slowly; in a group along a token,
-one scale for elements of many sizes leaves the small ones nothing at 4 bits.
+it for keys). An element of a rotary key is large or small for all tokens and rotates slowly. In a group along a token,
+one scale would serve elements of many sizes, and the small ones would get nothing at 4 bits.
 
 No group holds elements of the latent and of the rotary key.
 """
@@ -27,7 +27,7 @@ GROUP_SIZE = 64
 # Scales have the range of fp32, so that no latent overflows; codes are chosen for the rounded scale, so that its
 # rounding costs nothing.
 SCALE_DTYPE = torch.bfloat16
-# Tokens turned into floating point at a time, of all sequences together: fewer cost more small operations, and more
+# Tokens converted to floating point at a time, of all sequences together: fewer cost more small operations, and more
 # were no faster. At 128 elements a token that is 4 MB, which a thread keeps.
 PIECE_TOKENS = 8192
 

@@ -41,7 +41,7 @@ class AttentionShape:
     """Widths of a source's attention: `H` query heads, `g` key/value heads, `d` head width, `D` hidden size.
 
     Attributes:
-        rotary_dim: how many of a head's dimensions RoPE turns, its first ones; `None` is all.
+        rotary_dim: how many of a head's dimensions RoPE rotates, its first ones; `None` is all.
     """
 
     heads: int
@@ -62,17 +62,17 @@ class AttentionShape:
 
     @property
     def rotary_head_dim(self) -> int:
-        """Dimensions per head that RoPE turns."""
+        """Dimensions per head that RoPE rotates."""
         return self.head_dim if self.rotary_dim is None else self.rotary_dim
 
     @property
     def rope_width(self) -> int:
-        """Dimensions that RoPE turns in all keys of a token: the widest rotary key a conversion can use."""
+        """Dimensions that RoPE rotates in all keys of a token: the widest rotary key a conversion can use."""
         return self.kv_heads * self.rotary_head_dim
 
     @property
     def frequencies(self) -> int:
-        """Rotary frequencies: one for every two dimensions that turn."""
+        """Rotary frequencies: one for every two dimensions that rotate."""
         return self.rotary_head_dim // 2
 
 
@@ -100,9 +100,9 @@ class Family:
 
     Attributes:
         latent: the source is an MLA model, whose attention is copied and not computed anew.
-        partial_rotary: heads may be turned in part.
+        partial_rotary: heads may be rotated in part.
         window_per_layer: the class applies a sliding window to the layers that `layer_types` names, not to all.
-        qk_norm: queries and keys are RMS-normalised before they turn: each `"head"`, or `"all"` heads as one vector.
+        qk_norm: queries and keys are RMS-normalised before they rotate: each `"head"`, or `"all"` heads as one vector.
     """
 
     latent = False
@@ -169,11 +169,11 @@ class Family:
         return shape
 
     def rotary_dim(self, config: PreTrainedConfig, head_dim: int) -> int | None:
-        """How many dimensions of a head turn; `None` for all."""
+        """How many dimensions of a head rotate; `None` for all."""
         return None
 
     def rotates(self, config: PreTrainedConfig, layer_idx: int) -> bool:
-        """Whether this layer's queries and keys are turned."""
+        """Whether this layer's queries and keys are rotated."""
         return True
 
     def bias_roles(self, config: PreTrainedConfig) -> str:
@@ -244,7 +244,7 @@ class Family:
     def target_config(self, config: PreTrainedConfig, **attention) -> EGMLAConfig:
         """The EG-MLA configuration that keeps everything but the attention; `attention` are its fields."""
         fields = {name: getattr(config, name) for name in KEPT_FIELDS if hasattr(config, name)}
-        # Part of a head turns: here that part is a width of its own, the rotary table's.
+        # Part of a head rotates: here that part is a width of its own, the rotary table's.
         fields["rope_parameters"] = dict(fields["rope_parameters"])
         fields["rope_parameters"].pop("partial_rotary_factor", None)
         fields["attention_dropout"] = fields["attention_dropout"] or 0.0

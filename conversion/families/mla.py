@@ -56,7 +56,7 @@ class MLA(Family):
             )
 
     def sparse_layers(self, config: PreTrainedConfig) -> list[int]:
-        """Numbers of the layers with experts, from `mlp_layer_types` or `first_k_dense_replace`."""
+        """Layer indices with experts, from `mlp_layer_types` or `first_k_dense_replace`."""
         layers = range(config.num_hidden_layers)
         types = getattr(config, "mlp_layer_types", None)
         if types is not None:
@@ -83,7 +83,7 @@ class MLA(Family):
         return identity(*(f"{self.layer_prefix(layer_idx)}self_attn.{name}" for name in names))
 
     def shape(self, config: PreTrainedConfig) -> AttentionShape:
-        """Queries of the source's width; no keys beside the latent, so none that turn or could be mixed."""
+        """Queries of the source's width; no keys beside the latent, so none that rotate or could be mixed."""
         query_dim = config.qk_nope_head_dim + config.qk_rope_head_dim
         return AttentionShape(config.num_attention_heads, 0, query_dim, config.hidden_size, rotary_dim=0)
 

@@ -8,7 +8,7 @@ from .base import Family
 
 
 class Qwen3(Family):
-    """Queries and keys are RMS-normalised per head before they turn, by `qk_norm_dim` or `kv_encoder_dim`."""
+    """Queries and keys are RMS-normalised per head before they rotate, by `qk_norm_dim` or `kv_encoder_dim`."""
 
     window_per_layer = True
     qk_norm = "head"

@@ -86,7 +86,7 @@ def widths(config: PreTrainedConfig, share: float) -> dict:
 
 @pytest.mark.parametrize("name", ALL)
 def test_full_width_closed_form_is_the_source(make_source, calibration, tmp_path, name):
-    """Every key that turns keeps its rotation and the latent holds the rest: nothing is lost on the way there."""
+    """Every key that rotates keeps its rotation and the latent holds the rest: nothing is lost on the way there."""
     source, folder = make_source(name)
     ids, lost = tokenized(folder, calibration), []
     for share in (1, 0.3):
@@ -112,7 +112,7 @@ def test_states_are_scaled_as_the_source_scales_them(make_source):
 
 @pytest.mark.parametrize("name", ["phi3 partial tied", "smollm3 yarn biases"])
 def test_part_of_the_rotation_loses_less_than_none(make_source, calibration, tmp_path, name):
-    """Half of what turns in slots, all the rest in the latent: close to the source, closer than without rotation."""
+    """Half of what rotates in slots, all the rest in the latent: close to the source, closer than without rotation."""
     source, folder = make_source(name)
     shape = FAMILIES[source.config.model_type].shape(source.config)
     ids = tokenized(folder, calibration)
@@ -128,7 +128,7 @@ def test_part_of_the_rotation_loses_less_than_none(make_source, calibration, tmp
 
 
 def test_layers_without_rotation_need_no_rotary_key(make_source, calibration, tmp_path):
-    """Nothing turns, so nothing is lost without a rotary part: the latent alone is the source."""
+    """Nothing rotates, so nothing is lost without a rotary part: the latent alone is the source."""
     source, folder = make_source("smollm3 without rotation")
     widths = {"kv_lora_rank": 2 * FAMILIES["smollm3"].shape(source.config).kv_width, "qk_rope_head_dim": 0}
     convert_checkpoint(folder, tmp_path / "t", **widths, calibration=calibration, **QUICK)
@@ -138,7 +138,7 @@ def test_layers_without_rotation_need_no_rotary_key(make_source, calibration, tm
 
 
 def test_slots_of_a_layer_without_rotation_go_to_what_carries_most():
-    """Where nothing turns no rotation is lost, so slots go by energy, whatever was measured of rotation."""
+    """Where nothing rotates no rotation is lost, so slots go by energy, whatever was measured of rotation."""
     shape = AttentionShape(heads=6, kv_heads=3, head_dim=8, hidden_size=48)
     weights, statistics, _ = random_layer(shape)
     still = low_rank_attention(weights, shape, statistics, 20, 6, Recipe(), attention_factor=1.3, rotates=False)
@@ -233,7 +233,7 @@ def test_trained_gate_is_refused(make_source, calibration, tmp_path):
 
 
 def test_longrope_beyond_its_switch(make_source, tmp_path):
-    """Above the original context all positions turn at the long frequencies, those generated before it too."""
+    """Above the original context all positions rotate at the long frequencies, those generated before it too."""
     source, folder = make_source("phi3 longrope")
     convert_checkpoint(folder, tmp_path / "t", exact=True)
     converted = AutoModelForCausalLM.from_pretrained(tmp_path / "t").eval()

@@ -70,7 +70,7 @@ def test_mha2mla_keeps_each_heads_own_strongest_pairs():
 
 
 def test_mha2mla_latent_is_the_svd_of_the_weights():
-    """No text: the best latent of the weights of keys that do not turn and of values, side by side."""
+    """No text: the best latent of the weights of keys that do not rotate and of values, side by side."""
     weights, statistics, _ = random_layer(SHAPE)
     recipe = RECIPES["mha2mla-like"]
     kept = low_rank_attention(weights, SHAPE, statistics, 12, 12, recipe)

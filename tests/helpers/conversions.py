@@ -133,7 +133,7 @@ GROUPED = {
     "qwen2, wide heads": ("qwen2", {"head_dim": 14, **UNTIED}),
     "phi3": ("phi3", {"tie_word_embeddings": False}),
     "phi3 partial tied": ("phi3", {"rope_parameters": PARTIAL, "head_dim": 12, "tie_word_embeddings": True}),
-    # 9 dimensions a head of which 6 turn: an odd width is no obstacle.
+    # 9 dimensions a head of which 6 rotate: an odd width is no obstacle.
     "phi3 partial, odd heads": ("phi3", {"rope_parameters": PARTIAL, "hidden_size": 54}),
     "phi3 longrope": (
         "phi3",

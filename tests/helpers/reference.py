@@ -90,7 +90,7 @@ def rope_frequencies(config, length):
 
 
 def turn(x, position, frequencies, scale, interleaved):
-    """RoPE of one vector: pair `i` turned by `position * frequencies[i]`; first members first in the result."""
+    """RoPE of one vector: pair `i` rotated by `position * frequencies[i]`; first members first in the result."""
     pairs = len(x) // 2
     turned = torch.empty_like(x)
     for i in range(pairs):
@@ -176,7 +176,7 @@ def _features(config, weights, x):
 
 
 def _normed_query(config, weights, x, slots):
-    """Each head's normalised query, and behind it the pairs of it that turn, scaled: `[H, N + P]`."""
+    """Each head's normalised query, and behind it the pairs of it that rotate, scaled: `[H, N + P]`."""
     heads, N, half = config.num_attention_heads, config.qk_nope_head_dim, config.head_dim // 2
     query = _group_norm(weights, "self_attn.q_norm", _linear(weights, "self_attn.q_proj", x), config.rms_norm_eps)
     rows = []
