@@ -66,8 +66,8 @@ class EGMLAConfig(PreTrainedConfig):
             Qwen3 (groups of one head) and OLMo 2 (all heads). `None` for queries without such a norm.
         kv_encoder_dim (`int`, *optional*):
             Width of features between the layer's input and `kv_a_proj_with_mqa`: `kv_encoder_proj`, part of it
-            RMS-normalised by `kv_encoder_norm`. It is for sources whose keys or latents are normalised: a smaller latent
-            is linear in normalised features only. The cache does not grow. `None` for no such encoder.
+            RMS-normalised by `kv_encoder_norm`. For sources with normalised keys or latents: a smaller latent is
+            linear in normalised features only. The cache does not grow. `None` for no such encoder.
         kv_encoder_norm_dim (`int`, *optional*):
             Width of a group of features to normalise (epsilon `latent_norm_eps`), required with `kv_encoder_dim`.
         kv_encoder_norm_groups (`int`, *optional*, defaults to 1):

@@ -85,8 +85,8 @@ def latent_attention(
 ) -> torch.Tensor:
     """Attention of all heads over one shared latent, which is key and value at once.
 
-    Key and value are the same tensor, so the fused kernels apply: on CPU they want equal widths. Heads go where queries
-    usually are. One pass over the cache then serves all of them.
+    Key and value are the same tensor, so the fused kernels apply: on CPU they want equal widths. Heads go where
+    queries usually are. One pass over the cache then serves all of them.
 
     Args:
         query (`torch.Tensor`): absorbed queries `[B, H, T, R + P]`.
