@@ -112,7 +112,8 @@ def _options(ctx: typer.Context, file: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(file.read_text())
     except OSError as error:
-        raise typer.BadParameter(f"{file} cannot be read: {error.strerror}.") from None
+        change = " A change of the model's configuration is written key=value." if ctx.command.name == "train" else ""
+        raise typer.BadParameter(f"{file} cannot be read: {error.strerror}.{change}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise typer.BadParameter(f"{file} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):

@@ -428,7 +428,7 @@ def test_unknown_dtypes_elsewhere(llama_folder, tmp_path):
     change_config(dtype="float99")(tmp_path / "t")
     result = run("push", tmp_path / "t", "me/model", "--dry-run")
     assert result.exit_code == 1 and "float99" in result.stderr and "Traceback" not in result.output
-    with pytest.raises(ValueError, match=r"dtype=float99 among the model arguments: PyTorch has no such format"):
+    with pytest.raises(ValueError, match=r"dtype=float99 among the model arguments: PyTorch has no such dtype"):
         check_model_args({"dtype": "float99"})
     for dtype in ("auto", "float16", "torch.bfloat16", torch.float32):
         check_model_args({"dtype": dtype})

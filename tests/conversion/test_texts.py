@@ -81,8 +81,10 @@ def test_what_is_no_text(tmp_path, content, message):
     (tmp_path / "text").write_bytes(content)
     with pytest.raises(ValueError, match=message):
         read_text(tmp_path / "text", "Calibration")
-    with pytest.raises(FileNotFoundError, match=r"Evaluation text .* does not exist"):
+    with pytest.raises(ValueError, match=r"Evaluation text .* is a folder, and a conversion reads one file"):
         read_text(tmp_path, "Evaluation")
+    with pytest.raises(FileNotFoundError, match=r"Evaluation text .* does not exist"):
+        read_text(tmp_path / "absent", "Evaluation")
 
 
 def test_evaluation_takes_the_first_windows(llama_folder, tmp_path):

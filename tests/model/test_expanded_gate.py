@@ -156,7 +156,9 @@ def test_stages_and_adapters_go_by_names(case):
 def test_never_absorbed(case):
     model = tiny_model(case)
     past = model(token_ids(1, 4)).past_key_values
-    assert not any(model.model._absorb(new_tokens, past) for new_tokens in (1, 2, 10_000))
+    assert not any(
+        model.model._absorb(new_tokens, past, model.model.embed_tokens.weight) for new_tokens in (1, 2, 10_000)
+    )
 
 
 @torch.no_grad()
