@@ -35,7 +35,7 @@ class LayerStatistics:
         key_moment: `E[k k^T]` `[g d, g d]` of keys before rotation, biases and norms included; empty for MLA.
         query_moment: `E[q q^T]` `[H, d, d]` of each head's queries before rotation.
         mean: mean `[F]` of the features that a latent is linear in, tokens weighted by the attention they receive (or
-            equally): `[k; v]` with keys before rotation, or the latent of an MLA source.
+            equally). The features are `[k; v]` with keys before rotation, or the latent of an MLA source.
         raw_moment: second moment `[F, F]` of the features under the same weights, not centred.
         rotation: mean rotation `[H, d / 2]`, complex: `E[e^{i theta (t - s)}]` over positions attended to.
     """
@@ -75,8 +75,8 @@ def summing_attention(
 ) -> tuple[torch.Tensor, AttentionSums]:
     """Attention of one sequence that gives sums over its maps in their place.
 
-    For Transformers' attention interface. One head at a time: a map stays in the processor's cache until it is summed
-    up, where the stock eager attention carries all heads' maps through memory several times (half the speed).
+    For Transformers' attention interface. One head at a time, so that a map stays in the processor's cache until it is
+    summed up. The stock eager attention carries all heads' maps through memory several times, at half the speed.
 
     Args:
         module (`torch.nn.Module`): the attention; its `phases` are `e^{i theta t}` `[T, d / 2]` or `None`.

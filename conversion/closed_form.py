@@ -65,9 +65,9 @@ class LatentAttention:
 def exact_attention(weights: AttentionWeights, shape: AttentionShape, interleaved: bool = False) -> LatentAttention:
     """The same function in EG-MLA's form: every key component that rotates keeps its rotation, the rest is the latent.
 
-    `P` is the width of all that rotates, `R` that of the values and of key components that do not, `N` such components
-    of a head (0 where whole heads rotate). Each query head sits on the rotary block of its own key head and is zero
-    elsewhere.
+    Width `P` is of all that rotates, `R` of the values and of the key components that do not rotate. A head has `N` of
+    these components, 0 where whole heads rotate. Each query head sits on the rotary block of its own key head and is
+    zero elsewhere.
 
     Args:
         weights (`AttentionWeights`): the source layer.

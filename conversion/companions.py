@@ -17,7 +17,7 @@ def one_line(error: BaseException) -> str:
 
 
 def read_tokenizer(path: Path, **kwargs) -> tuple[Any | None, str]:
-    """A source's tokenizer, or `None` and why there is none.
+    """A source's tokenizer, or `None` and the reason.
 
     Raises:
         ValueError: for files that are damaged.

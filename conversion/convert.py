@@ -1,4 +1,4 @@
-"""Converting a checkpoint into EG-MLA: check and plan, convert layer by layer, write a folder whole or not at all."""
+"""Converting a checkpoint into EG-MLA: check and plan, convert layer by layer, write a folder atomically."""
 
 import json
 import time

@@ -47,7 +47,7 @@ def deepseek_config(config: EGMLAConfig) -> DeepseekV3Config:
         ),
         "its queries have biases": config.query_bias,
         "its MLPs have biases": config.mlp_bias,
-        "some of its layers do not turn (nope_layers)": config.nope_layers,
+        "some of its layers do not rotate (nope_layers)": config.nope_layers,
         "its queries and keys are normalised": config.qk_norm_dim or config.query_norm_dim,
         "its norms stand behind attention and MLP": config.post_norm,
         "it has mixtures of experts, which this layout does not write": config.moe_layers,

@@ -1,4 +1,4 @@
-"""The journal of a conversion, by which the same command goes on where an interrupted one stopped.
+"""The journal of a conversion, from which the same command resumes an interrupted one.
 
 It lies in the staging folder (`egmla.utils.folders`) beside the parts that are written and the hidden states after the
 last finished layer.
@@ -35,7 +35,7 @@ class Journal:
 
     Attributes:
         layers: what is known of each finished layer.
-        ranks: ranks dealt out before the first layer, where that is asked for.
+        ranks: ranks allocated before the first layer, where that is asked for.
         report: the report of the whole model once it is written, else `None`.
     """
 

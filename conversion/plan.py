@@ -69,7 +69,7 @@ def plan_conversion(
     if qk_rope_head_dim < 0 or qk_rope_head_dim % 2 or qk_rope_head_dim > width:
         raise ValueError(
             f"qk_rope_head_dim={qk_rope_head_dim}: must be even and from 0 to {width}, the width of all keys of this "
-            f"source that turn ({shape.kv_heads} key heads of {shape.rotary_head_dim})."
+            f"source that rotate ({shape.kv_heads} key heads of {shape.rotary_head_dim})."
         )
     if qk_rope_head_dim not in (allowed := recipe.rope_widths(shape)):
         raise ValueError(

@@ -30,11 +30,11 @@ class Recipe:
     """Choices of the closed form; the defaults are the best of those in tests/benchmarks/LOG.md.
 
     Attributes:
-        rope_metric: `"query"` mixes and ranks rotary components by the logit energy lost, `"key"` by key energy alone;
-            `"heads"` mixes nothing and ranks each head's own pairs by the norms of queries times that of keys.
+        rope_metric: `"query"` mixes and ranks rotary components by the logit energy lost, `"key"` by key energy alone.
+            `"heads"` mixes nothing. It ranks each head's own pairs by the norms of queries times that of keys.
         freqfold: neighbouring frequencies that are mixed as if they were one; more than 1 needs uniform slots.
-        slots: rotary slots go to what loses most at any frequency (`"lost"`), in equal numbers to all groups of
-            `freqfold` frequencies (`"uniform"`), or in equal numbers to all key heads (`"heads"`).
+        slots: what rotary slots go to: what loses most at any frequency (`"lost"`), all groups of `freqfold`
+            frequencies in equal numbers (`"uniform"`), or all key heads in equal numbers (`"heads"`).
         mean_rotation: stand-in for lost rotation: `"head"` one per head, `"layer"` one for all, `"none"` uses 1.
         metric: measures the low-rank error on keys and values (`"input"`), on logits and output (`"output"`), or on
             weights alone, whatever the text (`"weights"`).
@@ -44,8 +44,8 @@ class Recipe:
         balance: weight of the keys' error against the values' (1 is equal).
         balance_by: what is made equal: `"energy"` all of it, `"norm"` the mean norm of a dimension, `"none"` nothing.
         damping: share of the mean eigenvalue added to the output metric, against directions it saw too little of.
-        ranks: `"uniform"` gives all layers the rank asked for, `"energy"` deals out as many in all by what each layer
-            has left, after a look at all layers on the first calibration text.
+        ranks: `"uniform"` gives all layers the rank asked for, `"energy"` as many in all. The latter allocates by what
+            each layer has left, after a look at all layers on the first calibration text.
         latent_norm: give the latent an RMSNorm, as DeepSeek's has; one of its numbers becomes a constant.
 
     Raises:

@@ -1,8 +1,8 @@
 """Local refinement: each converted attention trained to give what the source's gave, before anything end to end.
 
-Layers are refined in order. A layer's input is what the converted layers before it made of the calibration text, its
-target the output of the source's attention, so it also learns to work on the deviations it will meet. Only one layer
-is in memory, and no gradient leaves it.
+Layers are refined in order. A layer's input is what the converted layers before it made of the calibration text. Its
+target is the output of the source's attention. So it also learns to work on the deviations it will meet. Only one
+layer is in memory, and no gradient leaves it.
 """
 
 import math
@@ -39,8 +39,8 @@ def causal_attention_in_blocks(
 ) -> tuple[torch.Tensor, None]:
     """Causal attention from plain matrix products, each block of queries on the keys up to its end.
 
-    For Transformers' attention interface, and for training on a CPU: forward and backward take 0.55 of the time of
-    SDPA's fused kernel there (1,024 tokens, bfloat16; 0.65 in fp32), for the memory of the attention maps.
+    For Transformers' attention interface, and for training on a CPU. Forward and backward take 0.55 of the time of
+    SDPA's fused kernel there (1,024 tokens, bfloat16; 0.65 in fp32). The attention maps take memory in return.
 
     Args:
         module (`torch.nn.Module`): the attention, not looked at.
@@ -144,9 +144,9 @@ class ConvertedRun:
             progress (*optional*): called with (steps done, all).
 
         Returns:
-            The refined attention's tensors by their names in it, fp32, and the relative squared error of its output on
-            the calibration sequences held out, `before` and, where there are steps, `after`. Where training did not
-            help there, the closed form stays.
+            The refined attention's tensors by their names in it, fp32, and the relative squared error of its output.
+            The error is of the calibration sequences held out, `before` and, where there are steps, `after`. Where
+            training did not help there, the closed form stays.
         """
         config._attn_implementation = "egmla_blocks" if self.device.type == "cpu" else "sdpa"
         layer = EGMLADecoderLayer(config, layer_idx)

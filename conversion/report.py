@@ -21,7 +21,7 @@ from .texts import EvaluationText
 
 
 def write_report(folder: Path, report: Mapping[str, Any]) -> None:
-    """Writes a conversion's report into its folder, whole or not at all."""
+    """Write a conversion's report into its folder, atomically."""
     part = folder / f".{CONVERSION_REPORT}.partial"
     part.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     os.replace(part, folder / CONVERSION_REPORT)

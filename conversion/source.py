@@ -138,7 +138,7 @@ class Source:
         """The tokenizer.
 
         Raises:
-            ValueError: when there is none; the message says for what `purpose` it is needed, and why there is none.
+            ValueError: without a tokenizer; the message says for what `purpose` it is needed, and why it is missing.
         """
         if self.tokenizer is None:
             raise ValueError(

@@ -1,8 +1,8 @@
 """Reading the texts of a conversion, and keeping calibration apart from evaluation by what the texts say.
 
-What is caught: copies, also with other line ends, spaces, punctuation or letter case, whole or in part, when a tenth
-of either text is in the other; and any of 61 passages of WikiText-2's raw test split, one an article. What is not:
-less than that, translations and retellings, and evaluation sets that are not named here.
+A copy is caught when a tenth of either text is in the other, also with other line ends, spaces, punctuation or letter
+case. So is any of 61 passages of WikiText-2's raw test split, one an article. Smaller shares, translations, retellings
+and other evaluation sets are not caught.
 """
 
 import hashlib

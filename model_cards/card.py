@@ -1,9 +1,9 @@
 """Write the model card of a checkpoint. Every number comes from a JSON file in the folder; a missing one is named.
 
-config.json               shapes and cache of this model (`tables.py`)
-conversion_report.json    source, plan, calibration, command, versions (`converted.py`); absent after `egmla train`
-training_report.json      training after the conversion (`training.py`), or from new weights (`from_scratch.py`)
-evaluation/*.json         scores (`scores.py`, `tables.py`)
+- `config.json`: shapes and cache of this model (`tables.py`)
+- `conversion_report.json`: source, plan, calibration, command, versions (`converted.py`); absent after `egmla train`
+- `training_report.json`: training after the conversion (`training.py`), or from new weights (`from_scratch.py`)
+- `evaluation/*.json`: scores (`scores.py`, `tables.py`)
 """
 
 from collections.abc import Mapping

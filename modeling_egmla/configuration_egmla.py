@@ -76,12 +76,12 @@ class EGMLAConfig(PreTrainedConfig):
             Normalise what attention and MLP give (`post_attention_layernorm`, `post_feedforward_layernorm`), as OLMo 2
             does, instead of what they take.
         softmax_scale (`float`, *optional*):
-            Factor on the attention scores. `None` is `(N + P) ** -0.5`, as in DeepSeek. Where `rope_parameters` has
-            `mscale_all_dim`, YaRN's `mscale` squared is multiplied in.
+            Factor on the attention scores. `None` is `(N + P) ** -0.5`, as in DeepSeek. YaRN's `mscale` squared is
+            multiplied in where `rope_parameters` has `mscale_all_dim`.
         kv_gate (`str`, *optional*, defaults to `"latent"`):
-            `"latent"` multiplies the latent by the token's gate before it is cached. `None` is plain MLA. `"expanded"`
-            multiplies the keys and values made of the latent instead, by a gate of width `H (N + V)`. The latent is
-            then cached ungated, and each token's id once for all layers. Every step expands the whole cache.
+            Gate `"latent"` multiplies the latent by the token's gate before it is cached. Gate `"expanded"` multiplies
+            the keys and values made of the latent instead; its width is `H (N + V)`. The latent is then cached
+            ungated, and each token's id once for all layers. Every step expands the whole cache. `None` is plain MLA.
         kv_gate_embedding_dim (`int`, *optional*):
             `None` feeds the gate with the model's input embedding. A number gives each layer a table of its own,
             `vocab_size x kv_gate_embedding_dim` (256 in the paper).
@@ -272,7 +272,7 @@ class EGMLAConfig(PreTrainedConfig):
             )
         if self.qk_rope_head_dim < 0 or self.qk_rope_head_dim % 2:
             raise ValueError(
-                f"qk_rope_head_dim={self.qk_rope_head_dim}: rotary dimensions turn in pairs, so it must be even (0 "
+                f"qk_rope_head_dim={self.qk_rope_head_dim}: rotary dimensions rotate in pairs, so it must be even (0 "
                 f"for none); use {max(self.qk_rope_head_dim, 0) // 2 * 2 + 2} or "
                 f"{max(self.qk_rope_head_dim, 0) // 2 * 2}."
             )
@@ -303,7 +303,7 @@ class EGMLAConfig(PreTrainedConfig):
         if any(not 0 <= layer < self.num_hidden_layers for layer in self.nope_layers or []):
             raise ValueError(
                 f"nope_layers={self.nope_layers}: must be numbers of layers, each from 0 to "
-                f"{self.num_hidden_layers - 1}; use None to turn all."
+                f"{self.num_hidden_layers - 1}; use None to rotate all."
             )
         self._validate_rope_slots()
 
@@ -358,7 +358,7 @@ class EGMLAConfig(PreTrainedConfig):
                 raise ValueError(
                     f"rope_table_dim={self.rope_table_dim} differs from qk_rope_head_dim={self.qk_rope_head_dim}: "
                     f"rope_slots must then say which of the {frequencies} frequencies each of the {pairs} rotary "
-                    "pairs turns at."
+                    "pairs rotates at."
                 )
             return
         per_layer = bool(self.rope_slots) and isinstance(self.rope_slots[0], list)

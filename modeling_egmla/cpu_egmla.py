@@ -4,7 +4,7 @@
 Readers on a GPU may skip this file. Everything here gives the results of PyTorch's own functions, to rounding.
 
 A decode step of one sequence reads every weight once. On some processors PyTorch's matmul with one row reads weights
-at half the memory bandwidth (results in tests/benchmarks/README.md). `linear` picks a faster kernel there.
+at half the memory bandwidth ("GEMV" in tests/benchmarks/LOG.md). `linear` picks a faster kernel there.
 """
 
 import platform

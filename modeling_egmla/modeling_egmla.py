@@ -2,8 +2,9 @@
 """EG-MLA: multi-head latent attention whose cached latent is gated by the token's embedding (arXiv 2509.16686).
 
 Shapes, everywhere in this file:
-    B batch, T new tokens, S tokens seen so far (the new ones included), D hidden_size, H heads, R kv_lora_rank,
-    N / P / V qk_nope_head_dim / qk_rope_head_dim / v_head_dim, E width of the gate's input.
+- B batch, T new tokens, S tokens seen so far (the new ones included)
+- D hidden_size, H heads, R kv_lora_rank, E width of the gate's input
+- N / P / V qk_nope_head_dim / qk_rope_head_dim / v_head_dim
 
 Everything but the gate and the absorbed attention is DeepSeek-V3's, under its names. The attention layer with its gate
 is `attention_egmla.py`, absorbed attention `latent_attention_egmla.py`, the cache `cache_egmla.py`.

@@ -14,7 +14,7 @@ needs_compiler = pytest.mark.skipif(
     reason="torch.compile and the CPU kernel need a C++ compiler",
 )
 
-# 2 R - N - V = 28 and R (N + V) = 480: absorption pays up to 17 new tokens, so both paths are in reach of short tests.
+# `2 R - N - V` is 28 and `R (N + V)` 480. Absorption pays up to 17 new tokens, so short tests reach both paths.
 BASE = {
     "vocab_size": 97,
     "hidden_size": 48,

@@ -52,13 +52,13 @@ def same_verbosity():
 
 @pytest.fixture(params=list(MODEL_CASES))
 def case(request) -> str:
-    """Each named configuration in turn."""
+    """Each named configuration, one a test."""
     return request.param
 
 
 @pytest.fixture(params=["int8", "int4"])
 def quantization(request) -> str:
-    """Each format of quantised caches in turn."""
+    """Each format of quantised caches, one a test."""
     return request.param
 
 

@@ -40,15 +40,13 @@ DOCUMENTS = sorted(
     for path in ROOT.glob(pattern)
 )
 # Logs record what was run at their date, and options may be gone since.
-CURRENT = [name for name in DOCUMENTS if not name.endswith(("LOG.md", "EXPERIMENTS_MOVED.md", "CHANGELOG.md"))]
+CURRENT = [name for name in DOCUMENTS if not name.endswith(("LOG.md", "CHANGELOG.md"))]
 MOST_LINES = {
     "README.md": 170,
     "conversion/README.md": 120,
     "modeling_egmla/README.md": 150,
     "tests/benchmarks/README.md": 150,
 }
-# Written by others; each leaves this list when it is there.
-TO_COME = {"modeling_egmla/evaluation/README.md"}
 # The room that CONTRIBUTING asks the first compression method to make.
 PLANNED = "modeling_egmla/compression/"
 README_WORDS, UNRELEASED_LINES = 1_200, 25
@@ -157,7 +155,7 @@ def headings(text: str) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
-@pytest.mark.parametrize("name", [name for name in DOCUMENTS if name not in TO_COME])
+@pytest.mark.parametrize("name", DOCUMENTS)
 def test_links_lead_to_files_and_headings(name):
     text = re.sub(r"^```.*?^```", "", read(name), flags=re.S | re.M)
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
@@ -165,8 +163,6 @@ def test_links_lead_to_files_and_headings(name):
             continue
         path, _, anchor = target.partition("#")
         file = (ROOT / name).parent / path if path else ROOT / name
-        if file.resolve().relative_to(ROOT).as_posix() in TO_COME:
-            continue
         assert file.exists(), f"{name} links to {target}"
         if anchor and file.suffix == ".md":
             assert anchor in headings(file.read_text(encoding="utf-8")), f"{name} links to {target}"
@@ -174,7 +170,7 @@ def test_links_lead_to_files_and_headings(name):
 
 def test_files_and_names_in_contributing_exist():
     words = re.findall(r"`([^`\s]+)`", read(".github/CONTRIBUTING.md"))
-    paths = {word for word in words if "/" in word} - TO_COME - {PLANNED}
+    paths = {word for word in words if "/" in word} - {PLANNED}
     assert len(paths) > 10
     assert not [path for path in paths if not (ROOT / path).exists()]
     classes = {word for word in words if re.fullmatch(r"[A-Z][a-z]\w+[A-Z]\w+|[A-Z_]{6,}", word)}

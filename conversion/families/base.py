@@ -163,8 +163,8 @@ class Family:
             )
         if shape.rotary_head_dim % 2:
             raise ValueError(
-                f"This {config.model_type} checkpoint turns {shape.rotary_head_dim} dimensions of each head, and "
-                "rotation turns pairs; head_dim or partial_rotary_factor in its config.json is wrong."
+                f"This {config.model_type} checkpoint rotates {shape.rotary_head_dim} dimensions of each head, and "
+                "rotation is of pairs; head_dim or partial_rotary_factor in its config.json is wrong."
             )
         return shape
 
@@ -214,7 +214,7 @@ class Family:
         return "input_layernorm", "post_attention_layernorm"
 
     def gate(self, config: PreTrainedConfig, layer_idx: int) -> tuple[str, ...]:
-        """Names of the tensors of a layer's gate, which conversion leaves out; empty where there is none."""
+        """Names of the tensors of a layer's gate, which conversion leaves out; empty without a gate."""
         return ()
 
     def check_weights(self, source: Source) -> None:

@@ -312,10 +312,10 @@ class Models:
         """Estimate the bytes that a contestant needs beyond its weights, with `room` tokens cached.
 
         Returns:
-            `tuple[int, int]`: bytes held all the time, which are the cache with its slack; and temporary bytes during
-            its turn. The latter are the copy of a growing cache's layer, expanded keys and values with their gates,
-            hidden states and logits. DeepSeek's keys and values count again in fp32 where the fused kernel refuses
-            them.
+            `tuple[int, int]`: bytes held all the time, which are the cache with its slack; and temporary bytes
+            while it is timed. The latter are the copy of a growing cache's layer, expanded keys and values with their
+            gates, hidden states and logits. DeepSeek's keys and values count again in fp32 where the fused kernel
+            refuses them.
         """
         config: Any = self.subject.roles[contestant.role].config
         itemsize, elements = self.dtype.itemsize, self.cache_elements(contestant.role)

@@ -28,22 +28,22 @@ class DecodeTiming:
     """Times of one contestant.
 
     Attributes:
-        context (`int`): tokens in the cache at the start of each turn.
+        context (`int`): tokens in the cache at the start of each round.
         batch_size (`int`): sequences decoded at once.
-        turns (`list[list[float]]`): seconds of each step of each turn.
+        rounds (`list[list[float]]`): seconds of each step of each round.
         cache_used_bytes, cache_allocated_bytes (`int`): bytes of the filled cache.
     """
 
     context: int
     batch_size: int = 1
-    turns: list[list[float]] = field(default_factory=list)
+    rounds: list[list[float]] = field(default_factory=list)
     cache_used_bytes: int = 0
     cache_allocated_bytes: int = 0
 
     @property
     def seconds(self) -> list[float]:
-        """Seconds of each step, of all turns."""
-        return [step for turn in self.turns for step in turn]
+        """Seconds of each step, of all rounds."""
+        return [step for round_ in self.rounds for step in round_]
 
     @property
     def median(self) -> float:
@@ -73,8 +73,8 @@ class DecodeTiming:
 
 def pair_ratios(ours: DecodeTiming, theirs: DecodeTiming) -> list[float]:
     """Ratio of their median step time to ours, one per round."""
-    pairs = zip(ours.turns, theirs.turns, strict=True)
-    return [statistics.median(their_turn) / statistics.median(our_turn) for our_turn, their_turn in pairs]
+    pairs = zip(ours.rounds, theirs.rounds, strict=True)
+    return [statistics.median(their_steps) / statistics.median(our_steps) for our_steps, their_steps in pairs]
 
 
 @torch.no_grad()
@@ -157,16 +157,17 @@ def time_decode(
 
     Args:
         models (`Mapping[str, PreTrainedModel]`): the contestants by name.
-        context (`int`): tokens in each cache at the start of a turn, which adds `warmup + steps` tokens.
+        context (`int`): tokens in each cache at the start of a round, which adds `warmup + steps` tokens.
         caches (`Mapping[str, CacheMaker]`, *optional*): makes a contestant's cache; the model's default without one.
-        steps (`int`): timed steps of a turn.
-        rounds (`int`): turns of each contestant.
-        warmup (`int`): untimed steps at the start of each turn, as other contestants have used the processor's caches.
-        first_warmup (`int`, *optional*): the same for the first turn, which needs more.
+        steps (`int`): timed steps of a contestant in a round.
+        rounds (`int`): rounds, in each of which every contestant is timed once.
+        warmup (`int`): untimed steps before them, as other contestants have used the processor's caches.
+        first_warmup (`int`, *optional*): the same in the first round, which needs more.
         batch_size (`int`): sequences decoded at once.
-        turn_seconds (`float`): a turn that takes longer ends after the current step, with at least one timed step.
+        turn_seconds (`float`): a contestant that takes longer in a round stops after the current step, with at
+            least one timed step.
         before_round (*optional*): called before each round.
-        progress (*optional*): called with (turns done, turns in total).
+        progress (*optional*): called with (contestants timed, in total) of all rounds.
 
     Returns:
         `dict[str, DecodeTiming]`: the steps timed for each model.
@@ -193,7 +194,7 @@ def time_decode(
             before_round()
         for name, model in models.items():
             unmeasured = warmup if round_ else first_warmup
-            timings[name].turns.append(time_turn(model, filled[name], steps, unmeasured, batch_size, turn_seconds))
+            timings[name].rounds.append(time_steps(model, filled[name], steps, unmeasured, batch_size, turn_seconds))
             rewind(filled[name], int(filled[name].get_seq_length()) - context)
             done += 1
             if progress is not None:
@@ -202,10 +203,13 @@ def time_decode(
 
 
 @torch.no_grad()
-def time_turn(
+def time_steps(
     model: PreTrainedModel, cache: Cache, steps: int, warmup: int, batch_size: int = 1, turn_seconds: float = math.inf
 ) -> list[float]:
-    """Time the steps of one turn in seconds: a forward pass and the greedy choice of the next token."""
+    """Time the steps of one contestant in one round, in seconds.
+
+    A step is a forward pass and the greedy choice of the next token.
+    """
     timer = Timer(model.device)
     token = torch.zeros((batch_size, 1), dtype=torch.long, device=model.device)
 
@@ -239,10 +243,10 @@ def time_prefill(
     Args:
         models, caches, batch_size, progress: as in `time_decode`.
         tokens (`int`): tokens of each prompt.
-        rounds (`int`): timed turns of each model, after an untimed one.
+        rounds (`int`): timed rounds, after an untimed one.
 
     Returns:
-        `dict[str, list[float]]`: seconds of each turn.
+        `dict[str, list[float]]`: seconds of each round.
 
     Raises:
         ValueError: when a count is not positive.

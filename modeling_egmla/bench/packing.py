@@ -16,7 +16,7 @@ def pack(
 
     Args:
         needs (`Mapping[str, tuple[int, int]]`): bytes each contestant holds beyond weights, and the
-            temporary bytes of its turn.
+            temporary bytes while it is timed.
         weights (`Mapping[str, Mapping[str, int]]`): bytes of the weights of each role a contestant needs.
         ours (`Sequence[str]`): contestants that every group holds.
         pending (`Sequence[str]`): contestants still to be measured.

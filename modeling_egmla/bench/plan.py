@@ -93,11 +93,11 @@ def _case_seconds(
     flops = batch * (2 * parameters + decode_attention_flops(config, context))
     step = STEP_OVERHEAD * max((weights + cache) / bandwidth(limits), flops / limits["product_flops_per_second"])
 
-    def turn(steps: int) -> float:
+    def one_round(steps: int) -> float:
         return min(steps * step, settings.turn_seconds + step)
 
-    seconds = turn(settings.first_warmup + settings.steps)
-    seconds += (settings.rounds - 1) * turn(settings.warmup + settings.steps)
+    seconds = one_round(settings.first_warmup + settings.steps)
+    seconds += (settings.rounds - 1) * one_round(settings.warmup + settings.steps)
     seconds += cache / FILL_BYTES_PER_SECOND + (COMPILE_SECONDS if contestant.compiled else 0.0)
     if settings.prefill_tokens and context == settings.contexts[0] and not contestant.compiled:
         flops = 2 * parameters * batch * settings.prefill_tokens

@@ -1,4 +1,4 @@
-"""Run a benchmark: contestants take turns at each dtype, batch size and context.
+"""Run a benchmark: contestants are interleaved at each dtype, batch size and context.
 
 Each finished case is saved in `bench.json`, and an interrupted run resumes there. A case that does not fit into memory
 is skipped, with the reason. Nothing is timed before `check_parity` has passed for all contestants.
@@ -293,7 +293,7 @@ class _Bench:
             "flops_per_token": decode_flops(model, case.context),
             "bytes_per_token": None if bytes_read is None else bytes_read / case.batch,
             "load_average": load_average(),
-            "turns": timing.turns,
+            "turns": timing.rounds,
         }
 
     def prefill(self, case: _Case, subject: Subject, models: Models) -> None:

@@ -23,10 +23,10 @@ class BenchSettings:
         batch_sizes (`tuple[int, ...]`): sequences at once.
         dtypes (`tuple[str, ...]`): dtypes of weights and cache, from `DTYPES`.
         contestants (`tuple[str, ...]`): names in `CONTESTANTS`; empty for all of a subject.
-        rounds (`int`): turns of each contestant.
-        steps (`int`): timed steps of a turn.
-        first_warmup, warmup (`int`): untimed steps before the timed ones, in the first turn and in each later one.
-        turn_seconds (`float`): a turn that takes longer ends early, after at least one timed step.
+        rounds (`int`): rounds, in each of which every contestant is timed once.
+        steps (`int`): timed steps of a contestant in a round.
+        first_warmup, warmup (`int`): untimed steps before the timed ones, in the first round and in each later one.
+        turn_seconds (`float`): a contestant that takes longer in a round stops early, after at least one timed step.
         prefill_tokens (`int`): tokens of the prompts that prefill is timed on; 0 skips prefill.
         memory_tokens (`int`): tokens decoded per case in a separate process that measures memory; 0 skips it.
         device (`str`): where to run.
@@ -63,7 +63,7 @@ class BenchSettings:
             ("batch", self.batch_sizes, 1),
             ("rounds", (self.rounds,), 1),
             ("steps", (self.steps,), 1),
-            ("warm-up steps of the first turn", (self.first_warmup,), 0),
+            ("warm-up steps of the first round", (self.first_warmup,), 0),
             ("warm-up steps", (self.warmup,), 0),
             ("prefill tokens", (self.prefill_tokens,), 0),
             ("memory tokens", (self.memory_tokens,), 0),

@@ -74,9 +74,8 @@ def compare(
     for name, model in models.items():
         stage = f"Perplexity of {name}"
         perplexities[name] = perplexity(model, windows, _of_stage(progress, stage))
-    timings = time_decode(
-        models, context, steps=steps, rounds=rounds, warmup=1, progress=_of_stage(progress, "Decode speed, in turns")
-    )
+    stage = "Decode speed, interleaved"
+    timings = time_decode(models, context, steps=steps, rounds=rounds, warmup=1, progress=_of_stage(progress, stage))
     rows = []
     for name, model in models.items():
         timing = timings[name]

@@ -25,9 +25,11 @@ def bench(
     contestants: Annotated[
         str | None, typer.Option(metavar="NAME,...", help="Contestants: egmla,llama-mha,...; all by default.")
     ] = None,
-    rounds: Annotated[int, typer.Option(help="Turns of each contestant.")] = 5,
-    steps: Annotated[int, typer.Option(help="Timed steps of a turn.")] = 4,
-    turn_seconds: Annotated[float, typer.Option(help="End a turn after this many seconds.")] = 60.0,
+    rounds: Annotated[int, typer.Option(help="Rounds, with every contestant timed once in each.")] = 5,
+    steps: Annotated[int, typer.Option(help="Timed steps of a contestant in a round.")] = 4,
+    turn_seconds: Annotated[
+        float, typer.Option(help="Cut a contestant's share of a round short after so long.")
+    ] = 60.0,
     prefill: Annotated[int, typer.Option(metavar="TOKENS", help="Length of the prompts to time; 0 for none.")] = 512,
     memory: Annotated[
         bool, typer.Option("--memory", help="Also follow the memory of each case, in a separate process.")
@@ -185,7 +187,7 @@ def _tables(report):
 
     caption = (
         "cache allocated / in use; ceiling: weights and cache over the measured bandwidth; times: medians of "
-        "pairs of turns, how much longer than EG-MLA"
+        "pairs of one round, how much longer than EG-MLA"
     )
     tables = {}
     for row in report["decode"]:

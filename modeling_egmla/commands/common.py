@@ -84,7 +84,7 @@ def find_config(name: str):
     """Return the configuration of a preset, a local folder or a Hub id.
 
     Raises:
-        FileNotFoundError: when it is none of these; the message says what was tried.
+        FileNotFoundError: for anything else; the message says what was tried.
     """
     from transformers import AutoConfig
 

@@ -20,7 +20,8 @@ from .trainer import check_vocabulary
 
 
 # Learning rates for 135M parameters; 2e-5 suits 7B. Gates start at identity and have further to go, above all when
-# only they are trained. Together with attention a higher rate gains nothing (tests/benchmarks, "The gates alone").
+# only they are trained. Together with attention a higher rate gains nothing ("The gates alone" in
+# tests/benchmarks/LOG.md).
 DEFAULTS = {"learning_rate": 1e-4, "gate_factor": 5.0, "weight_decay": 0.01}
 GATE_FACTOR_ALONE = 50.0
 

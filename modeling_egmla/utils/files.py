@@ -52,7 +52,7 @@ def write_json(path: str | os.PathLike, content: Any, default: Callable[[Any], A
     Args:
         path (`str`): the file.
         content: what it will hold.
-        default (*optional*): turns a value that JSON does not have into one that it has, as in `json.dumps`.
+        default (*optional*): converts a value that JSON does not have into one that it has, as in `json.dumps`.
 
     Raises:
         TypeError: for a value that JSON does not have. The file is left as it was.

@@ -1,4 +1,4 @@
-"""Folders written as a whole or not at all, which an interrupted run can leave half done for the next to finish.
+"""Folders written atomically, and finished by the next run where one was interrupted.
 
 Everything is written into a hidden staging folder beside the target, which then takes the target's name. Work that can
 resume keeps a journal there. Its files then move one by one and the journal goes last, so that the same command
@@ -87,9 +87,9 @@ def _published(staging: Path) -> set[str]:
 def staged_folder(target: Path, keep: bool = False) -> Iterator[Path]:
     """A hidden folder beside `target` to write into; it takes the target's name when the block ends without an error.
 
-    On an error or an interruption the hidden folder is removed, so that nothing is left that looks like a model; with
+    On an error or an interruption the hidden folder is removed, so that nothing is left that looks like a model. With
     `keep` it is taken over if it is there, and stays once a journal in it has a finished layer. With a journal the
-    files move one by one, `config.json` last, and a target where only some have arrived is finished.
+    files move one by one, `config.json` last. A target where only some have arrived is finished.
 
     Raises:
         BlockingIOError: when another process is writing the same target.

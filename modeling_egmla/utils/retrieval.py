@@ -111,7 +111,7 @@ def make_passages(
     seed: int = 0,
     count_tokens: Callable[[str], int] | None = None,
 ) -> list[Passage]:
-    """Make passages of running text with facts hidden at even depths, all forms in turn.
+    """Make passages of running text with facts hidden at even depths, the forms one after another.
 
     Args:
         text (`str`): running text to hide facts in, paragraphs on lines, such as the evaluation sample.

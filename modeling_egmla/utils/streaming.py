@@ -140,7 +140,7 @@ def stream_answer(
 
 
 def _pad_token(model: PreTrainedModel, tokenizer) -> int | None:
-    """One sequence needs no padding; naming a token only keeps Transformers from warning that there is none."""
+    """One sequence needs no padding; naming a token only keeps Transformers from warning about it."""
     if tokenizer.pad_token_id is not None:
         return tokenizer.pad_token_id
     end = model.generation_config.eos_token_id

@@ -97,7 +97,7 @@ def test_every_case_has_its_figures(measured):
         role = registry.CONTESTANTS[name].role
         assert row["cache_used_bytes"] == row["cache_formula_bytes"] == batch * context * 2 * ELEMENTS[role] * 4
         assert row["cache_used_bytes"] <= row["cache_allocated_bytes"]
-        assert row["steps"] == 4 and [len(turn) for turn in row["turns"]] == [2, 2]
+        assert row["steps"] == 4 and [len(steps) for steps in row["turns"]] == [2, 2]
         assert 0 < row["ms_p10"] <= row["ms_median"] <= row["ms_p90"]
         assert row["tokens_per_second"] == pytest.approx(1e3 * batch / row["ms_median"])
         assert row["bytes_per_token"] == (row["weight_bytes_swept"] + row["cache_used_bytes"]) / batch
@@ -195,7 +195,7 @@ def test_operations_by_hand():
         assert decode_flops(model, 10) - decode_flops(model, 0) == 10 * 4 * 2 * per_token
 
 
-# turns
+# rounds
 
 
 def test_static_caches_are_filled_and_rewound():
@@ -211,10 +211,10 @@ def test_static_caches_are_filled_and_rewound():
         assert torch.equal(model(token, past_key_values=cache).logits, first)
 
 
-def test_long_turns_end_early():
+def test_long_rounds_end_early():
     model = tiny_model()
     timings = time_decode({"m": model}, 30, steps=5, rounds=2, warmup=1, first_warmup=3, turn_seconds=1e-9)
-    assert [len(turn) for turn in timings["m"].turns] == [1, 1]
+    assert [len(steps) for steps in timings["m"].rounds] == [1, 1]
 
 
 def test_prefill_takes_turns():
@@ -370,7 +370,7 @@ def test_an_interrupted_run_resumes(monkeypatch, tmp_path):
     assert groups == [(64, ["egmla", "llama-mha"]), (128, ["egmla", "llama-mha"])]
     assert report["decode"][:2] == kept["decode"] and report["prefill"] == kept["prefill"]
 
-    # A contestant more is set against the same one in a turn of its own; nothing is measured when all is there.
+    # A contestant more is set against the same one in a round of its own; nothing is measured when all is there.
     options["contestants"] += ("deepseek",)
     report = run_bench([subject()], settings(**options), tmp_path)
     assert groups[2:] == [(64, ["egmla", "deepseek"]), (128, ["egmla", "deepseek"])]

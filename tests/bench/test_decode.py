@@ -28,18 +28,18 @@ def test_synthetic_cache_wants_positive_numbers():
         synthetic_cache(build("egmla"), 0)
 
 
-def test_contestants_take_turns():
+def test_contestants_are_interleaved():
     models = {kind: build(kind) for kind in CONFIGS}
     order = []
     for kind, model in models.items():
         model.register_forward_pre_hook(lambda *_, kind=kind: order.append(kind))
-    turns = []
+    done = []
     timings = time_decode(
-        models, 50, steps=3, rounds=2, warmup=1, batch_size=2, progress=lambda *done: turns.append(done)
+        models, 50, steps=3, rounds=2, warmup=1, batch_size=2, progress=lambda *counts: done.append(counts)
     )
-    # One forward each to make a cache, then turns of 1 + 3 steps.
+    # One forward each to make a cache, then rounds of 1 + 3 steps each.
     assert order == list(CONFIGS) + [kind for _ in range(2) for kind in CONFIGS for _ in range(4)]
-    assert turns[-1] == (6, 6)
+    assert done[-1] == (6, 6)
     for kind, timing in timings.items():
         assert len(timing.seconds) == 6
         assert timing.p10 <= timing.median <= timing.p90
@@ -47,8 +47,8 @@ def test_contestants_take_turns():
 
 
 def test_timing_figures():
-    turns = [[0.1 * step for step in steps] for steps in (range(1, 6), range(6, 12))]
-    timing = DecodeTiming(context=10, batch_size=3, turns=turns)
+    rounds = [[0.1 * step for step in steps] for steps in (range(1, 6), range(6, 12))]
+    timing = DecodeTiming(context=10, batch_size=3, rounds=rounds)
     assert timing.median == pytest.approx(0.6)
     assert (timing.p10, timing.p90) == (pytest.approx(0.2), pytest.approx(1.0))
     assert timing.tokens_per_second == pytest.approx(5.0)

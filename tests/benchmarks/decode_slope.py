@@ -18,7 +18,7 @@ import torch
 
 from egmla import EGMLACache, EGMLAForCausalLM, load_cpu_kernel
 from egmla.bench.contestants import compiling, fixed_cache
-from egmla.bench.decode import rewind, synthetic_cache, time_turn
+from egmla.bench.decode import rewind, synthetic_cache, time_steps
 from egmla.bench.limits import Limits
 from egmla.configuration import load_preset
 from egmla.utils.provenance import software_versions
@@ -62,7 +62,7 @@ def main() -> None:
         for number in range(options.rounds + 1):
             seconds_of = {way: further / statistics.median(speed() for _ in range(3)) for way, speed in ways.items()}
             for (name, context), cache in caches.items():
-                seconds = time_turn(runners[name], cache, options.steps, WARMUP)
+                seconds = time_steps(runners[name], cache, options.steps, WARMUP)
                 rewind(cache, turn)
                 steps[name, context].append(statistics.median(seconds))
             if number:  # the first round warms up

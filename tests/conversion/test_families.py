@@ -297,7 +297,7 @@ def change_config(folder, target, **changes):
             "phi3 partial tied",
             {"rope_parameters": {**PARTIAL, "partial_rotary_factor": 0.8}},
             {},
-            r"turns 9 dimensions",
+            r"rotates 9 dimensions",
         ),
         ("llama linear", {"num_key_value_heads": 4}, {}, r"num_attention_heads=6 is no multiple of .*heads=4"),
         (

@@ -352,7 +352,7 @@ def run(*arguments: object):
 
 def test_eval_command(model, tmp_path):
     output = tmp_path / "results.json"
-    # A folder of its own settings: a share of the questions, a seed, a number format.
+    # A folder of its own settings: a share of the questions, a seed, a dtype.
     done = run(
         *("eval", model, "--tasks", "piqa, mmlu_anatomy", "--data-dir", DATA, "--limit", "0.5", "--num-fewshot", 0),
         *("--batch-size", "auto", "--output", output, "--set", "bootstrap_iters=10", "--model-args", "dtype=bfloat16"),

@@ -1,7 +1,7 @@
 """A small Hub for tests: a real HTTP server on 127.0.0.1 that speaks to the real huggingface_hub client.
 
-It covers what pushing and loading a model needs: whoami, creating a repository and a branch, validating a card,
-preupload, LFS batch, upload and verification, commits as NDJSON, information, revisions and trees, and files with
+It covers what pushing a model needs: whoami, creating a repository and a branch, validating a card, preupload, LFS
+batch, upload and verification, and commits as NDJSON. Loading needs information, revisions and trees, and files with
 ranges. A `Fault` makes any of it fail, or cuts the connection in the middle of an upload or download.
 """
 
@@ -29,8 +29,9 @@ LFS_SUFFIXES = (".safetensors", ".png")
 
 @dataclass
 class Fault:
-    """Answers matching requests with `status`, or cuts the connection when it is None, in the middle of what is
-    sent: of the request's body if it has one, else of the answer's.
+    """Answers matching requests with `status`. Without a status it cuts the connection in the middle of what is sent.
+
+    That is the request's body if it has one, else the answer's.
 
     Args:
         method (`str`): such as PUT.

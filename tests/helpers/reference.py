@@ -67,7 +67,7 @@ def rope_frequencies(config, length):
             share = min(1.0, max(0.0, (turns - low) / (high - low)))
             result.append((1 - share) * frequency / factor + share * frequency)
         return result, 1.0
-    # YaRN: frequencies that turn often over the original length stay, slow ones are stretched, a ramp lies between.
+    # YaRN: frequencies that rotate often over the original length stay, slow ones are stretched, a ramp lies between.
     if kind != "yarn":
         raise NotImplementedError(kind)
 

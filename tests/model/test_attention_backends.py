@@ -80,8 +80,8 @@ def test_prefill_uses_the_fused_kernel_where_widths_differ(monkeypatch):
 def test_flex_attention_with_either_cache(name):
     """Block masks: uncached, prefill into a growing and a fixed cache, and decoding behind it.
 
-    Not as far as 24 tokens: without AVX-512, PyTorch 2.13's compiled kernel is wrong for heads of 16 elements and 24
-    or 40 keys (0.4 off by itself, without a model; heads of 32 to 128 elements are right).
+    Fewer than 24 tokens. Without AVX-512, PyTorch 2.13's compiled kernel is wrong for heads of 16 elements and 24 or
+    40 keys. It is 0.4 off by itself, without a model; heads of 32 to 128 elements are right.
     """
     model, ids = tiny_model(name, attn_implementation="flex_attention"), token_ids(1, 23)
     expected = tiny_model(name)(ids, use_cache=False).logits

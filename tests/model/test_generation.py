@@ -212,7 +212,7 @@ def test_prompt_lookup(name):
 @pytest.mark.parametrize("kind", ["default", "growing", "fixed", "stock dynamic"])
 @pytest.mark.parametrize("name", CORE_CASES)
 def test_continuing_from_a_past(name, kind):
-    """Turn by turn, as in a chat: the cache of one call goes into the next."""
+    """Message by message, as in a chat: the cache of one call goes into the next."""
     model = tiny_model(name)
     cache = {
         "default": lambda: None,

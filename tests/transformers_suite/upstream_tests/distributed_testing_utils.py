@@ -16,7 +16,7 @@ PRELOADED = ["torch.distributed.tensor", "transformers.testing_utils", "egmla"]
 
 
 def run_distributed(world_size: int) -> Callable:
-    """Turns `function(rank, *args)` into a call that runs it on all ranks and raises if one of them does."""
+    """Make a call that runs `function(rank, *args)` on all ranks, and raises if one of them does."""
 
     def decorate(function: Callable) -> Callable:
         def run(*args) -> None:
