@@ -1,5 +1,5 @@
 # Copyright 2026 The egmla authors. Licensed under the Apache License, Version 2.0.
-"""Absorption: when `kv_b_proj` may be multiplied into queries and outputs, and which matrix it is.
+"""Absorption: when `kv_b_proj` may be multiplied into queries and outputs, which matrix it is, and attention with it.
 
 Absorbed attention never expands the cache. It needs the up-projection as an affine map, the same for every token.
 PEFT, quantisation and other tools put anything around `kv_b_proj`. `is_affine` asks the module itself, so no list of
@@ -13,6 +13,7 @@ from torch import nn
 from transformers.utils import is_torchdynamo_compiling
 
 from .cpu_egmla import is_plain_linear, is_traced
+from .entries_egmla import Entries
 
 
 # Allowed deviation from an affine map, in units of the dtype's epsilon and relative to the outputs' root mean square.
@@ -117,3 +118,57 @@ def up_projections(
     weight, bias = affine_map(layer, rank, like)
     key_up, value_up = weight.view(-1, sum(parts), rank).split(parts, dim=1)
     return key_up, value_up, None if bias is None else bias.view(-1, sum(parts))[:, parts[0] :]
+
+
+def absorbed_attention(
+    nope: torch.Tensor,
+    rope: torch.Tensor,
+    entries: Entries,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    maps: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None],
+    eager: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attend in the latent space: queries are multiplied by `W_UK`, mean latents by `W_UV`.
+
+    Heads are the batch of both matmuls, so the weights are read once for all sequences.
+
+    Args:
+        nope (`torch.Tensor`): queries without position `[B, H, T, N]`.
+        rope (`torch.Tensor`): rotated queries `[B, H, T, P]`.
+        entries (`Entries`): of `S` tokens, `R + P` wide.
+        attention_mask: as of `Entries.attend`.
+        scaling (`float`): factor on the scores.
+        maps: `W_UK` `[H, N, R]`, `W_UV` `[H, V, R]` and the values' bias `[H, V]` or `None`.
+        eager (`bool`): whether weights are wanted too, from plain matmuls.
+
+    Returns:
+        Output `[B, T, H, V]` and, if `eager`, weights `[B, H, T, S]`.
+    """
+    B, H, T, _ = nope.shape
+    key_up, value_up, value_bias = maps
+    R = key_up.shape[-1]
+    absorbed = torch.bmm(nope.transpose(0, 1).reshape(H, B * T, -1), key_up)  # [H, B T, R]
+    query = torch.cat((absorbed.view(H, B, T, R).transpose(0, 1), rope), dim=-1)
+    weights = None
+    if eager:
+        output, weights = _eager_attention(query, entries.to_tensor(), attention_mask, scaling, R)
+    else:
+        output = entries.attend(query, attention_mask, scaling)
+    output = torch.bmm(output.transpose(0, 1).reshape(H, B * T, R), value_up.transpose(1, 2))  # [H, B T, V]
+    if value_bias is not None:  # weights of a row sum to one
+        output = output + value_bias.unsqueeze(1)
+    return output.view(H, B, T, -1).permute(1, 2, 0, 3), weights
+
+
+def _eager_attention(query, entries, attention_mask, scaling: float, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return mean latents `[B, H, T, R]` and weights `[B, H, T, S]` by plain matmuls."""
+    B, H, T, _ = query.shape
+    # As `eager_attention_forward`, heads beside one another: broadcasting would copy the cache for each.
+    scores = torch.matmul(query.reshape(B, 1, H * T, -1), entries.transpose(2, 3)) * scaling
+    scores = scores.view(B, H, T, -1)
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    output = torch.matmul(weights.view(B, 1, H * T, -1), entries[..., :rank])
+    return output.view(B, H, T, -1), weights

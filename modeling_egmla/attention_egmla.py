@@ -6,6 +6,7 @@ Shapes as in `modeling_egmla.py`. Subclasses state what differs: `converted_atte
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,11 +19,12 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
-from .absorption_egmla import up_projections
+from .absorption_egmla import absorbed_attention, up_projections
+from .cache_egmla import holds_latents
 from .configuration_egmla import EGMLAConfig
 from .cpu_egmla import linear
+from .entries_egmla import DenseEntries, Entries, PairedEntries
 from .generation_egmla import append_paged
-from .latent_attention_egmla import absorbed_attention
 
 
 class EGMLARMSNorm(LlamaRMSNorm):
@@ -96,8 +98,15 @@ def expanded_attention(
     return output[..., :value_dim], weights
 
 
-def store(module, latent, rope_key, past_key_values, attention_mask, packed: bool, kwargs):
-    """Store a layer's new entries in whichever cache there is, and return what the layer attends to.
+def store(
+    module: nn.Module,
+    latent: torch.Tensor,
+    rope_key: torch.Tensor,
+    past_key_values: Any,
+    attention_mask: Any,
+    kwargs: dict[str, Any],
+) -> tuple[Entries, Any]:
+    """Store a layer's new entries in whichever cache there is, and return the entries to attend to.
 
     This is the one door to caches: `EGMLACache`, those of Transformers, and the pages of continuous batching, which
     come as the keyword argument `cache`.
@@ -108,32 +117,25 @@ def store(module, latent, rope_key, past_key_values, attention_mask, packed: boo
         rope_key (`torch.Tensor`): rotated rotary keys `[B, 1, T, P]`.
         past_key_values: the cache, or `None`.
         attention_mask: as the layer got it.
-        packed (`bool`): whether entries as the cache holds them are wanted.
         kwargs (`dict`): the layer's keyword arguments; `cache` is taken out of them.
 
     Returns:
-        Entries `[B, 1, S, R + P]` if `packed`, else latents and rotary keys of all `S` tokens; and the mask, cut to
-        what is in use.
+        The entries of all `S` tokens, and the mask, cut to what is in use.
     """
     pages = kwargs.pop("cache", None)
     if pages is not None:
-        entries = append_paged(pages, latent, rope_key, module.layer_idx, kwargs)
-        return (entries if packed else module.split(entries)), attention_mask
+        paged = append_paged(pages, latent, rope_key, module.layer_idx, kwargs)
+        return DenseEntries(paged, latent.shape[-1]), attention_mask
     if past_key_values is None:
-        return (torch.cat((latent, rope_key), dim=-1) if packed else (latent, rope_key)), attention_mask
-    if hasattr(past_key_values, "append"):
-        found = past_key_values.append(latent, rope_key, module.layer_idx)
-        seen = found.shape[2]
-        if not packed:
-            found = module.split(found if isinstance(found, torch.Tensor) else found.dequantize())
+        return PairedEntries(latent, rope_key), attention_mask
+    if holds_latents(past_key_values):
+        entries = past_key_values.append(latent, rope_key, module.layer_idx)
     else:
-        found = past_key_values.update(latent, rope_key, module.layer_idx)
-        seen = found[0].shape[2]
-        found = torch.cat(found, dim=-1) if packed else found
+        entries = PairedEntries(*past_key_values.update(latent, rope_key, module.layer_idx))
     # A fixed-size cache has masks as wide as it is, and returns only what is in use.
     if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 4:
-        attention_mask = attention_mask[..., :seen]
-    return found, attention_mask
+        attention_mask = attention_mask[..., : entries.shape[2]]
+    return entries, attention_mask
 
 
 class EGMLAAttention(nn.Module):
@@ -298,7 +300,7 @@ class EGMLAAttention(nn.Module):
         )
 
     def attend_absorbed(self, nope, rope, entries, attention_mask):
-        """Attend to the cache entries `[B, 1, S, R + P]` as they are; output `[B, T, H, V]`, and weights when eager.
+        """Attend to `Entries` as the cache holds them; output `[B, T, H, V]`, and weights when eager.
 
             score_h(t, s) = scaling * [W_UK,h^T q_nope ; q_rope] . [z_s ; k_rope_s]
             out_h(t) = W_UV,h sum_s a_h(t, s) z_s
@@ -325,11 +327,11 @@ class EGMLAAttention(nn.Module):
         expanded keys and values.
         """
         nope, rope, latents, rope_keys = self.project(hidden_states, gate_input, position_embeddings)
-        found, attention_mask = store(self, latents, rope_keys, past_key_values, attention_mask, absorb, kwargs)
+        entries, attention_mask = store(self, latents, rope_keys, past_key_values, attention_mask, kwargs)
         if absorb:
-            output, weights = self.attend_absorbed(nope, rope, found, attention_mask)
+            output, weights = self.attend_absorbed(nope, rope, entries, attention_mask)
         else:
-            latents, rope_keys = found
+            latents, rope_keys = entries.split()
             output, weights = self.attend_expanded(
                 nope, rope, latents, rope_keys, attention_mask, gate_input, **kwargs
             )

@@ -9,7 +9,7 @@ from transformers.utils import is_torchdynamo_compiling
 
 from .cache_layers_egmla import FixedLatentLayer, GrowingLatentLayer, LatentLayer
 from .configuration_egmla import EGMLAConfig
-from .quantization_egmla import QuantizedEntries
+from .entries_egmla import Entries
 from .quantized_cache_egmla import QUANTIZED_LAYERS
 
 
@@ -45,6 +45,9 @@ class EGMLACache(Cache):
     >>> model.generate(**inputs, past_key_values=cache)
     >>> cache.nbytes
     ```"""
+
+    # What `holds_latents` asks for: `append` stores gated latents and rotary keys, and returns `Entries`.
+    holds_latents = True
 
     def __init__(
         self,
@@ -124,20 +127,20 @@ class EGMLACache(Cache):
             )
         self._seek_token_ids()
         entries = ids.to(TOKEN_ID_DTYPE)[:, None, :, None]
-        held = self.token_ids.append(entries, entries[..., :0])
+        held = self.token_ids.append(entries, entries[..., :0]).to_tensor()
         # A copy, since backward passes keep ids and the next ones are written beside them.
         return held[:, 0, :, 0].to(ids.device, torch.long)
 
     def _seek_token_ids(self) -> None:
         """Sets the next ids' place to that of the next entries: after a forward that failed, or cropped layers."""
-        length, held = self.layers[0].get_seq_length(), self.token_ids
+        length, held = self.layers[0].stored, self.token_ids
         if isinstance(length, torch.Tensor):  # in compiled code
             held.cumulative_length.copy_(length)
             return
         if held.is_initialized and not self.layers[0].is_initialized and not is_torchdynamo_compiling():
             held.reset()
             held.is_initialized = False  # the next ones may be of another number of sequences
-        ahead = int(held.get_seq_length()) - length
+        ahead = int(held.stored) - length
         if ahead < 0:
             raise ValueError(
                 f"This cache holds {length} tokens and the ids of {length + ahead}, and kv_gate='expanded' needs "
@@ -146,8 +149,8 @@ class EGMLACache(Cache):
         if ahead:
             held.crop(-ahead)
 
-    def append(self, latent, rope_key, layer_idx: int) -> torch.Tensor | QuantizedEntries:
-        """Stores a layer's new entries and returns what to attend to, packed.
+    def append(self, latent: torch.Tensor, rope_key: torch.Tensor, layer_idx: int) -> Entries:
+        """Stores a layer's new entries and returns all to attend to.
 
         Args:
             latent (`torch.Tensor`): gated latent `[B, 1, T, R]`.
@@ -155,7 +158,7 @@ class EGMLACache(Cache):
             layer_idx (`int`): the layer.
 
         Returns:
-            `torch.Tensor`: `[B, 1, S, R + P]`, a view of the layer's buffer; `QuantizedEntries` of a quantised one.
+            `Entries`: of all `S` tokens, in the form in which the layer holds them. Nothing is copied.
         """
         return self.update(latent, rope_key, layer_idx, packed=True)[0]
 
@@ -215,6 +218,14 @@ class EGMLACache(Cache):
         """Bytes of the storages behind the buffers, each counted once."""
         storages = [storage.untyped_storage() for holder in self._holders for storage in holder.storages]
         return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def holds_latents(cache: Any) -> bool:
+    """Tell whether a cache takes latents by `append`, and gives back `Entries`; stock caches take keys and values.
+
+    An attribute tells, not the class: a model whose code came with its checkpoint may be given the package's cache.
+    """
+    return getattr(cache, "holds_latents", False)
 
 
 def check_stock_cache(cache: Any, config: EGMLAConfig) -> None:

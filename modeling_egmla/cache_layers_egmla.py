@@ -12,6 +12,8 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 from transformers.utils import is_torchdynamo_compiling
 
+from .entries_egmla import DenseEntries, Entries
+
 
 # Spare room of a growing layer when it has to grow: 1/8 of what it holds, at least 64 tokens. Copying then costs eight
 # tokens moved per token appended, and a buffer is never more than 12.5 % (beyond 512 tokens) larger than its content.
@@ -38,6 +40,9 @@ def with_room(storage: torch.Tensor, start: int, length: int, least: int) -> tor
 class LatentLayer(CacheLayerMixin):
     """What growing and fixed layers share: the buffer, its two views, and the operations of generation on it.
 
+    A layer knows two numbers, equal unless it drops entries. `stored` is for whatever cuts storages: views, entries,
+    masks, cropping. `seen` is for positions. Under `torch.compile` both may be tensors.
+
     Args:
         kv_lora_rank (`int`): latent width `R`.
         qk_rope_head_dim (`int`): rotary key width `P`.
@@ -47,6 +52,8 @@ class LatentLayer(CacheLayerMixin):
     is_sliding = False
     is_croppable = True
     buffer: Any  # the tensor, `None` before the first update
+    stored: Any  # entries held
+    seen: Any  # tokens so far, of which the next one's position is counted
     storage_names = ("buffer",)
     dtype: torch.dtype
     device: torch.device
@@ -72,7 +79,7 @@ class LatentLayer(CacheLayerMixin):
     @property
     def used(self) -> tuple[torch.Tensor, ...]:
         """The parts of the storages that hold something, views."""
-        return tuple(storage[:, :, : int(self.get_seq_length())] for storage in self.storages)
+        return tuple(storage[:, :, : int(self.stored)] for storage in self.storages)
 
     def replace_storages(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Puts `function(storage)` in the place of each storage."""
@@ -81,23 +88,19 @@ class LatentLayer(CacheLayerMixin):
                 setattr(self, name, function(getattr(self, name)))
 
     @property
-    def entries(self) -> torch.Tensor:
-        """The part of the buffer in use, `[B, 1, S, R + P]`, a view."""
-        return self.buffer[:, :, : int(self.get_seq_length())]
-
-    def split(self, entries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Latents `[B, 1, S, R]` and rotary keys `[B, 1, S, P]` of entries, as views."""
-        return entries[..., : self.kv_lora_rank], entries[..., self.kv_lora_rank :]
+    def entries(self) -> Entries:
+        """What attention reads, `[B, 1, S, R + P]`: here the part of the buffer in use, a view."""
+        return DenseEntries(self.buffer[:, :, : int(self.stored)], self.kv_lora_rank)
 
     @property
     def keys(self) -> torch.Tensor | None:
-        """Cached latents `[B, 1, S, R]`, a view (DeepSeek's place for them)."""
-        return None if self.buffer is None else self.split(self.entries)[0]
+        """Cached latents `[B, 1, S, R]` (DeepSeek's place for them), a view or dequantised."""
+        return None if self.buffer is None else self.entries.split()[0]
 
     @property
     def values(self) -> torch.Tensor | None:
-        """Cached rotary keys `[B, 1, S, P]`, a view."""
-        return None if self.buffer is None else self.split(self.entries)[1]
+        """Cached rotary keys `[B, 1, S, P]`, a view or dequantised."""
+        return None if self.buffer is None else self.entries.split()[1]
 
     @property
     def batch_size(self) -> int:
@@ -128,17 +131,17 @@ class LatentLayer(CacheLayerMixin):
         """Stores `key_states` (gated latent `[B, 1, T, R]`) and `value_states` (rotary key `[B, 1, T, P]`).
 
         Returns:
-            The cached latents `[B, 1, S, R]` and rotary keys `[B, 1, S, P]`; with `packed=True` the buffer in use
-            `[B, 1, S, R + P]` twice instead. All are views.
+            The cached latents `[B, 1, S, R]` and rotary keys `[B, 1, S, P]`, views or dequantised; with `packed=True`
+            the layer's `Entries` twice instead.
         """
         self.check(key_states, value_states)
         entries = self.append(key_states, value_states)
         if packed:
             return entries, entries
-        return self.split(entries)
+        return entries.split()
 
-    def append(self, latent: torch.Tensor, rope_key: torch.Tensor) -> torch.Tensor:
-        """Writes the new entries behind the old ones and returns the part of the buffer to attend to."""
+    def append(self, latent: torch.Tensor, rope_key: torch.Tensor) -> Entries:
+        """Writes the new entries behind the old ones and returns all to attend to."""
         raise NotImplementedError
 
     def offload(self):
@@ -164,7 +167,7 @@ class LatentLayer(CacheLayerMixin):
                 f"negative number, as in Transformers 5; use crop({-tokens_to_remove}) to remove {tokens_to_remove} "
                 "tokens."
             )
-        return min(-tokens_to_remove, int(self.get_seq_length()))
+        return min(-tokens_to_remove, int(self.stored))
 
 
 class GrowingLatentLayer(LatentLayer):
@@ -175,12 +178,12 @@ class GrowingLatentLayer(LatentLayer):
 
     def __init__(self, kv_lora_rank: int, qk_rope_head_dim: int, layer_idx: int = 0):
         super().__init__(kv_lora_rank, qk_rope_head_dim, layer_idx)
-        self.length = 0
+        self.stored = self.seen = 0
 
     @property
     def tokens_to_come(self) -> int:
         """For how many more tokens there should be room where the layer has to grow, at least."""
-        return max(GROWTH_MIN_TOKENS, self.expected_room - self.length)
+        return max(GROWTH_MIN_TOKENS, self.expected_room - self.stored)
 
     @property
     def expected_room(self) -> int:
@@ -192,36 +195,45 @@ class GrowingLatentLayer(LatentLayer):
         self.buffer = key_states.new_empty((key_states.shape[0], 1, 0, self.width))
         self.is_initialized = True
 
-    def append(self, latent: torch.Tensor, rope_key: torch.Tensor) -> torch.Tensor:
+    def count(self, tokens: int) -> int:
+        """Count new tokens as stored and seen, and return where their entries begin."""
+        start = self.stored
+        self.stored += tokens
+        self.seen += tokens
+        return start
+
+    def append(self, latent: torch.Tensor, rope_key: torch.Tensor) -> Entries:
         if not self.is_initialized:
             self.lazy_initialization(latent, rope_key)
-        start, self.length = self.length, self.length + latent.shape[2]
+        start = self.count(latent.shape[2])
         if torch.is_grad_enabled():
             # Writing in place would break autograd, of entries and of queries that attend to them, so a cache that may
             # be trained through grows by concatenation.
             new = torch.cat((latent, rope_key), dim=-1)
             self.buffer = torch.cat((self.buffer[:, :, :start], new), dim=2)
-            return self.buffer
-        self.buffer = with_room(self.buffer, start, self.length, self.tokens_to_come)
-        entries = self.buffer[:, :, : self.length]
+            return DenseEntries(self.buffer, self.kv_lora_rank)
+        self.buffer = with_room(self.buffer, start, self.stored, self.tokens_to_come)
+        entries = self.buffer[:, :, : self.stored]
         entries[:, :, start:, : self.kv_lora_rank] = latent
         entries[:, :, start:, self.kv_lora_rank :] = rope_key
-        return entries
+        return DenseEntries(entries, self.kv_lora_rank)
 
     def get_seq_length(self) -> int:
-        return self.length
+        return self.seen
 
     def get_max_length(self) -> int:
         return -1
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.length + query_length, 0
+        # Entries held are masked as if they were the last tokens, so new tokens see all of them.
+        return self.stored + query_length, self.seen - self.stored
 
     def reset(self) -> None:
-        self.buffer, self.length, self.is_initialized = None, 0, False
+        self.buffer, self.is_initialized = None, False
+        self.stored = self.seen = 0
 
     def crop(self, tokens_to_remove: int) -> None:
-        self.length -= self._check_crop(tokens_to_remove)
+        self.count(-self._check_crop(tokens_to_remove))
 
 
 class FixedLatentLayer(LatentLayer):
@@ -249,7 +261,17 @@ class FixedLatentLayer(LatentLayer):
             torch._dynamo.mark_static_address(self.cumulative_length)
         self.is_initialized = True
 
-    def append(self, latent: torch.Tensor, rope_key: torch.Tensor) -> torch.Tensor:
+    @property
+    def stored(self) -> int | torch.Tensor:
+        if not self.is_initialized:
+            return 0
+        return self.cumulative_length if is_torchdynamo_compiling() else int(self.cumulative_length)
+
+    @property
+    def seen(self) -> int | torch.Tensor:
+        return self.stored  # this layer drops nothing
+
+    def append(self, latent: torch.Tensor, rope_key: torch.Tensor) -> Entries:
         if not self.is_initialized:
             self.lazy_initialization(latent, rope_key)
         new_tokens = latent.shape[2]
@@ -257,7 +279,7 @@ class FixedLatentLayer(LatentLayer):
             positions = torch.arange(new_tokens, device=self.device) + self.cumulative_length
             self.cumulative_length.add_(new_tokens)
             self.buffer.index_copy_(2, positions, torch.cat((latent, rope_key), dim=-1))
-            return self.buffer
+            return DenseEntries(self.buffer, self.kv_lora_rank)
         self._thaw()
         start = int(self.cumulative_length)
         end = start + new_tokens
@@ -270,7 +292,7 @@ class FixedLatentLayer(LatentLayer):
         self.cumulative_length.add_(new_tokens)
         self.buffer[:, :, start:end, : self.kv_lora_rank] = latent
         self.buffer[:, :, start:end, self.kv_lora_rank :] = rope_key
-        return self.buffer[:, :, :end]
+        return DenseEntries(self.buffer[:, :, :end], self.kv_lora_rank)
 
     def _thaw(self) -> None:
         """Replaces tensors made in inference mode, which cannot be written to outside of it, by copies that can."""
@@ -282,9 +304,7 @@ class FixedLatentLayer(LatentLayer):
             self.cumulative_length = self.cumulative_length.clone()
 
     def get_seq_length(self) -> int | torch.Tensor:
-        if not self.is_initialized:
-            return 0
-        return self.cumulative_length if is_torchdynamo_compiling() else int(self.cumulative_length)
+        return self.seen
 
     def get_max_length(self) -> int:
         return self.max_cache_len

@@ -50,6 +50,12 @@ def cpu_operators() -> Any:
     return OPERATORS
 
 
+@torch.compiler.assume_constant_result
+def cpu_threads() -> int:
+    """Return the number of threads, in compiled code that of its compilation."""
+    return torch.get_num_threads()
+
+
 def is_traced() -> bool:
     """Tell whether a program is exported or traced, or forward-mode derivatives are taken (`no_grad` keeps those).
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from .attention_egmla import EGMLAAttention
+from .cache_egmla import holds_latents
 from .configuration_egmla import EGMLAConfig
 from .converted_attention_egmla import ConvertedAttention, is_converted
 
@@ -78,7 +79,7 @@ def find_gate_input(
             "must be of the same tokens."
         )
     if cached:
-        if not hasattr(past_key_values, "append_token_ids"):
+        if not holds_latents(past_key_values):
             raise ValueError(
                 f"{type(past_key_values).__name__} holds no token ids, from which the gates of this model "
                 "(kv_gate='expanded') are computed at every step; pass past_key_values=EGMLACache(model.config), "

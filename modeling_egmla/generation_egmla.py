@@ -183,6 +183,19 @@ def without_flash(batching_config: ContinuousBatchingConfig | None) -> Continuou
     return replace(batching_config or ContinuousBatchingConfig(), auto_switch_to_flash=False)
 
 
+def check_paged_cache(cache: Any) -> None:
+    """Refuse anything but pages as a model's keyword argument `cache`.
+
+    Raises:
+        TypeError: for anything but a `PagedAttentionCache`.
+    """
+    if not isinstance(cache, PagedAttentionCache):
+        raise TypeError(
+            f"cache is of type {type(cache).__name__}: must be a PagedAttentionCache, which generate_batch gives to "
+            "the model; pass any other cache as past_key_values."
+        )
+
+
 def append_paged(
     cache: PagedAttentionCache, latent: torch.Tensor, rope_key: torch.Tensor, layer_idx: int, kwargs: dict[str, Any]
 ) -> torch.Tensor:

@@ -7,7 +7,7 @@ Shapes, everywhere in this file:
 - N / P / V qk_nope_head_dim / qk_rope_head_dim / v_head_dim
 
 Everything but the gate and the absorbed attention is DeepSeek-V3's, under its names. The attention layer with its gate
-is `attention_egmla.py`, absorbed attention `latent_attention_egmla.py`, the cache `cache_egmla.py`.
+is `attention_egmla.py`, absorbed attention `absorption_egmla.py`, the cache `cache_egmla.py`.
 """
 
 from importlib import import_module
@@ -35,12 +35,12 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .absorption_egmla import absorption_pays, can_absorb
 from .attention_egmla import EGMLAAttention, EGMLAGateNorm, EGMLARMSNorm
-from .cache_egmla import EGMLACache, check_stock_cache
+from .cache_egmla import EGMLACache, check_stock_cache, holds_latents
 from .configuration_egmla import AUTO_MAP, MOE_MODULES, EGMLAConfig
 from .cpu_egmla import linear
+from .entries_egmla import needs_no_mask
 from .expanded_gate_egmla import attention_class, find_gate_input
-from .generation_egmla import EGMLAGenerationMixin
-from .latent_attention_egmla import needs_no_mask
+from .generation_egmla import EGMLAGenerationMixin, check_paged_cache
 
 
 class EGMLARotaryEmbedding(LlamaRotaryEmbedding):
@@ -230,8 +230,11 @@ class EGMLAModel(EGMLAPreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         if use_cache and past_key_values is None:
             past_key_values = EGMLACache(self.config)
-        elif past_key_values is not None and not hasattr(past_key_values, "append_token_ids"):
+        elif past_key_values is not None and not holds_latents(past_key_values):
             check_stock_cache(past_key_values, self.config)
+        pages = kwargs.get("cache")
+        if pages is not None:
+            check_paged_cache(pages)
         gate_input = find_gate_input(
             self.config, self.embed_tokens, input_ids, inputs_embeds, kv_gate_input_ids, past_key_values
         )
@@ -240,14 +243,14 @@ class EGMLAModel(EGMLAPreTrainedModel):
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_length
             position_ids = position_ids.unsqueeze(0)
 
-        absorb = self._absorb(inputs_embeds.shape[1], kwargs.get("cache", past_key_values), inputs_embeds)
+        absorb = self._absorb(inputs_embeds.shape[1], past_key_values if pages is None else pages, inputs_embeds)
         mask_config = self.config
         if absorb and self.config._attn_implementation != "eager":
             # The latent path takes dense masks, whatever the attention implementation of the expanded one wants.
             mask_config = DENSE_MASKS
         causal_mask = None
         # Other caches may hand out empty slots too.
-        maskless = mask_config is DENSE_MASKS and hasattr(past_key_values, "append")
+        maskless = mask_config is DENSE_MASKS and holds_latents(past_key_values)
         if maskless:
             new_tokens = inputs_embeds.shape[1]
             rows, tokens = self.config.num_attention_heads * new_tokens, past_key_values.get_seq_length() + new_tokens

@@ -1,5 +1,5 @@
 # Copyright 2026 The egmla authors. Licensed under the Apache License, Version 2.0.
-"""Quantised cache entries: integer codes in groups that share a scale, in two layouts.
+"""Quantisation of cache entries: integer codes in groups that share a scale, in two layouts. Pure functions.
 
 int8: groups of neighbouring elements of a token, after a Hadamard rotation of latent and rotary key, each by itself,
 that spreads outliers over all elements. It is orthogonal, so queries are rotated instead of what is cached.
@@ -12,12 +12,9 @@ No group holds elements of the latent and of the rotary key.
 """
 
 import math
-import threading
-from collections.abc import Iterator
 from functools import cache
 
 import torch
-from transformers.utils import is_torchdynamo_compiling
 
 from .cpu_egmla import CPU_KERNEL_DTYPES, cpu_operators, is_traced
 
@@ -27,9 +24,6 @@ GROUP_SIZE = 64
 # Scales have the range of fp32, so that no latent overflows; codes are chosen for the rounded scale, so that its
 # rounding costs nothing.
 SCALE_DTYPE = torch.bfloat16
-# Tokens converted to floating point at a time, of all sequences together: fewer cost more small operations, and more
-# were no faster. At 128 elements a token that is 4 MB, which a thread keeps.
-PIECE_TOKENS = 8192
 
 
 def element_group_size(group_size: int | None, rank: int, rope_dim: int) -> int:
@@ -140,141 +134,3 @@ def quantize_tokens(entries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     half = (codes.shape[-1] + 1) // 2
     low, high = torch.nn.functional.pad(codes, (0, codes.shape[-1] % 2)).split(half, dim=-1)
     return low | (high << 4), torch.cat((scales, zeros), dim=-2)
-
-
-class _Kept(threading.local):
-    memory: torch.Tensor | None = None
-
-
-_kept = _Kept()
-
-
-def piece_memory(shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """An fp32 tensor of a shape, in memory that this thread keeps for the next call: hold one at a time.
-
-    The C library would return memory of this size to the system after each piece, and getting it back takes longer
-    than filling it. With gradients every call has its own, since pieces may be needed again; compiled code too.
-    """
-    elements = math.prod(shape)
-    if torch.is_grad_enabled() or device.type != "cpu" or is_torchdynamo_compiling():
-        return torch.empty(shape, dtype=torch.float32, device=device)
-    if _kept.memory is None or _kept.memory.numel() < elements:
-        with torch.inference_mode(False):  # such a tensor could not be written to outside of it
-            memory = torch.empty(elements, dtype=torch.float32, device=device)
-        if type(memory) is not torch.Tensor:  # a tracer's, of no use to others
-            return memory.view(shape)
-        _kept.memory = memory
-    return _kept.memory[:elements].view(shape)
-
-
-class QuantizedEntries:
-    """What attention reads of a quantised layer, instead of a tensor `[B, 1, S, R + P]`.
-
-    It has the layer's storages, with all room in them: making views of what is in use takes longer than a step's
-    quantisation, and the compiled kernel needs none.
-
-    Args:
-        shape (`torch.Size`): `[B, 1, S, R + P]`.
-        latent_width (`int`): `R`.
-        dtype (`torch.dtype`): what entries had before, and have again when dequantised.
-        device (`torch.device`): where they lie.
-    """
-
-    # What `pieces` are to be multiplied with from the right to be entries, its own inverse; int8's only.
-    rotation: torch.Tensor | None = None
-    codes: torch.Tensor
-    scales: torch.Tensor
-    # int4's only: entries kept as they are, how many of them come before all groups, and groups in use.
-    kept: torch.Tensor
-    first: int
-    groups: int
-
-    def __init__(self, shape: torch.Size, latent_width: int, dtype: torch.dtype, device: torch.device):
-        self.shape = shape
-        self.latent_width = latent_width
-        self.dtype = dtype
-        self.device = device
-
-    @property
-    def piece_tokens(self) -> int:
-        """Tokens of a piece, at most."""
-        return max(1, PIECE_TOKENS // max(1, self.shape[0]))
-
-    def pieces(self) -> Iterator[torch.Tensor]:
-        """All entries in order, rotated, in fp32 pieces `[B, n, R + P]`.
-
-        A piece is valid until the next one is asked for, or another object's.
-        """
-        raise NotImplementedError
-
-    def dequantize(self) -> torch.Tensor:
-        """Entries `[B, 1, S, R + P]`, a new tensor."""
-        entries = torch.empty(self.shape, dtype=self.dtype, device=self.device)
-        start = 0
-        for piece in self.pieces():
-            if self.rotation is not None:
-                with torch.autocast(piece.device.type, enabled=False):
-                    piece = piece @ self.rotation
-            entries[:, 0, start : start + piece.shape[1]] = piece
-            start += piece.shape[1]
-        return entries
-
-
-class ElementGroups(QuantizedEntries):
-    """Rotated entries in int8: codes `[B, 1, capacity, W]` and scales `[B, 1, capacity, W / group_size]`."""
-
-    def __init__(self, codes, scales, tokens: int, matrix: torch.Tensor, latent_width: int, dtype: torch.dtype):
-        shape = torch.Size((codes.shape[0], 1, tokens, codes.shape[3]))
-        super().__init__(shape, latent_width, dtype, codes.device)
-        self.codes = codes
-        self.scales = scales
-        self.rotation = matrix
-
-    def pieces(self) -> Iterator[torch.Tensor]:
-        # Not a range, which would be another one, and another graph, in each compiled step.
-        used = (
-            storage[:, 0, : self.shape[2]].split(self.piece_tokens, dim=1) for storage in (self.codes, self.scales)
-        )
-        for codes, scales in zip(*used, strict=True):
-            piece = piece_memory(codes.shape, codes.device).copy_(codes)
-            piece.unflatten(-1, (scales.shape[-1], -1)).mul_(scales.float().unsqueeze(-1))
-            yield piece
-
-
-class TokenGroups(QuantizedEntries):
-    """Entries in int4: groups of `g` tokens, and tokens kept as they are `[B, 1, n, W]`.
-
-    The first few of these come before all groups and the rest behind them. Codes are `[B, 1, capacity, g * W / 2]`,
-    scales and zero points `[B, 1, capacity, 2 W]`, of which `groups` are in use.
-    """
-
-    def __init__(self, kept, first: int, codes, scales, groups: int, group_size: int, latent_width: int):
-        B, _, held, width = kept.shape
-        shape = torch.Size((B, 1, held + groups * group_size, width))
-        super().__init__(shape, latent_width, kept.dtype, kept.device)
-        self.kept = kept
-        self.first = first
-        self.codes = codes
-        self.scales = scales
-        self.groups = groups
-        self.group_size = group_size
-
-    def pieces(self) -> Iterator[torch.Tensor]:
-        width = self.shape[3]
-        kept = self.kept[:, 0]
-        if self.first:
-            yield kept[:, : self.first].float()
-        groups = max(1, self.piece_tokens // self.group_size)
-        for start in range(0, self.groups, groups):
-            end = min(self.groups, start + groups)
-            codes = self.codes[:, 0, start:end].unflatten(-1, (self.group_size, -1))
-            scales = self.scales[:, 0, start:end].unflatten(-1, (2, width)).float()
-            piece = piece_memory((*codes.shape[:-1], width), codes.device)
-            low, high = piece.split([codes.shape[-1], width - codes.shape[-1]], dim=-1)
-            low.copy_(codes & 15)
-            high.copy_((codes >> 4)[..., : high.shape[-1]])
-            torch.addcmul(scales[:, :, 1:], piece, scales[:, :, :1], out=piece)
-            yield piece.flatten(1, 2)
-        for piece in kept[:, self.first :].split(self.piece_tokens, dim=1):
-            if piece.shape[1]:
-                yield piece.float()

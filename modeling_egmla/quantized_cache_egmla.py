@@ -8,15 +8,13 @@ import torch
 from .cache_layers_egmla import GrowingLatentLayer, with_room
 from .quantization_egmla import (
     SCALE_DTYPE,
-    ElementGroups,
-    QuantizedEntries,
-    TokenGroups,
     element_group_size,
     quantize_tokens,
     rotation,
     token_group_size,
     write_int8,
 )
+from .quantized_entries_egmla import ElementGroups, TokenGroups
 
 
 # The first tokens of a text, which an int4 cache keeps as they are (StreamingLLM's number, arXiv 2309.17453).
@@ -24,7 +22,7 @@ KEPT_FIRST_TOKENS = 4
 
 
 class QuantizedLatentLayer(GrowingLatentLayer):
-    """What int8 and int4 layers share: codes in `buffer`, `scales` beside them, reading through `QuantizedEntries`.
+    """What int8 and int4 layers share: codes in `buffer`, `scales` beside them.
 
     A token reads itself and all others as the cache holds them, in every call.
     """
@@ -35,10 +33,6 @@ class QuantizedLatentLayer(GrowingLatentLayer):
     def __init__(self, kv_lora_rank: int, qk_rope_head_dim: int, layer_idx: int = 0):
         super().__init__(kv_lora_rank, qk_rope_head_dim, layer_idx)
         self.scales = None
-
-    def split(self, entries: QuantizedEntries) -> tuple[torch.Tensor, torch.Tensor]:
-        """Latents `[B, 1, S, R]` and rotary keys `[B, 1, S, P]` of entries, dequantised."""
-        return super().split(entries.dequantize())
 
     def check(self, latent: torch.Tensor, rope_key: torch.Tensor) -> None:
         super().check(latent, rope_key)
@@ -76,14 +70,14 @@ class Int8LatentLayer(QuantizedLatentLayer):
 
     @property
     def entries(self) -> ElementGroups:
-        return ElementGroups(self.buffer, self.scales, self.length, self.matrix, self.kv_lora_rank, self.dtype)
+        return ElementGroups(self.buffer, self.scales, self.stored, self.matrix, self.kv_lora_rank, self.dtype)
 
     def append(self, latent: torch.Tensor, rope_key: torch.Tensor) -> ElementGroups:
         if not self.is_initialized:
             self.lazy_initialization(latent, rope_key)
-        start, self.length = self.length, self.length + latent.shape[2]
-        self.buffer = with_room(self.buffer, start, self.length, self.tokens_to_come)
-        self.scales = with_room(self.scales, start, self.length, self.tokens_to_come)
+        start = self.count(latent.shape[2])
+        self.buffer = with_room(self.buffer, start, self.stored, self.tokens_to_come)
+        self.scales = with_room(self.scales, start, self.stored, self.tokens_to_come)
         write_int8(latent, rope_key, self.buffer, self.scales, start)
         return self.entries
 
@@ -142,7 +136,7 @@ class Int4LatentLayer(QuantizedLatentLayer):
             self.scales[:, :, start : self.groups] = scales.flatten(3)
             kept = torch.cat((first, rest), dim=2)
         self.kept = kept
-        self.length += latent.shape[2]
+        self.count(latent.shape[2])
         return self.entries
 
     def reset(self) -> None:
@@ -150,9 +144,10 @@ class Int4LatentLayer(QuantizedLatentLayer):
         self.kept, self.groups = None, 0
 
     def crop(self, tokens_to_remove: int) -> None:
-        remaining = self.length - self._check_crop(tokens_to_remove)
-        if not self.is_initialized or remaining == self.length:
+        removed = self._check_crop(tokens_to_remove)
+        if not removed:
             return
+        remaining = self.stored - removed
         groups = min(self.groups, max(0, remaining - KEPT_FIRST_TOKENS) // self.group_size)
         if groups == self.groups:
             self.kept = self.kept[:, :, : remaining - groups * self.group_size].clone()
@@ -162,8 +157,9 @@ class Int4LatentLayer(QuantizedLatentLayer):
             group = TokenGroups(self.kept[:, :, :0], 0, codes, scales, 1, self.group_size, self.kv_lora_rank)
             loose = max(0, remaining - KEPT_FIRST_TOKENS - groups * self.group_size)
             first = self.kept[:, :, : min(remaining, KEPT_FIRST_TOKENS)]
-            self.kept = torch.cat((first, group.dequantize()[:, :, :loose]), dim=2)
-        self.length, self.groups = remaining, groups
+            self.kept = torch.cat((first, group.to_tensor()[:, :, :loose]), dim=2)
+        self.count(-removed)
+        self.groups = groups
 
 
 QUANTIZED_LAYERS: dict[str, type[QuantizedLatentLayer]] = {"int8": Int8LatentLayer, "int4": Int4LatentLayer}

@@ -117,12 +117,13 @@ CODE_FILES = {
         "configuration",
         "converted_attention",
         "cpu",
+        "entries",
         "expanded_gate",
         "generation",
-        "latent_attention",
         "modeling",
         "quantization",
         "quantized_cache",
+        "quantized_entries",
     )
 }
 
@@ -222,7 +223,7 @@ def exact_entries(layer) -> torch.Tensor:
     """What a quantised layer holds, `[B, 1, S, R + P]` in fp32, without the rounding of the model's format."""
     entries = layer.entries
     entries.dtype = torch.float32
-    return entries.dequantize()
+    return entries.to_tensor()
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:

@@ -15,6 +15,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, StaticLayer
 
+from egmla.cache_egmla import holds_latents
 from egmla.utils.accounting import cache_id_bytes, cache_nbytes
 from egmla.utils.timing import Timer
 
@@ -113,7 +114,7 @@ def synthetic_cache(
         # DynamicCache holds keys and values, EGMLACache latents and rotary keys, under the same names. Static layers
         # have empty slots after them.
         entries = [_noise_like(tensor[..., :1, :], context - 1, generator) for tensor in (layer.keys, layer.values)]
-        if hasattr(filled, "append"):
+        if holds_latents(filled):
             filled.append(*entries, index)
         else:
             filled.update(*entries, index)

@@ -7,7 +7,8 @@ from functools import partial
 
 import torch
 
-from egmla.quantization_egmla import ElementGroups, TokenGroups, rotation
+from egmla.quantization_egmla import rotation
+from egmla.quantized_entries_egmla import ElementGroups, TokenGroups
 
 from .build import WITHOUT
 
@@ -52,19 +53,19 @@ def _comparisons(
 
     codes = torch.randint(-128, 128, (B, 1, S, W), dtype=torch.int8, generator=generator)
     scales = numbers(B, 1, S, W // group).bfloat16() / 128
-    from_int8 = ElementGroups(codes, scales, S, matrix, R, torch.float32).dequantize()
+    from_int8 = ElementGroups(codes, scales, S, matrix, R, torch.float32).to_tensor()
     new_codes, new_scales = torch.empty_like(codes), torch.empty_like(scales)
     operators.write_int8(*entries.split([R, W - R], dim=-1), new_codes, new_scales, 0)
     # Errors in quantisation steps. Rounding loses half a step. It loses up to 1.5 where the two largest elements have
     # different signs.
     steps = new_scales.float().repeat_interleave(group, dim=-1)
-    written = ElementGroups(new_codes, new_scales, S, matrix, R, torch.float32).dequantize()
+    written = ElementGroups(new_codes, new_scales, S, matrix, R, torch.float32).to_tensor()
     errors = (written - entries) @ matrix / steps
 
     packed = torch.randint(0, 256, (B, 1, S // group, group * W // 2), dtype=torch.uint8, generator=generator)
     factors = numbers(B, 1, S // group, 2 * W).bfloat16() / 16
     groups = entries[:, :, :0], 0, packed, factors, S // group
-    from_int4 = TokenGroups(*groups, group, R).dequantize()
+    from_int4 = TokenGroups(*groups, group, R).to_tensor()
 
     rest = mask, scaling, R
     rounded, pairs = query.bfloat16(), entries.bfloat16()

@@ -17,7 +17,7 @@ from egmla.bench.contestants import CONTESTANTS, compiling
 from egmla.bench.decode import pair_ratios, time_decode
 from egmla.bench.limits import Limits
 from egmla.configuration import load_preset
-from egmla.latent_attention_egmla import latent_attention
+from egmla.entries_egmla import DenseEntries
 from egmla.utils.provenance import software_versions
 
 
@@ -82,7 +82,7 @@ def time_layer(config, context: int, dtype: torch.dtype, rounds: int) -> dict:
             cpu_egmla.OPERATORS = operators
             start = time.perf_counter()
             for entries in layers:
-                latent_attention(query, entries, None, 0.1, rank)
+                DenseEntries(entries, rank).attend(query, None, 0.1)
             seconds[name].append((time.perf_counter() - start) / len(layers))
     reading = layers[0].nbytes / Limits(dtype).read()
     medians = {name: 1e3 * statistics.median(values[1:]) for name, values in seconds.items()}

@@ -18,7 +18,6 @@ import torch
 from transformers import AutoTokenizer
 
 from egmla import EGMLACache, EGMLAConfig, EGMLAForCausalLM, load_cpu_kernel
-from egmla.latent_attention_egmla import latent_attention
 from egmla.utils.perplexity import token_windows
 
 
@@ -58,7 +57,7 @@ def attention_milliseconds(context: int, dtype: torch.dtype, steps: int) -> dict
     for step in range(steps + 2):
         for name, layer in layers.items():
             start = time.thread_time()
-            latent_attention(query, layer.entries, None, 0.1, 64)
+            layer.entries.attend(query, None, 0.1)
             if step >= 2:
                 seconds[name].append(time.thread_time() - start)
     return {name: 1000 * statistics.median(values) for name, values in seconds.items()}

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import DynamicCache
 
-from egmla import EGMLACache, EGMLAConfig, EGMLAForCausalLM, EGMLAModel, latent_attention_egmla
+from egmla import EGMLACache, EGMLAConfig, EGMLAForCausalLM, EGMLAModel, entries_egmla
 
 
 # fp32 sums in another order.
@@ -154,7 +154,7 @@ def assert_holds(cache, sequences, end):
     for layer_idx, layer in enumerate(cache.layers):
         latents, rope_keys = entries(layer_idx, sequences, 0, end)
         assert torch.equal(layer.keys, latents) and torch.equal(layer.values, rope_keys)
-        assert torch.equal(layer.entries, torch.cat((latents, rope_keys), dim=-1))
+        assert torch.equal(layer.entries.to_tensor(), torch.cat((latents, rope_keys), dim=-1))
         assert layer.batch_size == len(sequences)
     assert cache.nbytes == len(sequences) * end * sum(CONFIG.cache_elements_per_layer) * 4
 
@@ -208,7 +208,7 @@ def test_expected_tokens_are_checked(options):
 
 def test_append_returns_a_view_of_all_entries(cache):
     fill(cache, [0], 0, 5)
-    given = cache.append(*entries(0, [0], 5, 6), 0)
+    given = cache.append(*entries(0, [0], 5, 6), 0).to_tensor()
     assert torch.equal(given, torch.cat(entries(0, [0], 0, 6), dim=-1))
     assert given.data_ptr() == cache.layers[0].buffer.data_ptr()
 
@@ -336,13 +336,13 @@ def test_overflow_leaves_the_fixed_cache_usable():
     cache = EGMLACache(model.config, max_cache_len=10)
     expected = model(ids, use_cache=False).logits
     model(ids[:, :8], past_key_values=cache)
-    before = [layer.entries.clone() for layer in cache.layers]
+    before = [layer.entries.to_tensor().clone() for layer in cache.layers]
     with pytest.raises(ValueError, match="8 cached and 4 new tokens exceed this cache's max_cache_len=10") as error:
         model(ids[:, 8:], past_key_values=cache)
     assert "the cache is unchanged" in str(error.value) and "max_cache_len=12 or more" in str(error.value)
     assert cache.get_seq_length() == 8
     for layer, kept in zip(cache.layers, before, strict=True):
-        assert torch.equal(layer.entries, kept)
+        assert torch.equal(layer.entries.to_tensor(), kept)
     assert difference(model(ids[:, 8:10], past_key_values=cache).logits, expected[:, 8:10]) <= TOLERANCE
     with pytest.raises(ValueError, match="10 cached and 1 new tokens exceed"):
         model(ids[:, 10:11], past_key_values=cache)
@@ -531,7 +531,7 @@ def test_split_attention_equals_unsplit(batch, parts, length, dtype):
     buffer = torch.randn(batch, 1, length + 13, 24).to(dtype)
     entries, query = buffer[:, :, :length], (3 * torch.randn(batch, 1, 5, 24)).to(dtype)
     expected = plain_attention(query, entries, 0.3)
-    split = latent_attention_egmla._split_attention(query, entries, None, 0.3, parts)
+    split = entries_egmla._split_attention(query, entries, None, 0.3, parts)
     assert split.shape == query.shape and split.dtype == dtype
     assert difference(split, expected) <= (TOLERANCE if dtype == torch.float32 else BF16_TOLERANCE)
 
@@ -546,9 +546,9 @@ def test_split_attention_is_used_and_changes_nothing(name, monkeypatch):
         calls.append(parts)
         return split(query, entries, attention_mask, scaling, parts)
 
-    split = latent_attention_egmla._split_attention
-    monkeypatch.setattr(latent_attention_egmla, "_split_attention", spied)
-    monkeypatch.setattr(latent_attention_egmla, "SPLIT_MIN_TOKENS", 8)
+    split = entries_egmla._split_attention
+    monkeypatch.setattr(entries_egmla, "_split_attention", spied)
+    monkeypatch.setattr(entries_egmla, "SPLIT_MIN_TOKENS", 8)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     model = tiny_model(name)
     for batch, expected_parts in ((1, {3, 4}), (2, {2}), (3, set())):  # 31 to 33 tokens by at least 8, 4 threads
@@ -592,20 +592,20 @@ def test_split_attention_heeds_masks(hidden, length, additive, dtype):
     seen[1, :, :, hidden] = False
     weights = (query.double() @ entries.double().transpose(2, 3) * 0.3).masked_fill(~seen, -torch.inf).softmax(-1)
     mask = seen if additive is None else torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, additive)
-    split = latent_attention_egmla._split_attention(query, entries, mask, 0.3, 4)
+    split = entries_egmla._split_attention(query, entries, mask, 0.3, 4)
     expected = weights @ entries.double()
     assert difference(split, expected) <= (TOLERANCE if dtype == torch.float32 else BF16_TOLERANCE)
 
 
 def test_split_attention_stays_out_of_training(monkeypatch):
     """The split kernel is called below autograd, so it must not run where gradients are wanted."""
-    monkeypatch.setattr(latent_attention_egmla, "SPLIT_MIN_TOKENS", 8)
+    monkeypatch.setattr(entries_egmla, "SPLIT_MIN_TOKENS", 8)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     query, entries = torch.randn(1, 1, 5, 24), torch.randn(1, 1, 50, 24)
-    assert latent_attention_egmla._split_count(query, entries) == 4
-    assert latent_attention_egmla._split_count(query.requires_grad_(), entries) == 1
+    assert entries_egmla._split_count(query, entries) == 4
+    assert entries_egmla._split_count(query.requires_grad_(), entries) == 1
     with torch.no_grad():
-        assert latent_attention_egmla._split_count(query, entries) == 4
+        assert entries_egmla._split_count(query, entries) == 4
 
 
 # --- stock caches hold the same ---

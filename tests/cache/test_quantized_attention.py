@@ -6,8 +6,8 @@ from cache_operations import Spy
 from cases import BASE, difference, exact_entries, plain_attention, token_ids
 from quantized import INT8_TOLERANCE, OPTIONS, rounded_cache, tiny_model
 
-from egmla import EGMLACache, EGMLAConfig, latent_attention_egmla, quantization_egmla
-from egmla.quantization_egmla import ElementGroups, TokenGroups
+from egmla import EGMLACache, EGMLAConfig, entries_egmla, quantization_egmla, quantized_entries_egmla
+from egmla.quantized_entries_egmla import ElementGroups, TokenGroups
 
 
 # fp32 sums in another order.
@@ -31,14 +31,14 @@ def random_entries(batch, length, dtype, quantization):
 @pytest.mark.parametrize("length", [1, 4, 5, 15, 16, 17, 50, 64, 100])
 @pytest.mark.parametrize("batch, threads", [(1, 1), (1, 2), (1, 3), (2, 5), (3, 1)])
 def test_attention_in_pieces_equals_attention_on_all(batch, threads, length, dtype, quantization, monkeypatch):
-    monkeypatch.setattr(quantization_egmla, "PIECE_TOKENS", 16 * batch)
-    monkeypatch.setattr(latent_attention_egmla, "_cpu_threads", lambda: threads)
+    monkeypatch.setattr(quantized_entries_egmla, "PIECE_TOKENS", 16 * batch)
+    monkeypatch.setattr(quantized_entries_egmla, "cpu_threads", lambda: threads)
     entries, exact = random_entries(batch, length, dtype, quantization)
     assert type(entries) is {"int8": ElementGroups, "int4": TokenGroups}[quantization]
     assert entries.shape == (batch, 1, length, 24)
     query = (3 * torch.randn(batch, 1, 5, 24)).to(dtype)
     expected = plain_attention(query, exact, None, 0.3)[..., :16]
-    given = latent_attention_egmla._quantized_attention(query, entries, None, 0.3)
+    given = entries.attend_rows(query, None, 0.3)
     assert given.dtype == dtype
     assert difference(given, expected) <= (TOLERANCE if dtype == torch.float32 else BF16_TOLERANCE)
 
@@ -50,8 +50,8 @@ def test_attention_in_pieces_equals_attention_on_all(batch, threads, length, dty
 @pytest.mark.parametrize("threads", [1, 4])
 def test_attention_in_pieces_heeds_masks(threads, hidden, additive, dtype, quantization, monkeypatch):
     """Left padding over whole pieces, rows that see different tokens."""
-    monkeypatch.setattr(quantization_egmla, "PIECE_TOKENS", 32)
-    monkeypatch.setattr(latent_attention_egmla, "_cpu_threads", lambda: threads)
+    monkeypatch.setattr(quantized_entries_egmla, "PIECE_TOKENS", 32)
+    monkeypatch.setattr(quantized_entries_egmla, "cpu_threads", lambda: threads)
     entries, exact = random_entries(2, 47, dtype, quantization)
     query = torch.randn(2, 3, 2, 24).to(dtype)  # three heads, two tokens
     seen = torch.ones(2, 1, 2, 47, dtype=torch.bool)
@@ -60,29 +60,29 @@ def test_attention_in_pieces_heeds_masks(threads, hidden, additive, dtype, quant
     value = torch.finfo(dtype).min if additive == "lowest" else additive
     mask = seen if additive is None else torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, value)
     expected = plain_attention(query, exact, seen, 0.3)[..., :16]
-    given = latent_attention_egmla.latent_attention(query, entries, mask, 0.3, 16)
+    given = entries.attend(query, mask, 0.3)
     assert difference(given, expected) <= (TOLERANCE if dtype == torch.float32 else BF16_TOLERANCE)
 
 
 @torch.no_grad()
 def test_many_rows_attend_to_a_dequantised_copy(quantization, monkeypatch):
     """A long chunk behind a past: heads times tokens beyond the packing limit."""
-    monkeypatch.setattr(latent_attention_egmla, "PACK_MAX_ROWS", 3)
+    monkeypatch.setattr(entries_egmla, "PACK_MAX_ROWS", 3)
     entries, exact = random_entries(2, 30, torch.float32, quantization)
     query = torch.randn(2, 2, 4, 24)
     seen = torch.ones(1, 1, 4, 30, dtype=torch.bool).tril(26)
     expected = plain_attention(query, exact, seen, 0.3)[..., :16]
-    assert difference(latent_attention_egmla.latent_attention(query, entries, None, 0.3, 16), expected) <= TOLERANCE
+    assert difference(entries.attend(query, None, 0.3), expected) <= TOLERANCE
     monkeypatch.undo()  # few rows: without a mask it is the same
-    assert difference(latent_attention_egmla.latent_attention(query, entries, None, 0.3, 16), expected) <= TOLERANCE
-    monkeypatch.setattr(latent_attention_egmla, "PACK_MAX_ROWS", 3)
-    assert difference(latent_attention_egmla.latent_attention(query, entries, seen, 0.3, 16), expected) <= TOLERANCE
+    assert difference(entries.attend(query, None, 0.3), expected) <= TOLERANCE
+    monkeypatch.setattr(entries_egmla, "PACK_MAX_ROWS", 3)
+    assert difference(entries.attend(query, seen, 0.3), expected) <= TOLERANCE
 
 
 @torch.no_grad()
 def test_models_read_what_a_dense_cache_of_rounded_entries_holds(case, quantization, monkeypatch):
     """Prefill, a chunk, single tokens: the logits of a dense cache that was given the rounded entries."""
-    monkeypatch.setattr(quantization_egmla, "PIECE_TOKENS", 16)
+    monkeypatch.setattr(quantized_entries_egmla, "PIECE_TOKENS", 16)
     model, ids = tiny_model(case), token_ids(2, 34)
     mine, reference = EGMLACache(model.config, **OPTIONS[quantization]), rounded_cache(model.config, quantization)
     for chunk in ids.split([7, 3, 15, 1, 1, 3, 1, 1, 1, 1], dim=1):
@@ -168,14 +168,14 @@ def test_bf16_model(quantization):
 @pytest.mark.parametrize("batch, threads", [(1, 2), (2, 1), (2, 4)])
 def test_pieces_with_gradients_are_apart(batch, threads, masked, quantization, monkeypatch):
     """Without them a piece is overwritten by the next; a backward pass needs them all."""
-    monkeypatch.setattr(quantization_egmla, "PIECE_TOKENS", 16 * batch)
-    monkeypatch.setattr(latent_attention_egmla, "_cpu_threads", lambda: threads)
+    monkeypatch.setattr(quantized_entries_egmla, "PIECE_TOKENS", 16 * batch)
+    monkeypatch.setattr(quantized_entries_egmla, "cpu_threads", lambda: threads)
     with torch.no_grad():
         entries, exact = random_entries(batch, 50, torch.float32, quantization)
     query = torch.randn(batch, 1, 5, 24, requires_grad=True)
     seen = torch.rand(1 if masked == "one mask for all" else batch, 1, 5, 50) > 0.4
     mask = {"nothing": None, "additive": torch.zeros(seen.shape).masked_fill(~seen, -torch.inf)}.get(masked, seen)
-    output = latent_attention_egmla._quantized_attention(query, entries, mask, 0.3)
+    output = entries.attend_rows(query, mask, 0.3)
     output.square().sum().backward()
     given, query.grad = query.grad, None
     expected = plain_attention(query, exact, None if mask is None else seen, 0.3)[..., :16]
@@ -187,28 +187,28 @@ def test_pieces_with_gradients_are_apart(batch, threads, masked, quantization, m
 @torch.no_grad()
 def test_memory_of_pieces_is_kept(quantization, monkeypatch):
     """The same memory at every step, also where the first step was in inference mode."""
-    monkeypatch.setattr(quantization_egmla, "PIECE_TOKENS", 16)
+    monkeypatch.setattr(quantized_entries_egmla, "PIECE_TOKENS", 16)
     entries, _ = random_entries(1, 50, torch.float32, quantization)
     groups = [piece.data_ptr() for piece in entries.pieces()][1:-1]
     assert len(set(groups)) == 1
-    monkeypatch.setattr(quantization_egmla, "_kept", quantization_egmla._Kept())
+    monkeypatch.setattr(quantized_entries_egmla, "_kept", quantized_entries_egmla._Kept())
     with torch.inference_mode():
         list(entries.pieces())
-    before = quantization_egmla._kept.memory
+    before = quantized_entries_egmla._kept.memory
     list(entries.pieces())
-    assert quantization_egmla._kept.memory is before is not None
+    assert quantized_entries_egmla._kept.memory is before is not None
 
 
 @torch.no_grad()
 def test_kept_memory_is_where_the_entries_are(quantization, monkeypatch):
     """Whatever PyTorch's default device is."""
-    monkeypatch.setattr(quantization_egmla, "_kept", quantization_egmla._Kept())
+    monkeypatch.setattr(quantized_entries_egmla, "_kept", quantized_entries_egmla._Kept())
     entries, exact = random_entries(1, 50, torch.float32, quantization)
-    monkeypatch.setattr(quantization_egmla, "_kept", quantization_egmla._Kept())
+    monkeypatch.setattr(quantized_entries_egmla, "_kept", quantized_entries_egmla._Kept())
     query = torch.randn(1, 1, 5, 24)
     with torch.device("meta"):
-        latent_attention_egmla._quantized_attention(query, entries, None, 0.3)
-    given = latent_attention_egmla._quantized_attention(query, entries, None, 0.3)
+        entries.attend_rows(query, None, 0.3)
+    given = entries.attend_rows(query, None, 0.3)
     assert difference(given, plain_attention(query, exact, None, 0.3)[..., :16]) <= TOLERANCE
 
 
@@ -219,7 +219,7 @@ def test_autocast_leaves_sums_in_fp32(quantization):
     query, seen = torch.randn(2, 1, 5, 24), torch.ones(2, 1, 1, 50, dtype=torch.bool)
     seen[1, ..., :7] = False
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        given = latent_attention_egmla.latent_attention(query.transpose(1, 2), entries, seen, 0.3, 16).transpose(1, 2)
+        given = entries.attend(query.transpose(1, 2), seen, 0.3).transpose(1, 2)
     assert difference(given, plain_attention(query, exact, seen, 0.3)[..., :16]) <= TOLERANCE
 
 
@@ -247,8 +247,8 @@ def spied_step(quantization, length=3000):
 @torch.no_grad()
 def test_decode_step_makes_no_dequantised_cache(quantization, monkeypatch):
     """No tensor of as many elements as the cache stands for, in any dtype: a piece at most."""
-    monkeypatch.setattr(quantization_egmla, "PIECE_TOKENS", 2048)
-    monkeypatch.setattr(quantization_egmla, "_kept", quantization_egmla._Kept())  # as in a new process
+    monkeypatch.setattr(quantized_entries_egmla, "PIECE_TOKENS", 2048)
+    monkeypatch.setattr(quantized_entries_egmla, "_kept", quantized_entries_egmla._Kept())  # as in a new process
     spy = spied_step(quantization)
     assert spy.largest[0] <= 2048 * 96 < 3001 * 96, spy.largest
     assert spy.largest[0] >= 2048 * 64  # the spy saw the piece
@@ -257,5 +257,5 @@ def test_decode_step_makes_no_dequantised_cache(quantization, monkeypatch):
 @torch.no_grad()
 def test_spy_sees_a_dequantised_cache(quantization, monkeypatch):
     """The test above can fail: with pieces as long as the context it does."""
-    monkeypatch.setattr(quantization_egmla, "PIECE_TOKENS", 10_000)
+    monkeypatch.setattr(quantized_entries_egmla, "PIECE_TOKENS", 10_000)
     assert spied_step(quantization).largest[0] >= 2944 * 96  # int4: all tokens that are in groups

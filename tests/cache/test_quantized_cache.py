@@ -186,8 +186,8 @@ def assert_holds(cache, sequences, end):
     for layer_idx, layer in enumerate(cache.layers):
         expected = rounded(torch.cat(entries(layer_idx, sequences, 0, end), dim=-1), layer)
         assert layer.entries.shape == expected.shape and layer.batch_size == len(sequences)
-        assert difference(layer.entries.dequantize(), expected) <= TOLERANCE
-        assert torch.equal(torch.cat((layer.keys, layer.values), dim=-1), layer.entries.dequantize())
+        assert difference(layer.entries.to_tensor(), expected) <= TOLERANCE
+        assert torch.equal(torch.cat((layer.keys, layer.values), dim=-1), layer.entries.to_tensor())
     assert cache.nbytes == sum(used.numel() * used.element_size() for layer in cache.layers for used in layer.used)
     assert cache.allocated_nbytes == storage_bytes(cache) >= cache.nbytes
 
@@ -204,7 +204,7 @@ def test_growth_keeps_every_token(cache):
         capacity = cache.layers[0].storages[0].shape[2] if start else 0
         for layer_idx in range(2):
             given = cache.update(*entries(layer_idx, [0, 1], start, start + size), layer_idx)
-            assert torch.equal(torch.cat(given, dim=-1), cache.layers[layer_idx].entries.dequantize())
+            assert torch.equal(torch.cat(given, dim=-1), cache.layers[layer_idx].entries.to_tensor())
         start += size
         codes, scales = cache.layers[0].storages[:2]
         assert codes.shape[2] == scales.shape[2]
@@ -230,7 +230,7 @@ def test_operations_of_generation(cache):
 def test_crop(cache, removed):
     """Within the tokens that are in no group, at the edges of groups, inside of one, within the first tokens."""
     fill(cache, [0, 1], 0, 70)
-    before = [layer.entries.dequantize() for layer in cache.layers]
+    before = [layer.entries.to_tensor() for layer in cache.layers]
     with pytest.raises(ValueError, match=r"crop\(5\): .*negative"):
         cache.crop(5)
     cache.crop(-removed)
@@ -238,15 +238,15 @@ def test_crop(cache, removed):
     assert cache.get_seq_length() == remaining
     for layer, kept in zip(cache.layers, before, strict=True):
         assert layer.entries.shape == kept[:, :, :remaining].shape
-        assert torch.equal(layer.entries.dequantize(), kept[:, :, :remaining])
+        assert torch.equal(layer.entries.to_tensor(), kept[:, :, :remaining])
     fill(cache, [0, 1], remaining, 100)
     assert cache.get_seq_length() == 100
     for layer_idx, layer in enumerate(cache.layers):
         expected = rounded(torch.cat(entries(layer_idx, [0, 1], 0, 100), dim=-1), layer)
         again = 70 if isinstance(layer, Int8LatentLayer) else 12 + (remaining + 4) // 8 * 8
-        assert difference(layer.entries.dequantize()[:, :, again:], expected[:, :, again:]) <= TOLERANCE
+        assert difference(layer.entries.to_tensor()[:, :, again:], expected[:, :, again:]) <= TOLERANCE
         # What is left of a group is rounded twice.
-        assert difference(layer.entries.dequantize(), expected) <= 0.5
+        assert difference(layer.entries.to_tensor(), expected) <= 0.5
 
 
 def test_operations_on_an_empty_cache(cache):
@@ -274,7 +274,7 @@ def test_offload_and_prefetch(cache):
     layer.offload()
     assert {storage.device.type for storage in layer.storages} == {"cpu"}
     layer.prefetch()
-    assert torch.equal(given.dequantize(), layer.entries.dequantize())
+    assert torch.equal(given.to_tensor(), layer.entries.to_tensor())
 
 
 @torch.no_grad()

@@ -3,9 +3,7 @@
 import pytest
 import torch
 from cases import difference, exact_entries, needs_compiler, plain_attention
-from kernel_cases import LAYERS, TOLERANCE, check_codes
-
-from egmla.latent_attention_egmla import latent_attention
+from kernel_cases import LAYERS, TOLERANCE, attend, check_codes
 
 
 pytestmark = [pytest.mark.long, needs_compiler]
@@ -46,7 +44,7 @@ def test_attention_matches_its_definition(calls, batch, heads, rank, rope, token
         seen[-1, ..., : tokens // 2] = tokens < 2  # whole blocks and whole splits are masked
     torch.set_num_threads(threads)
     try:
-        given = latent_attention(query, buffer[:, :, :tokens], seen, 0.1, rank)
+        given = attend(query, buffer[:, :, :tokens], seen, 0.1, rank)
     finally:
         torch.set_num_threads(1)
     assert given.shape == (batch, heads, 1, rank) and given.dtype == dtype
@@ -74,7 +72,7 @@ def test_attention_on_codes(calls, tokens, heads, rank, rope, masked, kind, dtyp
     seen = torch.rand(2, 1, 1, tokens) > 0.3 if masked else None
     if masked:
         seen[..., -1] = True
-    check_codes(latent_attention(query, entries, seen, 0.1, rank), query, layer, seen, 0.1, rank)
+    check_codes(entries.attend(query, seen, 0.1), query, layer, seen, 0.1, rank)
     assert calls["latent_attention_" + kind] == 1
 
 
@@ -106,7 +104,7 @@ def test_other_group_sizes_and_splits_inside_a_group(calls, kind, group, rank, r
     seen[:, ..., 300:600] = False
     torch.set_num_threads(threads)
     try:
-        given = latent_attention(query, layer.entries, seen, 0.05, rank)
+        given = layer.entries.attend(query, seen, 0.05)
     finally:
         torch.set_num_threads(1)
     check_codes(given, query, layer, seen, 0.05, rank, factor=5)  # entries are five times as large
@@ -124,7 +122,7 @@ def test_no_token_of_a_group_is_lost(calls, group, rank, rope, threads):
     query, seen = torch.randn(2, 21, 1, rank + rope).sign(), torch.rand(2, 1, 1, 1999) > 0.2
     torch.set_num_threads(threads)
     try:
-        given = latent_attention(query, layer.entries, seen, 0.1, rank)
+        given = layer.entries.attend(query, seen, 0.1)
     finally:
         torch.set_num_threads(1)
     expected = plain_attention(query, exact_entries(layer), seen, 0.1)[..., :rank]
@@ -143,8 +141,8 @@ def test_unused_rows_change_nothing(calls, threads, stride):
         seen[sequence, ..., : length // 3] = False
     torch.set_num_threads(threads)
     try:
-        given = latent_attention(query, entries, seen, 0.1, 64)
-        one_for_all = latent_attention(query, entries, seen[2:3], 0.1, 64)
+        given = attend(query, entries, seen, 0.1, 64)
+        one_for_all = attend(query, entries, seen[2:3], 0.1, 64)
     finally:
         torch.set_num_threads(1)
     assert (given[0] == 0).all()
@@ -159,7 +157,7 @@ def test_a_fully_masked_quantised_sequence_gives_zeros(calls, kind):
     layer.append(torch.randn(2, 1, 300, 64), torch.randn(2, 1, 300, 64))
     seen = torch.ones(2, 1, 1, 300, dtype=torch.bool)
     seen[0] = False
-    given = latent_attention(torch.randn(2, 12, 1, 128), layer.entries, seen, 0.1, 64)
+    given = layer.entries.attend(torch.randn(2, 12, 1, 128), seen, 0.1)
     assert (given[0] == 0).all() and (given[1] != 0).any()
 
 
@@ -167,12 +165,12 @@ def test_a_fully_masked_quantised_sequence_gives_zeros(calls, kind):
 def test_a_fully_masked_sequence_gives_zeros(calls):
     seen = torch.ones(2, 1, 1, 50, dtype=torch.bool)
     seen[1] = False
-    given = latent_attention(torch.randn(2, 4, 1, 24), torch.randn(2, 1, 50, 24), seen, 0.3, 16)
+    given = attend(torch.randn(2, 4, 1, 24), torch.randn(2, 1, 50, 24), seen, 0.3, 16)
     assert (given[1] == 0).all() and given[0].abs().min() > 0
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("batch, tokens", [(0, 5), (2, 0)])
 def test_nothing_to_attend_to(calls, batch, tokens):
-    given = latent_attention(torch.randn(batch, 4, 1, 24), torch.randn(batch, 1, tokens, 24), None, 0.3, 16)
+    given = attend(torch.randn(batch, 4, 1, 24), torch.randn(batch, 1, tokens, 24), None, 0.3, 16)
     assert given.shape == (batch, 4, 1, 16) and (given == 0).all()

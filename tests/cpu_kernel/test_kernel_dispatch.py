@@ -3,10 +3,9 @@
 import pytest
 import torch
 from cases import difference, needs_compiler, plain_attention, tiny_model, token_ids
-from kernel_cases import LAYERS
+from kernel_cases import LAYERS, attend
 
 from egmla import EGMLACache, cpu_egmla
-from egmla.latent_attention_egmla import latent_attention
 from egmla.quantized_cache_egmla import Int8LatentLayer
 
 
@@ -18,7 +17,7 @@ pytestmark = needs_compiler
 def test_scaling_of_zero_or_below_is_pytorchs(calls, scaling):
     query, entries = torch.randn(1, 12, 1, 128), torch.randn(1, 1, 300, 128)
     expected = plain_attention(query, entries, None, scaling)[..., :64]
-    assert difference(latent_attention(query, entries, None, scaling, 64), expected) <= 1e-5
+    assert difference(attend(query, entries, None, scaling, 64), expected) <= 1e-5
     assert not calls
     with pytest.raises(RuntimeError, match="scaling must be positive"):
         torch.ops.egmla.latent_attention(query, entries, None, scaling, 64)
@@ -26,15 +25,13 @@ def test_scaling_of_zero_or_below_is_pytorchs(calls, scaling):
 
 def test_gradients_several_tokens_and_additive_masks_are_pytorchs(calls):
     query, entries = torch.randn(2, 4, 1, 24, requires_grad=True), torch.randn(2, 1, 50, 24)
-    latent_attention(query, entries, None, 0.3, 16).sum().backward()
+    attend(query, entries, None, 0.3, 16).sum().backward()
     assert query.grad.abs().max() > 0
     with torch.no_grad():
-        latent_attention(query, entries, torch.zeros(2, 1, 1, 50), 0.3, 16)
-        latent_attention(query.expand(-1, -1, 2, -1), entries, torch.ones(1, 1, 2, 50, dtype=torch.bool), 0.3, 16)
-        latent_attention(query.double(), entries.double(), None, 0.3, 16)
-        torch.jit.trace(
-            lambda *inputs: latent_attention(*inputs, None, 0.3, 16), (query.detach(), entries), check_trace=False
-        )
+        attend(query, entries, torch.zeros(2, 1, 1, 50), 0.3, 16)
+        attend(query.expand(-1, -1, 2, -1), entries, torch.ones(1, 1, 2, 50, dtype=torch.bool), 0.3, 16)
+        attend(query.double(), entries.double(), None, 0.3, 16)
+        torch.jit.trace(lambda *inputs: attend(*inputs, None, 0.3, 16), (query.detach(), entries), check_trace=False)
     assert not calls
 
 
@@ -42,7 +39,7 @@ def test_gradients_several_tokens_and_additive_masks_are_pytorchs(calls):
 def test_forward_derivatives_are_not_lost(calls):
     query, entries = torch.randn(2, 4, 1, 24), torch.randn(2, 1, 50, 24)
     with pytest.raises(NotImplementedError):  # the same as PyTorch's fused kernel
-        torch.func.jvp(lambda query: latent_attention(query, entries, None, 0.3, 16), (query,), (query,))
+        torch.func.jvp(lambda query: attend(query, entries, None, 0.3, 16), (query,), (query,))
     assert not calls
 
 
@@ -67,7 +64,7 @@ def test_exported_programs_attend_in_pytorch(folder, monkeypatch):
 
     class Attention(torch.nn.Module):
         def forward(self, query, entries):
-            return latent_attention(query, entries, None, 0.3, 16)
+            return attend(query, entries, None, 0.3, 16)
 
     program = torch.export.export(Attention(), (torch.randn(2, 4, 1, 24), torch.randn(2, 1, 50, 24)))
     assert "attention" in str(program.graph) and "egmla" not in str(program.graph)
@@ -93,5 +90,5 @@ def test_autocast_changes_nothing_in_fp32(calls, kind):
         layer = LAYERS[kind](16, 8)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
             layer.append(torch.randn(2, 1, 90, 16), torch.randn(2, 1, 90, 8))
-            results.append(latent_attention(torch.randn(2, 4, 1, 24), layer.entries, None, 0.3, 16))
+            results.append(layer.entries.attend(torch.randn(2, 4, 1, 24), None, 0.3))
     assert torch.equal(*results)

@@ -3,9 +3,7 @@
 import pytest
 import torch
 from cases import difference, exact_entries, needs_compiler, plain_attention
-from kernel_cases import LAYERS, check_codes
-
-from egmla.latent_attention_egmla import latent_attention
+from kernel_cases import LAYERS, attend, check_codes
 
 
 pytestmark = needs_compiler
@@ -27,7 +25,7 @@ def test_bf16_is_as_exact_as_pytorchs_kernel(calls, scaling):
     theirs = torch.nn.functional.scaled_dot_product_attention(packed, entries, entries, scale=scaling)
     error, their_error = (
         (found.double() - expected).pow(2).mean().sqrt()
-        for found in (latent_attention(query, entries, None, scaling, 64), theirs.transpose(1, 2)[..., :64])
+        for found in (attend(query, entries, None, scaling, 64), theirs.transpose(1, 2)[..., :64])
     )
     assert calls["latent_attention"] == 1 and error <= 1.1 * their_error
 
@@ -41,7 +39,7 @@ def test_a_large_token_without_attention_costs_no_precision(calls):
     rope_key[:, :, 100] = -10
     layer = LAYERS["int8"](64, 64)
     layer.append(latent, rope_key)
-    check_codes(latent_attention(query, layer.entries, None, 0.1, 64), query, layer, None, 0.1, 64)
+    check_codes(layer.entries.attend(query, None, 0.1), query, layer, None, 0.1, 64)
 
 
 @torch.no_grad()
@@ -54,7 +52,7 @@ def test_elements_of_many_magnitudes(calls):
     query = torch.randn(1, 12, 1, 128) / torch.cat((sizes, sizes.flip(0)))
     expected = plain_attention(query, exact_entries(layer), None, 0.1)[..., :64]
     unrounded = plain_attention(query, torch.cat((latent, rope_key), dim=-1), None, 0.1)[..., :64]
-    error = difference(latent_attention(query, layer.entries, None, 0.1, 64) / sizes, expected / sizes)
+    error = difference(layer.entries.attend(query, None, 0.1) / sizes, expected / sizes)
     assert error <= 0.25 * difference(expected / sizes, unrounded / sizes)
 
 
@@ -65,7 +63,7 @@ def test_zero_points_use_unrounded_weights(calls):
     layer.append(1e5 + torch.randn(1, 1, 68, 64), torch.randn(1, 1, 68, 64))
     query = torch.cat((torch.zeros(1, 12, 1, 64), 5 * torch.randn(1, 12, 1, 64)), dim=-1)
     expected = plain_attention(query, exact_entries(layer), None, 0.1)[..., :64]
-    assert difference(latent_attention(query, layer.entries, None, 0.1, 64), expected) <= 0.3
+    assert difference(layer.entries.attend(query, None, 0.1), expected) <= 0.3
 
 
 @torch.no_grad()
@@ -82,7 +80,7 @@ def test_nan_and_infinity_reach_their_sequence_only(calls, place, number, kind, 
     given_to[0, 0, token, 5] = NUMBERS[number]
     layer = LAYERS[kind](64, 64)
     layer.append(latent.to(dtype), rope_key.to(dtype))
-    given = latent_attention(query.to(dtype), layer.entries, None, 0.1, 64)
+    given = layer.entries.attend(query.to(dtype), None, 0.1)
     heads = [0] if place == "query" else list(range(12))
     assert not given[0, heads].isfinite().any()
     assert given[1].isfinite().all() and (place != "query" or given[0, 1:].isfinite().all())
@@ -95,7 +93,7 @@ def test_nan_and_infinity_reach_their_sequence_only(calls, place, number, kind, 
 def test_an_infinite_query_reaches_its_head_only(calls, number, heads, dtype):
     query = torch.randn(1, heads, 1, 128).to(dtype)
     query[0, heads - 2, 0, 7] = NUMBERS[number]
-    given = latent_attention(query, torch.randn(1, 1, 300, 128).to(dtype), None, 0.1, 64)
+    given = attend(query, torch.randn(1, 1, 300, 128).to(dtype), None, 0.1, 64)
     others = [head for head in range(heads) if head != heads - 2]
     assert not given[0, heads - 2].isfinite().any() and given[0, others].isfinite().all()
 
@@ -114,12 +112,12 @@ def test_an_infinite_scale_of_zero_codes_gives_nan(folder):
 def test_large_scores_do_not_overflow(calls):
     query, entries = torch.randn(1, 4, 1, 24) * 100, torch.randn(1, 1, 600, 24) * 100
     expected = plain_attention(query, entries, None, 1.0)[..., :16]
-    assert difference(latent_attention(query, entries, None, 1.0, 16), expected) <= 1e-3
+    assert difference(attend(query, entries, None, 1.0, 16), expected) <= 1e-3
 
 
 @torch.no_grad()
 def test_nan_stays_in_its_sequence_without_whole_vectors(calls):
     entries = torch.randn(2, 1, 700, 24)
     entries[0, :, 300, 3] = torch.nan
-    given = latent_attention(torch.randn(2, 4, 1, 24), entries, None, 0.3, 16)
+    given = attend(torch.randn(2, 4, 1, 24), entries, None, 0.3, 16)
     assert given[0].isnan().any() and given[1].isfinite().all()

@@ -5,7 +5,6 @@ import torch
 from cases import difference, needs_compiler
 from kernel_cases import TOLERANCE
 
-from egmla.latent_attention_egmla import latent_attention
 from egmla.quantization_egmla import quantize_elements, rotation, write_int8
 from egmla.quantized_cache_egmla import Int8LatentLayer
 
@@ -62,14 +61,14 @@ def test_new_tokens_with_nan_or_infinity(calls, rank, rope, group, value):
     of_latent, of_key = layer.scales[0, 0, 1].split([rank // group, rope // group])
     assert not of_latent.isfinite().all() and of_key.isfinite().all()
     assert layer.scales[0, 0, :3:2].isfinite().all() and calls["write_int8"] == 1
-    assert not latent_attention(torch.randn(1, 5, 1, rank + rope), entries, None, 0.1, rank).isfinite().any()
+    assert not entries.attend(torch.randn(1, 5, 1, rank + rope), None, 0.1).isfinite().any()
 
 
 @torch.no_grad()
 def test_large_new_tokens_do_not_overflow(calls):
     layer = Int8LatentLayer(512, 64)
     entries = layer.append(1e37 * torch.ones(1, 1, 2, 512), torch.zeros(1, 1, 2, 64))
-    assert difference(entries.dequantize()[..., :512] / 1e37, torch.ones(1, 1, 2, 512)) <= 1e-2
+    assert difference(entries.to_tensor()[..., :512] / 1e37, torch.ones(1, 1, 2, 512)) <= 1e-2
     assert calls["write_int8"] == 1
 
 

@@ -4,6 +4,7 @@ import torch
 from cases import difference, exact_entries, plain_attention
 
 from egmla.cache_layers_egmla import GrowingLatentLayer
+from egmla.entries_egmla import DenseEntries
 from egmla.quantized_cache_egmla import Int4LatentLayer, Int8LatentLayer
 
 
@@ -13,6 +14,11 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 INT8_TOLERANCE = TOLERANCE | {torch.float32: 2e-4}
 INT4_TOLERANCE = dict.fromkeys(TOLERANCE, 4e-2)
 LAYERS = {"full": GrowingLatentLayer, "int8": Int8LatentLayer, "int4": Int4LatentLayer}
+
+
+def attend(query, entries, mask, scaling, rank):
+    """Attend with queries `[B, H, T, W]` to a tensor of entries `[B, 1, S, W]`."""
+    return DenseEntries(entries, rank).attend(query, mask, scaling)
 
 
 def rounded_queries(query, layer):

@@ -5,6 +5,7 @@ from cases import tiny_model as tied_model
 
 from egmla import EGMLACache
 from egmla.cache_layers_egmla import GrowingLatentLayer
+from egmla.entries_egmla import DenseEntries
 from egmla.quantization_egmla import quantize_elements, rotation
 from egmla.quantized_cache_egmla import KEPT_FIRST_TOKENS, Int8LatentLayer
 
@@ -48,7 +49,8 @@ class RoundedLayer(GrowingLatentLayer):
 
     def append(self, latent, rope_key):
         self.layer.dtype = latent.dtype
-        return rounded(super().append(latent, rope_key), self.layer)
+        entries = super().append(latent, rope_key).to_tensor()
+        return DenseEntries(rounded(entries, self.layer), self.kv_lora_rank)
 
 
 def rounded_cache(config, quantization) -> EGMLACache:

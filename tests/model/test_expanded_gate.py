@@ -300,7 +300,7 @@ def fill(cache, sequences, start, end):
 
 def assert_holds(cache, sequences, end):
     assert cache.get_seq_length() == end
-    assert torch.equal(cache.token_ids.entries[:, 0, :, 0], ids_of(sequences, 0, end).int())
+    assert torch.equal(cache.token_ids.entries.to_tensor()[:, 0, :, 0], ids_of(sequences, 0, end).int())
     assert cache.nbytes == sum(u.nbytes for layer in cache.layers for u in layer.used) + len(sequences) * end * 4
     assert cache.allocated_nbytes >= cache.nbytes
 
@@ -415,7 +415,7 @@ def test_compiled_decode_steps_are_one_graph(case):
             positions = torch.tensor([[position]])
             logits = step(ids[:, position : position + 1], position_ids=positions, past_key_values=cache).logits
             assert difference(logits[:, 0], expected[:, position]) <= TOLERANCE
-        assert torch.equal(cache.token_ids.entries[:, 0, :, 0], ids.int())
+        assert torch.equal(cache.token_ids.entries.to_tensor()[:, 0, :, 0], ids.int())
         rewind(cache, 12)
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
     assert difference(model(ids[:, 8:], past_key_values=cache).logits, expected[:, 8:]) <= TOLERANCE
@@ -476,7 +476,7 @@ def test_quantized_caches(case, nbits):
     cache = out.past_key_values
     given = EGMLACache(model.config, **CACHES[f"int{nbits}"])
     assert torch.equal(generate(model, ids, past_key_values=given, **GREEDY).sequences, out.sequences)
-    assert torch.equal(cache.token_ids.entries[:, 0, :, 0], out.sequences[:, :-1].int())
+    assert torch.equal(cache.token_ids.entries.to_tensor()[:, 0, :, 0], out.sequences[:, :-1].int())
     if nbits == 8:
         with torch.no_grad():
             expected = model(out.sequences, use_cache=False).logits[:, -1:]
@@ -506,7 +506,7 @@ def test_ids_that_go_along_are_used_with_and_without_a_cache(case):
     assert difference(cached, model(ids).logits) > 0.01
     inputs["kv_gate_input_ids"] = ids[:1]  # of all sequences the same
     past = model(**inputs).past_key_values
-    assert torch.equal(past.token_ids.entries[:, 0, :, 0], ids[:1].expand(2, -1).int())
+    assert torch.equal(past.token_ids.entries.to_tensor()[:, 0, :, 0], ids[:1].expand(2, -1).int())
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ from egmla import (
     EGMLAForSequenceClassification,
     EGMLAForTokenClassification,
     EGMLAModel,
-    latent_attention_egmla,
+    entries_egmla,
 )
 from egmla import modeling_egmla as modeling
 
@@ -153,7 +153,7 @@ def test_absorbed_equals_expanded_with_gradients(case, implementation, absorb, m
     if case in EXPANDED_CASES:
         pytest.skip("nothing to absorb")
     if implementation == "sdpa heads apart":
-        monkeypatch.setattr(latent_attention_egmla, "PACK_MAX_ROWS", 1)
+        monkeypatch.setattr(entries_egmla, "PACK_MAX_ROWS", 1)
     ids = token_ids(2, 7)
     results = []
     for value in (False, True):
@@ -260,7 +260,7 @@ def test_cached_equals_uncached_eager(case, kind):
 @torch.no_grad()
 @pytest.mark.parametrize("kind", CACHES)
 def test_decode_beyond_the_packing_limit(case, kind, monkeypatch):
-    monkeypatch.setattr(latent_attention_egmla, "PACK_MAX_ROWS", 6)
+    monkeypatch.setattr(entries_egmla, "PACK_MAX_ROWS", 6)
     model, ids = tiny_model(case), token_ids(2, 12)
     expected = model(ids, use_cache=False).logits
     assert difference(decode(model, ids, make_cache(kind, model.config), [4, 1, 3, 4]), expected) <= TOLERANCE
@@ -273,10 +273,10 @@ def test_long_chunks_need_no_mask_where_nothing_is_hidden():
     cases |= {torch.ones(2, 9).tril(3): False, block_mask: False}
     with torch.no_grad():
         for mask, expected in cases.items():
-            assert latent_attention_egmla.needs_no_mask(mask, 600, 9, torch.device("cpu")) is expected
-        assert not latent_attention_egmla.needs_no_mask(None, 600, 9, torch.device("cuda"))
-        assert not latent_attention_egmla.needs_no_mask(None, 512, 9, torch.device("cpu"))
-    assert not latent_attention_egmla.needs_no_mask(None, 600, 9, torch.device("cpu"))  # gradients
+            assert entries_egmla.needs_no_mask(mask, 600, 9, torch.device("cpu")) is expected
+        assert not entries_egmla.needs_no_mask(None, 600, 9, torch.device("cuda"))
+        assert not entries_egmla.needs_no_mask(None, 512, 9, torch.device("cpu"))
+    assert not entries_egmla.needs_no_mask(None, 600, 9, torch.device("cpu"))  # gradients
 
 
 @torch.no_grad()
@@ -284,7 +284,7 @@ def test_long_chunks_need_no_mask_where_nothing_is_hidden():
 @pytest.mark.parametrize("kind", CACHES)
 def test_long_chunks_are_masked_where_tokens_are_hidden(kind, hidden, monkeypatch):
     """A mask of a chunk on a long past is larger than the cache, so there is one only where it hides something."""
-    monkeypatch.setattr(latent_attention_egmla, "PACK_MAX_ROWS", 6)
+    monkeypatch.setattr(entries_egmla, "PACK_MAX_ROWS", 6)
     masks, make_mask = [], modeling.create_causal_mask
     monkeypatch.setattr(
         modeling, "create_causal_mask", lambda **inputs: masks.append(make_mask(**inputs)) or masks[-1]
@@ -553,7 +553,7 @@ def test_adapters_of_each_row(batch, chunk, monkeypatch):
     assert model.config.kv_lora_rank == 24
     ids, names = token_ids(batch, 7), ["a", "b"] * (batch // 2)
     options = {"max_new_tokens": 8, "do_sample": False, "prefill_chunk_size": chunk}
-    monkeypatch.setattr(latent_attention_egmla, "PACK_MAX_ROWS", 3)  # chunks that would need no mask if absorbed
+    monkeypatch.setattr(entries_egmla, "PACK_MAX_ROWS", 3)  # chunks that would need no mask if absorbed
     given = model.generate(input_ids=ids, adapter_names=names, **options)
     for name in ("a", "b"):
         model.set_adapter(name)
