@@ -3,9 +3,9 @@
 import pytest
 import torch
 from cases import CORE_CASES, tiny_model, token_ids
-from transformers import ContinuousBatchingConfig, GenerationConfig
+from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig
 
-from egmla import EGMLAForCausalLM
+from egmla import EGMLACache, EGMLAForCausalLM
 
 
 NEW_TOKENS = 8
@@ -81,3 +81,14 @@ def test_refused(case, attention, message):
     model.config._attn_implementation = attention
     with pytest.raises(ValueError, match=message):
         batch(model, prompts())
+
+
+@pytest.mark.parametrize("make", [EGMLACache, lambda config: DynamicCache(config=config), lambda config: "pages"])
+def test_cache_is_for_pages_alone(make):
+    """The keyword argument `cache` is how continuous batching hands over its pages."""
+    model = tiny_model()
+    cache = make(model.config)
+    with pytest.raises(
+        TypeError, match=f"cache is of type {type(cache).__name__}.*PagedAttentionCache.*past_key_values"
+    ):
+        model(token_ids(1, 3), cache=cache)
