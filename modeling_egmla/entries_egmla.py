@@ -1,8 +1,9 @@
 # Copyright 2026 The egmla authors. Licensed under the Apache License, Version 2.0.
 """Entries: what a cache layer gives to attention, as objects that know how to be attended to.
 
-In the latent space all heads attend to one shared head, whose entries are key and value at once. `Entries` is the
-interface, `DenseEntries` is a plain tensor. `quantized_entries_egmla.py` has integer codes.
+In the latent space all heads attend to one shared head. Its entries are key and value at once.
+
+`Entries` is the interface. `DenseEntries` is a plain tensor. `quantized_entries_egmla.py` has integer codes.
 
 Shapes as in `modeling_egmla.py`: B batch, H heads, T new tokens, S entries, R latent and P rotary key width.
 """
