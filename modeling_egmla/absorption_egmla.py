@@ -10,6 +10,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import nn
+from torch.nn.modules import module as module_hooks
 from transformers.utils import is_torchdynamo_compiling
 
 from .cpu_egmla import is_plain_linear, is_traced
@@ -42,6 +43,8 @@ def can_absorb(layers: Iterable[nn.Module], width: int, like: torch.Tensor) -> b
         width (`int`): a latent's width, or that of several: a layer's own `in_features` counts where it has them.
         like (`torch.Tensor`): an activation of the dtype that the modules are given.
     """
+    if _is_every_module_hooked():
+        return False
     wrapped = [layer for layer in layers if not is_plain_linear(layer)]
     if not wrapped:
         return True
@@ -53,6 +56,17 @@ def can_absorb(layers: Iterable[nn.Module], width: int, like: torch.Tensor) -> b
         return False  # hooks see, and may change, real activations; PEFT tells each sequence's adapter by one
     verdicts = [is_affine(layer, getattr(layer, "in_features", width), like) for layer in wrapped]
     return not verdicts or bool(torch.stack([verdict.to(verdicts[0].device) for verdict in verdicts]).all())
+
+
+def _is_every_module_hooked() -> bool:
+    """Tell whether hooks on every module may see or change activations. PyTorch's own only name and count them."""
+    hooks = (
+        *module_hooks._global_forward_hooks.values(),
+        *module_hooks._global_forward_pre_hooks.values(),
+        *module_hooks._global_backward_hooks.values(),
+        *module_hooks._global_backward_pre_hooks.values(),
+    )
+    return any(not (getattr(hook, "__module__", None) or "").startswith("torch.") for hook in hooks)
 
 
 def _is_hooked(module: nn.Module) -> bool:

@@ -87,9 +87,11 @@ class EGMLADecoderLayer(GradientCheckpointingLayer):
             self.post_feedforward_layernorm = EGMLARMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def __call__(self, hidden_states: torch.Tensor, gate_input: torch.Tensor | None = None, **kwargs):
-        # Positional here: re-entrant gradient checkpointing drops the gradients of keyword arguments. The caller uses
-        # a keyword, so that tools can put a module with `forward(hidden_states, **kwargs)` in a layer's place.
-        return super().__call__(hidden_states, gate_input, **kwargs)
+        # A keyword as in Llama's layers, so that tools can hook a layer or put a module of their own in its place. But
+        # re-entrant gradient checkpointing drops the gradients of keyword arguments.
+        if self.gradient_checkpointing and self.training:
+            return super().__call__(hidden_states, gate_input, **kwargs)
+        return super().__call__(hidden_states, gate_input=gate_input, **kwargs)
 
     def forward(self, hidden_states: torch.Tensor, gate_input: torch.Tensor | None, **kwargs) -> torch.Tensor:
         if self.post_norm:  # as `Olmo2DecoderLayer`
@@ -188,12 +190,10 @@ class EGMLAModel(EGMLAPreTrainedModel):
             return False
         if new_tokens > 1 and not self._continues_cheaper_absorbed(new_tokens, past_key_values):
             return False
-        return can_absorb(
-            # A tool that skips layers may put a module without attention in one's place.
-            (layer.self_attn.kv_b_proj for layer in self.layers if hasattr(layer, "self_attn")),
-            max(self.config.layer_kv_lora_ranks),
-            like,
-        )
+        # A tool that skips layers may put a module without attention in one's place, or one around the attention.
+        attentions = (layer.self_attn for layer in self.layers if hasattr(layer, "self_attn"))
+        up_projections = [getattr(attention, "kv_b_proj", None) for attention in attentions]
+        return None not in up_projections and can_absorb(up_projections, max(self.config.layer_kv_lora_ranks), like)
 
     def _continues_cheaper_absorbed(self, new_tokens: int, past_key_values: Cache) -> bool:
         """Tell whether several new tokens after a past take fewer operations in the latent space."""

@@ -4,6 +4,7 @@ import pytest
 import torch
 from cases import BASE, difference, tiny_model, token_ids
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     DynamicCache,
     EncoderDecoderCache,
@@ -157,6 +158,59 @@ HOOKS = {
 }
 
 
+GLOBAL_HOOKS = {
+    "outputs changed": (
+        nn.modules.module.register_module_forward_hook,
+        lambda up: lambda module, inputs, output: output.relu() if module is up else None,
+    ),
+    "inputs changed": (
+        nn.modules.module.register_module_forward_pre_hook,
+        lambda up: lambda module, inputs: (inputs[0] + 0.3,) if module is up else None,
+    ),
+}
+
+
+@pytest.mark.parametrize("register, make_hook", GLOBAL_HOOKS.values(), ids=GLOBAL_HOOKS)
+def test_hooks_on_every_module_count(register, make_hook):
+    model = tiny_model()
+    plain = uncached(model)
+    handle = register(make_hook(model.model.layers[0].self_attn.kv_b_proj))
+    try:
+        assert difference(uncached(model), plain) > 0.1
+        assert difference(cached(model), uncached(model)) < ROUNDING
+    finally:
+        handle.remove()
+
+
+def test_counting_operations_leaves_decoding_as_it_is():
+    """PyTorch's counter hooks every module, only to name it: it must count the absorbed step, not expand for it."""
+    model = tiny_model()
+    with torch.no_grad():
+        cache = model(IDS[:, :-1], use_cache=True).past_key_values
+        with FlopCounterMode(display=False) as counter:
+            model(IDS[:, -1:], past_key_values=cache)
+    modules = counter.get_flop_counts()
+    assert any(name.endswith("o_proj") for name in modules)
+    assert not any(name.endswith("kv_b_proj") for name in modules)
+
+
+LAYER_HOOKS = {
+    "a tensor": lambda module, inputs: inputs[0] + 0.5,
+    "a tuple": lambda module, inputs: (inputs[0] + 0.5,),
+}
+
+
+@pytest.mark.parametrize("hook", LAYER_HOOKS.values(), ids=LAYER_HOOKS)
+@pytest.mark.parametrize("case", ["input-gate", "table-gate"])
+def test_a_hook_may_replace_the_inputs_of_a_layer(case, hook):
+    """As for Llama's layers, hidden states are the only positional input, and the gate keeps its own."""
+    model = tiny_model(case)
+    plain = uncached(model)
+    model.model.layers[1].register_forward_pre_hook(hook)
+    assert difference(uncached(model), plain) > 0.1
+    assert difference(cached(model), uncached(model)) < ROUNDING
+
+
 @pytest.mark.parametrize("hook", HOOKS.values(), ids=HOOKS)
 def test_hooks_on_the_up_projection_count(hook):
     model = tiny_model()
@@ -182,4 +236,21 @@ def test_a_layer_may_be_replaced_by_one_without_attention():
 
     model = tiny_model()
     model.model.layers[1] = Skip()
+    assert difference(cached(model), uncached(model)) < ROUNDING
+
+
+def test_attention_may_stand_inside_another_module():
+    class Halved(nn.Module):
+        def __init__(self, attention):
+            super().__init__()
+            self.attention = attention
+
+        def forward(self, **kwargs):
+            output, weights = self.attention(**kwargs)
+            return output / 2, weights
+
+    model = tiny_model()
+    plain = uncached(model)
+    model.model.layers[0].self_attn = Halved(model.model.layers[0].self_attn)
+    assert difference(uncached(model), plain) > 0.1
     assert difference(cached(model), uncached(model)) < ROUNDING
