@@ -256,7 +256,8 @@ def check_stock_cache(cache: Any, config: EGMLAConfig) -> None:
             raise ValueError(
                 f"Layer {layer_idx} of past_key_values holds keys of {keys.shape[1]} heads with {keys.shape[3]} "
                 f"elements, and this model caches one latent of {rank} elements per token. A cache of another model "
-                f"does not fit: {remedy} PEFT's prefix tuning makes such keys: use prompt tuning, p-tuning or LoRA."
+                f"does not fit: {remedy} PEFT's prefix tuning makes such keys: use prompt tuning, p-tuning or LoRA. "
+                "So does convert_and_export_with_cache: use export_with_dynamic_cache."
             )
 
 

@@ -13,6 +13,7 @@ from transformers import (
     StaticCache,
 )
 from transformers.cache_utils import Cache, DynamicLayer
+from transformers.integrations.executorch import TorchExportableModuleWithStaticCache, export_with_dynamic_cache
 
 from egmla import EGMLACache
 
@@ -111,6 +112,22 @@ def test_prefix_tuning_is_refused(projection):
         model(IDS, labels=IDS)
     with pytest.raises(ValueError, match="prefix tuning makes such keys"):
         model.generate(input_ids=IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=2)
+
+
+def test_export_recipes():
+    """Of the two recipes in Transformers, one makes keys and values per head, which a latent cache cannot hold."""
+    ids, mask = IDS[:1, :PREFIX], torch.ones(1, PREFIX, dtype=torch.long)
+    model = tiny_model()
+    model.generation_config.cache_implementation = "static"
+    module = TorchExportableModuleWithStaticCache(model, batch_size=1, max_cache_len=16)
+    with pytest.raises(ValueError, match="So does convert_and_export_with_cache: use export_with_dynamic_cache"):
+        module(ids, cache_position=torch.arange(PREFIX))
+    model = tiny_model()
+    program = export_with_dynamic_cache(model, ids, mask).module()
+    cache = DynamicCache(config=model.config)
+    outputs = program(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True)
+    with torch.no_grad():
+        assert difference(outputs.logits, model(ids).logits) < ROUNDING
 
 
 # --- tools that look into layers ---
