@@ -42,25 +42,23 @@ def assert_same_function(ours, theirs, ids):
     assert not any("gate_proj" in name for name in theirs.state_dict() if "self_attn" in name)
 
 
-@pytest.mark.parametrize("refinement", [CLOSED_FORM, REFINED], ids=["closed form", "refined"])
 @pytest.mark.parametrize(
-    ("name", "freqfold", "P"),
+    ("name", "freqfold", "P", "refinement"),
     [
-        ("llama linear", 1, 10),
-        ("llama llama3, wide heads", 7, 2),
-        ("mistral, window of the whole context", 1, 14),
-        ("mistral yarn mqa", 1, 10),
-        ("llama dynamic", 1, 10),
+        ("llama linear", 1, 10, REFINED),
+        ("llama llama3, wide heads", 7, 2, REFINED),
+        ("mistral, window of the whole context", 1, 14, CLOSED_FORM),
+        ("mistral yarn mqa", 1, 10, CLOSED_FORM),
+        ("llama dynamic", 1, 10, CLOSED_FORM),
     ],
 )
 def test_converted_with_latent_norm(make_source, calibration, tmp_path, name, freqfold, P, refinement):
     """All frequencies in slots, or every seventh: both are stock frequencies of that width."""
     _, folder = make_source(name)
     recipe = Recipe(slots="uniform", freqfold=freqfold, latent_norm=True)
-    widths = {"kv_lora_rank": 9, "qk_rope_head_dim": P}
-    assert_same_function(
-        *both_layouts(folder, tmp_path, **widths, recipe=recipe, refinement=refinement, calibration=calibration)
-    )
+    options = {"kv_lora_rank": 9, "qk_rope_head_dim": P, "recipe": recipe, "refinement": refinement}
+    options |= {"calibration": calibration, "calibration_tokens": 4096}
+    assert_same_function(*both_layouts(folder, tmp_path, **options))
 
 
 def test_refinement_trains_the_gain(make_source, calibration, tmp_path):
