@@ -147,6 +147,16 @@ def models(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def healed(models, tmp_path_factory) -> tuple[Path, dict]:
+    """An uninterrupted run of `runs.heal` with its default settings: the folder it wrote, and the report."""
+    from runs import heal
+
+    folder = tmp_path_factory.mktemp("healed") / "healed"
+    torch.manual_seed(0)
+    return folder, heal(models, folder)
+
+
+@pytest.fixture(scope="session")
 def one_task_index():
     """Reads lm-eval's ten thousand task files, a quarter of a minute, once instead of for each manager."""
     index = pytest.importorskip("lm_eval.tasks._index").TaskIndex

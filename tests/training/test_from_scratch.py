@@ -63,6 +63,13 @@ def scratch(models, target, places=None, fields=None, **changes):
     return train_from_scratch(config, target, scratch_settings(**values), **options)
 
 
+@pytest.fixture(scope="module")
+def trained(models, tmp_path_factory) -> tuple[Path, dict]:
+    """An uninterrupted run of `scratch` with its default settings: the folder it wrote, and the report."""
+    folder = tmp_path_factory.mktemp("trained") / "trained"
+    return folder, scratch(models, folder)
+
+
 def test_train_scores_at_the_end_on_request(models, tmp_path, one_task_index):
     """lm-eval scores the result; wrong tasks are refused before training."""
     data = Path(__file__).parents[1] / "fixtures" / "lm_eval"
@@ -139,15 +146,15 @@ def test_a_new_tokenizer_reads_the_beginning_of_a_file(models, tmp_path, monkeyp
     assert len(tokenizer("zyzzyva")["input_ids"]) > 4  # from the whole file it would become one token
 
 
-def test_a_killed_training_resumes_bit_for_bit(models, tmp_path, monkeypatch):
-    whole = scratch(models, tmp_path / "whole")
+def test_a_killed_training_resumes_bit_for_bit(models, trained, tmp_path, monkeypatch):
+    folder, whole = trained
     monkeypatch.setattr("egmla.training.trainer.ProgressReport.on_step_end", fail_at_step(10))
     with pytest.raises(KeyboardInterrupt):
         scratch(models, tmp_path / "stopped")
     monkeypatch.undo()
     report = scratch(models, tmp_path / "stopped")
     assert report["resumed_at_step"] == 8 and report["losses"] == whole["losses"]
-    assert same_weights(tmp_path / "stopped", tmp_path / "whole")
+    assert same_weights(tmp_path / "stopped", folder)
 
 
 def fail_at_step(step: int):
@@ -158,12 +165,11 @@ def fail_at_step(step: int):
     return fail
 
 
-def test_train_is_repeatable(models, tmp_path):
-    one, two, other = (
-        scratch(models, tmp_path / name, seed=seed) for name, seed in (("one", 0), ("two", 0), ("other", 1))
-    )
+def test_train_is_repeatable(models, trained, tmp_path):
+    folder, one = trained
+    two, other = (scratch(models, tmp_path / str(seed), seed=seed) for seed in (0, 1))
     assert one["losses"] == two["losses"]
-    assert same_weights(tmp_path / "one", tmp_path / "two")
+    assert same_weights(folder, tmp_path / "0")
     assert one["losses"] != other["losses"]
 
 

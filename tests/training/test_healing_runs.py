@@ -174,11 +174,10 @@ def test_the_card_of_a_healed_model_has_the_results_of_its_report(models, tmp_pa
         write_card(tmp_path / "first")
 
 
-def test_a_model_of_the_hub_keeps_its_reports(models, tmp_path, monkeypatch):
+def test_a_model_of_the_hub_keeps_its_reports(models, healed, tmp_path, monkeypatch):
     """Reports of conversion and earlier healing are fetched by the Hub's own functions, not by `Path`."""
-    heal(models, tmp_path / "first")
     repository, revision = tmp_path / "hub" / "models--me--first", 10 * "0123"
-    shutil.copytree(tmp_path / "first", repository / "snapshots" / revision)
+    shutil.copytree(healed[0], repository / "snapshots" / revision)
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(revision)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
@@ -338,17 +337,17 @@ def test_adapters_are_not_sharded(models, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_healed_models_load_without_the_package(models, tmp_path, clean_python):
-    heal(models, tmp_path / "healed")
+def test_healed_models_load_without_the_package(healed, clean_python):
+    folder = str(healed[0])
     script = (
         "import sys, torch; from transformers import AutoModelForCausalLM as A, AutoTokenizer as T; "
-        f"m = A.from_pretrained({str(tmp_path / 'healed')!r}, trust_remote_code=True); "
-        f"T.from_pretrained({str(tmp_path / 'healed')!r}); "
+        f"m = A.from_pretrained({folder!r}, trust_remote_code=True); "
+        f"T.from_pretrained({folder!r}); "
         "print(m(torch.arange(5)[None]).logits.double().sum().item(), 'egmla' in sys.modules)"
     )
     done = subprocess.run([clean_python, "-c", script], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     total, imported = done.stdout.split()[-2:]
-    model = EGMLAForCausalLM.from_pretrained(tmp_path / "healed")
+    model = EGMLAForCausalLM.from_pretrained(folder)
     assert imported == "False"
     assert float(total) == pytest.approx(model(torch.arange(5)[None]).logits.double().sum().item(), rel=1e-5)
