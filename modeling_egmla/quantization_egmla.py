@@ -134,3 +134,14 @@ def quantize_tokens(entries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     half = (codes.shape[-1] + 1) // 2
     low, high = torch.nn.functional.pad(codes, (0, codes.shape[-1] % 2)).split(half, dim=-1)
     return low | (high << 4), torch.cat((scales, zeros), dim=-2)
+
+
+def dequantize_tokens(codes: torch.Tensor, scales: torch.Tensor, out: torch.Tensor) -> None:
+    """Write the entries of `quantize_tokens`, codes `[..., g * W / 2]` and scales `[..., 2 W]`, to `[..., g, W]`."""
+    width = out.shape[-1]
+    codes = codes.unflatten(-1, (out.shape[-2], -1))
+    scales = scales.unflatten(-1, (2, width)).float()
+    low, high = out.split([codes.shape[-1], width - codes.shape[-1]], dim=-1)
+    low.copy_(codes & 15)
+    high.copy_((codes >> 4)[..., : high.shape[-1]])
+    torch.addcmul(scales[..., 1:, :], out, scales[..., :1, :], out=out)

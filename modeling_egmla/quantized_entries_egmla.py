@@ -6,14 +6,16 @@
 
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+from torch.nn.functional import pad
 from transformers.utils import is_torchdynamo_compiling
 
 from .cpu_egmla import cpu_threads
 from .entries_egmla import Entries
+from .quantization_egmla import dequantize_tokens
 
 
 # Tokens converted to floating point at a time, of all sequences together: fewer cost more small operations, and more
@@ -73,6 +75,17 @@ class QuantizedEntries(Entries):
         """Return pieces `[..., R + P]`, or sums of their latents `[..., R]`, without the rotation."""
         return rows
 
+    def sections(self, rows: torch.Tensor) -> Iterator[tuple[torch.Tensor, Iterable[torch.Tensor], int]]:
+        """All entries in order, in sections whose pieces are alike. Most forms have one.
+
+        Args:
+            rows (`torch.Tensor`): queries `[B, rows, R + P]`, scaled, in fp32.
+
+        Returns:
+            Queries `[B, rows, w]`, pieces `[B, n, w]`, and how many of their first elements are values.
+        """
+        yield self.rotate(rows), self.pieces(), self.latent_width
+
     def to_tensor(self) -> torch.Tensor:
         entries = torch.empty(self.shape, dtype=self.dtype, device=self.device)
         start = 0
@@ -95,14 +108,13 @@ class QuantizedEntries(Entries):
         product of few rows keeps one core busy, so each piece is cut in parts for the threads that the batch leaves
         idle.
         """
-        B, R = query.shape[0], self.latent_width
-        rotated = self.rotate(query[:, 0].float() * scaling)  # [B, rows, R + P]
+        B = query.shape[0]
         threads = max(1, cpu_threads() // B) if query.device.type == "cpu" else 1
-        queries = rotated.repeat_interleave(threads, dim=0)
         found, start = [], 0
-        for piece in self.pieces():
-            for parts in _in_parts(piece, threads):  # [B * count, n, R + P]
-                scores = torch.bmm(rotated if parts.shape[0] == B else queries, parts.transpose(1, 2))
+        for rows, pieces, values in self.sections(query[:, 0].float() * scaling):
+            queries = rows.repeat_interleave(threads, dim=0)
+            for parts in (parts for piece in pieces for parts in _in_parts(piece, threads)):  # [B * count, n, w]
+                scores = torch.bmm(rows if parts.shape[0] == B else queries, parts.transpose(1, 2))
                 if attention_mask is not None:
                     count, n = parts.shape[0] // B, parts.shape[1]
                     mask = attention_mask[:, 0, :, start : start + count * n].unflatten(-1, (count, n)).transpose(1, 2)
@@ -118,8 +130,10 @@ class QuantizedEntries(Entries):
                 # It cancels out in the end, and so does its gradient.
                 top = scores.detach().amax(dim=-1, keepdim=True)
                 weights = scores.sub_(top).exp_()
-                found.append((torch.bmm(weights, parts[..., :R]), weights.sum(dim=-1, keepdim=True), top))
-        # [B, parts, rows, R or 1]
+                found.append((torch.bmm(weights, parts[..., :values]), weights.sum(dim=-1, keepdim=True), top))
+        width = max(output.shape[-1] for output, _, _ in found)
+        found = [(pad(output, (0, width - output.shape[-1])), total, top) for output, total, top in found]
+        # [B, parts, rows, width or 1]
         outputs, totals, tops = (
             torch.cat([tensor.unflatten(0, (B, -1)) for tensor in kind], dim=1) for kind in zip(*found, strict=True)
         )
@@ -176,45 +190,57 @@ class ElementGroups(QuantizedEntries):
             yield piece
 
 
-class TokenGroups(QuantizedEntries):
-    """Entries in int4: groups of `g` tokens, and tokens kept as they are `[B, 1, n, W]`.
+class GroupedEntries(QuantizedEntries):
+    """Groups of `g` tokens, and tokens as they came `[B, 1, n, C]`, the first few before all groups, the rest behind.
 
-    The first few of these come before all groups and the rest behind them. Codes are `[B, 1, capacity, g * W / 2]`,
-    scales and zero points `[B, 1, capacity, 2 W]`, of which `groups` are in use.
+    Codes are `[B, 1, capacity, .]`, scales and zero points `[B, 1, capacity, 2 C]`, of which `groups` are in use.
+
+    Args:
+        layer: the layer whose storages are read, a `TokenGroupLayer`.
+        shape, latent_width, dtype, device: as of `Entries`.
     """
 
-    cpu_operator = "latent_attention_int4"
+    def __init__(self, layer: Any, shape: torch.Size, latent_width: int, dtype: torch.dtype, device: torch.device):
+        super().__init__(shape, latent_width, dtype, device)
+        self.kept = layer.kept
+        self.first = layer.first_tokens
+        self.codes = layer.buffer
+        self.scales = layer.scales
+        self.groups = layer.groups
+        self.group_size = layer.group_size
 
-    def __init__(self, kept, first: int, codes, scales, groups: int, group_size: int, latent_width: int):
-        B, _, held, width = kept.shape
-        shape = torch.Size((B, 1, held + groups * group_size, width))
-        super().__init__(shape, latent_width, kept.dtype, kept.device)
-        self.kept = kept
-        self.first = first
-        self.codes = codes
-        self.scales = scales
-        self.groups = groups
-        self.group_size = group_size
+    def pieces_of_groups(self) -> Iterator[torch.Tensor]:
+        """All groups in order, dequantised in fp32: pieces `[B, n, g, C]`, valid as those of `pieces` are."""
+        raise NotImplementedError
 
-    def operator_arguments(self) -> tuple[Any, ...]:
-        return self.kept, self.first, self.codes, self.scales, self.groups
-
-    def pieces(self) -> Iterator[torch.Tensor]:
-        width = self.shape[3]
+    def pieces(self, after_first: bool = False) -> Iterator[torch.Tensor]:
         kept = self.kept[:, 0]
-        if self.first:
+        if self.first and not after_first:
             yield kept[:, : self.first].float()
-        groups = max(1, self.piece_tokens // self.group_size)
-        for start in range(0, self.groups, groups):
-            end = min(self.groups, start + groups)
-            codes = self.codes[:, 0, start:end].unflatten(-1, (self.group_size, -1))
-            scales = self.scales[:, 0, start:end].unflatten(-1, (2, width)).float()
-            piece = piece_memory((*codes.shape[:-1], width), codes.device)
-            low, high = piece.split([codes.shape[-1], width - codes.shape[-1]], dim=-1)
-            low.copy_(codes & 15)
-            high.copy_((codes >> 4)[..., : high.shape[-1]])
-            torch.addcmul(scales[:, :, 1:], piece, scales[:, :, :1], out=piece)
+        for piece in self.pieces_of_groups():
             yield piece.flatten(1, 2)
         for piece in kept[:, self.first :].split(self.piece_tokens, dim=1):
             if piece.shape[1]:
                 yield piece.float()
+
+
+class TokenGroups(GroupedEntries):
+    """Entries in int4: codes of two elements in each byte."""
+
+    cpu_operator = "latent_attention_int4"
+
+    def __init__(self, layer: Any):
+        B, _, held, width = layer.kept.shape
+        shape = torch.Size((B, 1, held + layer.groups * layer.group_size, width))
+        super().__init__(layer, shape, layer.kv_lora_rank, layer.kept.dtype, layer.kept.device)
+
+    def operator_arguments(self) -> tuple[Any, ...]:
+        return self.kept, self.first, self.codes, self.scales, self.groups
+
+    def pieces_of_groups(self) -> Iterator[torch.Tensor]:
+        groups = max(1, self.piece_tokens // self.group_size)
+        for start in range(0, self.groups, groups):
+            end = min(self.groups, start + groups)
+            piece = piece_memory((self.shape[0], end - start, self.group_size, self.shape[3]), self.device)
+            dequantize_tokens(self.codes[:, 0, start:end], self.scales[:, 0, start:end], piece)
+            yield piece
