@@ -7,6 +7,8 @@ import torch
 from transformers.cache_utils import Cache
 from transformers.utils import is_torchdynamo_compiling
 
+from .allocated_cache_egmla import AllocatedLatentLayer
+from .bit_allocation_egmla import UNQUANTIZED_BITS, find_allocation
 from .cache_layers_egmla import FixedLatentLayer, GrowingLatentLayer, LatentLayer
 from .configuration_egmla import EGMLAConfig
 from .entries_egmla import Entries
@@ -30,13 +32,17 @@ class EGMLACache(Cache):
         offloading (`bool`, *optional*, defaults to `False`):
             Keep layers in CPU memory and prefetch each one. This is Transformers' mechanism. It needs an accelerator.
         quantization (`str`, *optional*):
-            "int8" or "int4" for integer codes with a scale per group; `None` keeps entries as they are.
+            "int8" or "int4" for integer codes with a scale per group; `None` leaves it to `bits`.
         quantization_group_size (`int`, *optional*):
             For int8 elements of a token per scale, a divisor of every layer's `R` and of `P`, by default the largest
             one up to 64. For int4 tokens per scale, by default 64.
         expected_tokens (`int`, *optional*):
             Tokens that a growing cache makes room for when the first ones come; it takes more too. For prompts read in
             chunks: growing step by step copies what is there and leaves holes in the C library's heap.
+        bits (`float`, `int` or `dict`, *optional*):
+            `None` holds entries as the configuration says: with its `kv_cache_bits`, or as they are. A share of the
+            source's bytes, such as 0.125, chooses the largest of the configuration's budgets that takes no more. 16
+            keeps entries as they are. A dictionary of the form of `kv_cache_bits` is another allocation.
 
     Example:
 
@@ -57,6 +63,7 @@ class EGMLACache(Cache):
         quantization: str | None = None,
         quantization_group_size: int | None = None,
         expected_tokens: int | None = None,
+        bits: float | dict[str, Any] | None = None,
     ):
         if not hasattr(config, "layer_kv_lora_ranks"):
             raise TypeError(
@@ -77,6 +84,17 @@ class EGMLACache(Cache):
                 f"quantization={quantization!r} with max_cache_len={max_cache_len}: only growing caches are "
                 "quantised; leave out one of the two."
             )
+        if quantization is not None and bits is not None:
+            raise ValueError(
+                f"quantization={quantization!r} with bits={str(bits)[:100]}: each says how entries are held; leave "
+                "out one of the two."
+            )
+        allocation = None if quantization is not None else find_allocation(config, bits)
+        if allocation is not None and max_cache_len is not None:
+            raise ValueError(
+                f"max_cache_len={max_cache_len} with allocated bits (kv_cache_bits): only growing caches are "
+                f"quantised; leave it out, or give bits={UNQUANTIZED_BITS} for entries as they are."
+            )
         if expected_tokens is not None and (expected_tokens < 1 or max_cache_len is not None):
             raise ValueError(
                 f"expected_tokens={expected_tokens} with max_cache_len={max_cache_len}: it must be at least 1 token, "
@@ -87,6 +105,8 @@ class EGMLACache(Cache):
             if quantization is not None:
                 kind: Any = QUANTIZED_LAYERS[quantization]
                 layers.append(kind(rank, config.qk_rope_head_dim, layer_idx, group_size=quantization_group_size))
+            elif allocation is not None:
+                layers.append(AllocatedLatentLayer(allocation, layer_idx))
             elif max_cache_len is None:
                 layers.append(GrowingLatentLayer(rank, config.qk_rope_head_dim, layer_idx))
             else:

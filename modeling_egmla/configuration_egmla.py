@@ -5,6 +5,8 @@ from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 
+from .bit_allocation_egmla import BitAllocation, read_allocation
+
 
 KV_GATES = ("latent", "expanded", None)
 # A token's id in the cache (int32), from which expanded gates are computed at every step.
@@ -85,6 +87,9 @@ class EGMLAConfig(PreTrainedConfig):
         kv_gate_embedding_dim (`int`, *optional*):
             `None` feeds the gate with the model's input embedding. A number gives each layer a table of its own,
             `vocab_size x kv_gate_embedding_dim` (256 in the paper).
+        kv_cache_bits (`dict`, *optional*):
+            Bits of each cached channel, by which caches of this model hold entries unless asked otherwise;
+            `bit_allocation_egmla.py` has its form. `None` caches entries as they are.
         attention_bias (`bool`, *optional*, defaults to `False`):
             Bias on `q_a_proj`, `kv_encoder_proj`, `kv_a_proj_with_mqa` and `o_proj` (DeepSeek's meaning).
         query_bias (`bool`, *optional*, defaults to `False`):
@@ -145,6 +150,7 @@ class EGMLAConfig(PreTrainedConfig):
     latent_norm_eps: float | int = 1e-6
     kv_gate: str | None = "latent"
     kv_gate_embedding_dim: int | None = None
+    kv_cache_bits: dict | None = None
     softmax_scale: float | int | None = None
     rope_interleave: bool = True
     rope_parameters: RopeParameters | dict | None = None
@@ -306,6 +312,7 @@ class EGMLAConfig(PreTrainedConfig):
                 f"{self.num_hidden_layers - 1}; use None to rotate all."
             )
         self._validate_rope_slots()
+        self.bit_allocation()  # reads it, and says what is wrong with it
 
     def _require_positive(self, *names: str):
         for name in names:
@@ -386,6 +393,12 @@ class EGMLAConfig(PreTrainedConfig):
         if self.rope_slots and isinstance(self.rope_slots[0], list):
             return self.rope_slots[layer_idx]
         return self.rope_slots
+
+    def bit_allocation(self) -> BitAllocation | None:
+        """Bits of each cached channel as `kv_cache_bits` has them, or `None` for entries as they are."""
+        if self.kv_cache_bits is None:
+            return None
+        return read_allocation(self.kv_cache_bits, self.layer_kv_lora_ranks, self.qk_rope_head_dim)
 
     @property
     def cache_elements_per_layer(self) -> list[int]:

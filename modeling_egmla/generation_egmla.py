@@ -21,21 +21,31 @@ from .cache_egmla import EGMLACache
 from .configuration_egmla import EGMLAConfig
 
 
-def quantized_cache_options(cache_config: dict | None) -> dict[str, Any]:
+def quantized_cache_options(cache_config: dict | None, config: EGMLAConfig) -> dict[str, Any]:
     """Arguments of `EGMLACache` for the `cache_config` of `generate(cache_implementation="quantized")`.
 
-    Source: `QuantizedCache` of Transformers, whose names these are, `nbits` (4 by default there too) and
-    `q_group_size`.
+    Without options it is the allocation of the configuration where it has one, else int4.
+
+    Source: `QuantizedCache` of Transformers, whose names are `nbits` (4 by default there too) and `q_group_size`.
+    `bits` is that of `EGMLACache`.
 
     Raises:
         ValueError: for other keys, which name choices this cache does not have, and other numbers of bits.
     """
     options = dict(cache_config or {})
+    if "bits" in options or (not options and config.kv_cache_bits is not None):
+        bits = options.pop("bits", None)
+        if options:
+            raise ValueError(
+                f"cache_config has bits={str(bits)[:100]} and {', '.join(map(repr, options))}: bits says it all; "
+                "leave the rest out."
+            )
+        return {"bits": bits}
     bits, group_size = options.pop("nbits", 4), options.pop("q_group_size", None)
     if options:
         raise ValueError(
             f"cache_config has {', '.join(map(repr, options))}, and the quantised cache of this model takes only "
-            "nbits and q_group_size; it needs no backend. Leave the rest out."
+            "nbits and q_group_size, or bits; it needs no backend. Leave the rest out."
         )
     names = {8: "int8", 4: "int4"}
     if bits not in names:
@@ -65,7 +75,7 @@ class EGMLAGenerationMixin(GenerationMixin):
         options = {}
         # An assistant is called many times with the same settings, and from the second time on with its cache.
         if generation_config.cache_implementation == "quantized" and (given is None or generation_config.is_assistant):
-            options = quantized_cache_options(generation_config.cache_config)
+            options = quantized_cache_options(generation_config.cache_config, self.config)
             # Transformers' quantised cache needs a backend that need not be installed; its default one is replaced.
             generation_config = copy.copy(generation_config)
             generation_config.cache_implementation = None

@@ -35,6 +35,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .absorption_egmla import absorption_pays, can_absorb
 from .attention_egmla import EGMLAAttention, EGMLAGateNorm, EGMLARMSNorm
+from .bit_allocation_egmla import UNQUANTIZED_BITS
 from .cache_egmla import EGMLACache, check_stock_cache, holds_latents
 from .configuration_egmla import AUTO_MAP, MOE_MODULES, EGMLAConfig
 from .cpu_egmla import linear
@@ -229,7 +230,8 @@ class EGMLAModel(EGMLAPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         if use_cache and past_key_values is None:
-            past_key_values = EGMLACache(self.config)
+            # Rounding has no gradient.
+            past_key_values = EGMLACache(self.config, bits=UNQUANTIZED_BITS if torch.is_grad_enabled() else None)
         elif past_key_values is not None and not holds_latents(past_key_values):
             check_stock_cache(past_key_values, self.config)
         pages = kwargs.get("cache")

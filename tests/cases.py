@@ -74,6 +74,17 @@ MODEL_CASES = {
         "post_norm": True,
     },
     "always-absorbed": {"kv_lora_rank": 6, "softmax_scale": 0.4},
+    # Short texts are within the first tokens, which are cached as they are.
+    "allocated bits": {
+        "kv_cache_bits": {
+            "group_tokens": 8,
+            "first_tokens": 256,
+            "layers": [
+                {"latent": [[8, 6], [4, 10], [3, 2]], "rope": [[6, 1], [2, 2]]},
+                {"latent": [[2, 9]], "rope": []},
+            ],
+        }
+    },
     "expanded gate": {"kv_gate": "expanded"},
     "expanded gate, tables": {
         "kv_gate": "expanded",
@@ -84,6 +95,9 @@ MODEL_CASES = {
         "tie_word_embeddings": False,
     },
 }
+
+# Cases whose caches have allocated bits unless asked otherwise: no gradients, and no fixed size.
+ALLOCATED_CASES = tuple(name for name, fields in MODEL_CASES.items() if "kv_cache_bits" in fields)
 
 # Not among the cases above: the reference implementation has no experts, which are Transformers' own.
 EXPERTS = {
@@ -111,9 +125,12 @@ CODE_FILES = {
     f"{name}_egmla.py"
     for name in (
         "absorption",
+        "allocated_cache",
         "attention",
+        "bit_allocation",
         "cache",
         "cache_layers",
+        "channel_codes",
         "configuration",
         "converted_attention",
         "cpu",

@@ -111,7 +111,7 @@ def test_allocation_is_bounded_beyond_1000_tokens(published_models):
 @torch.no_grad()
 def test_size_follows_the_rank_of_each_layer(case):
     model, ids = tiny_model(case), token_ids(3, 7)
-    for cache in (EGMLACache(model.config), EGMLACache(model.config, max_cache_len=7)):
+    for cache in (EGMLACache(model.config, bits=16), EGMLACache(model.config, max_cache_len=7, bits=16)):
         model(ids, past_key_values=cache)
         widths = [layer.buffer.shape[-1] for layer in cache.layers]
         assert widths == model.config.cache_elements_per_layer
@@ -278,7 +278,7 @@ def test_no_slot_is_read_before_it_is_written(case, poisoned_memory):
     model, ids = tiny_model(case), token_ids(2, 12)
     expected = model(ids, use_cache=False).logits
     for length in (None, 40):
-        cache = EGMLACache(model.config, max_cache_len=length)
+        cache = EGMLACache(model.config, max_cache_len=length, bits=length and 16)
         logits = [model(ids[:, :5], past_key_values=cache).logits]
         logits += [model(ids[:, t : t + 1], past_key_values=cache).logits for t in range(5, 12)]
         assert difference(torch.cat(logits, dim=1), expected) <= TOLERANCE
@@ -304,7 +304,7 @@ def test_poisoned_memory_is_poisoned(poisoned_memory):
 def test_reordered_cache_continues_the_right_sequence(case):
     model, ids = tiny_model(case), token_ids(3, 9)
     for length in (None, 12):
-        cache = EGMLACache(model.config, max_cache_len=length)
+        cache = EGMLACache(model.config, max_cache_len=length, bits=length and 16)
         model(ids[:, :6], past_key_values=cache)
         order = torch.tensor([2, 2, 0])
         cache.reorder_cache(order)
@@ -504,7 +504,8 @@ def test_training_with_a_cache_keeps_gradients(case, kind):
     model(ids, labels=ids, use_cache=False).loss.backward()
     expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     model.zero_grad()
-    cache = None if kind == "default" else EGMLACache(model.config, max_cache_len=12 if kind == "fixed" else None)
+    length = 12 if kind == "fixed" else None
+    cache = None if kind == "default" else EGMLACache(model.config, max_cache_len=length, bits=16)
     out = model(ids, labels=ids, past_key_values=cache, use_cache=True)
     assert out.past_key_values.get_seq_length() == 9
     out.loss.backward()

@@ -450,7 +450,10 @@ def test_wrong_updates_leave_the_cache_usable(quantization):
             lambda: cache.append(latent.to("meta"), rope.to("meta"), 0),
             "gives entries on meta, but this cache holds its own on cpu; use a new cache, or move the model back",
         ),
-        (training, "require gradients, and this cache is quantised: .* Use EGMLACache.model.config. for training"),
+        (
+            training,
+            "require gradients, and this cache is quantised: .* Use EGMLACache.model.config, bits=16. for training",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             call()

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import CORE_CASES, EXPANDED_CASES, difference, needs_compiler, token_ids
+from cases import ALLOCATED_CASES, CORE_CASES, EXPANDED_CASES, difference, needs_compiler, token_ids
 from cases import tiny_model as make_model
 from transformers import CompileConfig, DynamicCache, StaticCache
 
 from egmla import EGMLACache
+from egmla.allocated_cache_egmla import AllocatedLatentLayer
 from egmla.cache_layers_egmla import FixedLatentLayer, GrowingLatentLayer
 
 
@@ -31,6 +32,11 @@ BEAMS = {"max_new_tokens": NEW_TOKENS, "num_beams": 4, "do_sample": False, "num_
 def tiny_model(case="input-gate", **overrides):
     """Untied: a tied head of random weights likes to repeat the last token, which many a defect does as well."""
     return make_model(case, tie_word_embeddings=False, **overrides)
+
+
+def growing_layer(case):
+    """Class of the layers that a model of this case caches in by default."""
+    return AllocatedLatentLayer if case in ALLOCATED_CASES else GrowingLatentLayer
 
 
 @torch.no_grad()
@@ -55,7 +61,7 @@ def test_greedy_equals_a_loop_without_a_cache(case):
     out = generate(model, ids, **GREEDY)
     assert torch.equal(out.sequences, expected)
     assert type(out.past_key_values) is EGMLACache
-    assert all(type(layer) is GrowingLatentLayer for layer in out.past_key_values.layers)
+    assert all(type(layer) is growing_layer(case) for layer in out.past_key_values.layers)
     assert out.past_key_values.get_seq_length() == 7 + NEW_TOKENS - 1
     assert torch.equal(generate(model, ids, use_cache=False, **GREEDY).sequences, expected)
     assert len(set(expected[:, 7:].flatten().tolist())) > NEW_TOKENS // 2
@@ -71,7 +77,8 @@ def test_left_padded_batch(case):
     rows = [token_ids(1, length, seed=length)[0] for length in (7, 3, 1)]
     ids = torch.stack([torch.cat((torch.zeros(7 - len(row), dtype=torch.long), row)) for row in rows])
     expected = [greedy_loop(model, row[None])[0, -NEW_TOKENS:] for row in rows]
-    for options in ({}, {"cache_implementation": "static", "disable_compile": True}):
+    static = {"cache_implementation": "static", "disable_compile": True}
+    for options in ({}, static) if case not in ALLOCATED_CASES else ({},):
         out = generate(model, ids, attention_mask=(ids != 0).long(), **GREEDY, **options).sequences
         assert torch.equal(out[:, 7:], torch.stack(expected))
 
@@ -102,7 +109,7 @@ def test_given_caches_are_used_and_kept(case, kind):
     model, ids = tiny_model(case), token_ids(2, 7)
     cache = {
         "growing": lambda: EGMLACache(model.config),
-        "fixed": lambda: EGMLACache(model.config, max_cache_len=40),
+        "fixed": lambda: EGMLACache(model.config, max_cache_len=40, bits=16),
         "stock dynamic": lambda: DynamicCache(config=model.config),
         "stock static": lambda: StaticCache(config=model.config, max_cache_len=40),
     }[kind]()
@@ -116,9 +123,13 @@ def test_given_caches_are_used_and_kept(case, kind):
 @pytest.mark.parametrize("implementation", ["dynamic", "static"])
 def test_cache_implementation(case, implementation):
     model, ids = tiny_model(case), token_ids(2, 7)
+    if implementation == "static" and case in ALLOCATED_CASES:
+        with pytest.raises(ValueError, match="only growing caches are quantised"):
+            generate(model, ids, cache_implementation=implementation, **GREEDY)
+        return
     out = generate(model, ids, cache_implementation=implementation, disable_compile=True, **GREEDY)
     assert type(out.past_key_values) is EGMLACache
-    layer_type = FixedLatentLayer if implementation == "static" else GrowingLatentLayer
+    layer_type = FixedLatentLayer if implementation == "static" else growing_layer(case)
     assert all(type(layer) is layer_type for layer in out.past_key_values.layers)
     assert torch.equal(out.sequences, generate(model, ids, **GREEDY).sequences)
 

@@ -56,7 +56,7 @@ def make_cache(kind: str, config, length: int = 24):
         pytest.skip("holds no token ids; that it is refused is tested in test_expanded_gate.py")
     return {
         "growing": lambda: EGMLACache(config),
-        "fixed": lambda: EGMLACache(config, max_cache_len=length),
+        "fixed": lambda: EGMLACache(config, max_cache_len=length, bits=16),
         "stock dynamic": lambda: DynamicCache(config=config),
         "stock static": lambda: StaticCache(config=config, max_cache_len=length),
     }[kind]()
@@ -183,7 +183,7 @@ def test_training_through_a_continuation(case, absorb):
     expected = gradients(model)
     for value in (False, case not in EXPANDED_CASES):
         model.zero_grad()
-        cache = EGMLACache(model.config)
+        cache = EGMLACache(model.config, bits=16)
         absorb(False)
         model(ids[:, :6], past_key_values=cache)
         absorb(value)
