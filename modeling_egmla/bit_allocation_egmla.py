@@ -12,8 +12,8 @@ Example of a configuration with one layer:
 
 Latent runs count channels, rotary runs pairs. A pair is channels `i` and `P / 2 + i` of a cached rotary key: rotation
 leaves first members in the first half. The first tokens are held as they are. So are the last `recent_tokens` (0 by
-default) and those after the last whole group. `share` says which part of the source's bf16 bytes `layers` takes.
-`budgets` are smaller allocations by that share.
+default) and those after the last whole group. The field `share` says which part of the source's bf16 bytes `layers`
+takes. Smaller allocations, by that share, are `budgets`.
 """
 
 from collections.abc import Sequence
@@ -99,7 +99,7 @@ class BitAllocation:
         """Return the allocation of the largest budget that takes at most this share of the source's bytes.
 
         Raises:
-            ValueError: where there is none.
+            ValueError: where no budget is that small.
         """
         known = dict(self.budgets) if self.share is None else {**self.budgets, self.share: self.layers}
         fitting = [budget for budget in known if budget <= share]
@@ -180,8 +180,8 @@ def find_allocation(config: Any, bits: Any) -> BitAllocation | None:
 
     Args:
         config (`EGMLAConfig`): the model's configuration.
-        bits: `None` for what the configuration says, 16 for entries as they are, a share of the source's bytes up to 1
-            for a budget of the configuration, or a dictionary of the form of `kv_cache_bits`.
+        bits: `None` for what the configuration says, or 16 for entries as they are. A share of the source's bytes, up
+            to 1, is for a budget of the configuration. A dictionary has the form of `kv_cache_bits`.
 
     Raises:
         ValueError: for anything else, and where the configuration has no such budget.

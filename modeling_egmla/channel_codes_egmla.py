@@ -2,8 +2,8 @@
 """Codes of cache channels with a bit width each: quantisation of groups of tokens, and packing. Pure functions.
 
 A group is `g` neighbouring tokens. Each of its channels has a centre and a half range, and `g` codes of the channel's
-width, which divide the range evenly (groups along the tokens as KIVI, arXiv 2402.02750, has them for keys). Channels
-of one width lie beside one another and are a run.
+width, which divide the range evenly. Groups run along the tokens, as in KIVI (arXiv 2402.02750) for keys. Channels of
+one width lie beside one another and are a run.
 
 Half ranges and centres take a byte each. At 2 bits an element, more would be a fifth of everything:
 

@@ -88,8 +88,8 @@ class EGMLAConfig(PreTrainedConfig):
             `None` feeds the gate with the model's input embedding. A number gives each layer a table of its own,
             `vocab_size x kv_gate_embedding_dim` (256 in the paper).
         kv_cache_bits (`dict`, *optional*):
-            Bits of each cached channel, by which caches of this model hold entries unless asked otherwise;
-            `bit_allocation_egmla.py` has its form. `None` caches entries as they are.
+            Bits of each cached channel. Caches of this model hold entries by them unless asked otherwise. The form is
+            in `bit_allocation_egmla.py`. `None` caches entries as they are.
         attention_bias (`bool`, *optional*, defaults to `False`):
             Bias on `q_a_proj`, `kv_encoder_proj`, `kv_a_proj_with_mqa` and `o_proj` (DeepSeek's meaning).
         query_bias (`bool`, *optional*, defaults to `False`):

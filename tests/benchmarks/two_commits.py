@@ -1,9 +1,9 @@
-"""Compare the time of a decode step between two installations of this package, by turns.
+"""Compare the time of a decode step between two installations of this package, interleaved.
 
     python tests/benchmarks/two_commits.py BEFORE/bin/python AFTER/bin/python --context 512,8192 --threads 2
 
 Each interpreter has one of the two commits installed. One process each holds model and cache; only one of them
-computes at a time, a few steps in turn. So a machine whose speed changes within seconds changes both. Random weights,
+computes at a time, a few steps each. So a machine whose speed changes within seconds changes both. Random weights,
 batch 1, growing cache, CPU kernel where it loads. The last line of the output is one JSON object: medians of each and
 the median of the paired ratios with a 95 % interval (bootstrap).
 """
