@@ -39,8 +39,8 @@ class AllocatedEntries(GroupedEntries):
     """
 
     def __init__(self, layer: "AllocatedLatentLayer"):
-        shape = torch.Size((layer.batch_size, 1, int(layer.stored), layer.width))
-        super().__init__(layer, shape, layer.kv_lora_rank, layer.kept.dtype, layer.kept.device)
+        storages = layer.kept, layer.first_tokens, layer.buffer, layer.scales
+        super().__init__(*storages, layer.groups, layer.group_size, layer.kv_lora_rank, layer.width)
         self.bits = layer.bits
         self.dropped = layer.dropped
 

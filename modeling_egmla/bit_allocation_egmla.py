@@ -104,7 +104,7 @@ class BitAllocation:
         known = dict(self.budgets) if self.share is None else {**self.budgets, self.share: self.layers}
         fitting = [budget for budget in known if budget <= share]
         if not fitting:
-            there = ", ".join(f"{budget:g}" for budget in sorted(known)) or "none besides the stored one"
+            there = ", ".join(f"{budget:g}" for budget in sorted(known)) or "only the stored one"
             raise ValueError(
                 f"bits={share:g}: must be one of the budgets of kv_cache_bits ({there}) or more, "
                 f"{UNQUANTIZED_BITS} for entries as they are, or None for the stored allocation."

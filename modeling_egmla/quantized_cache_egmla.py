@@ -196,7 +196,8 @@ class Int4LatentLayer(TokenGroupLayer):
 
     @property
     def entries(self) -> TokenGroups:
-        return TokenGroups(self)
+        storages = self.buffer, self.scales, self.groups
+        return TokenGroups(self.kept, self.first_tokens, *storages, self.group_size, self.kv_lora_rank)
 
     def encode(self, groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         codes, scales = quantize_tokens(groups)

@@ -196,18 +196,20 @@ class GroupedEntries(QuantizedEntries):
     Codes are `[B, 1, capacity, .]`, scales and zero points `[B, 1, capacity, 2 C]`, of which `groups` are in use.
 
     Args:
-        layer: the layer whose storages are read, a `TokenGroupLayer`.
-        shape, latent_width, dtype, device: as of `Entries`.
+        width (`int`): `R + P`, of which `C` elements are stored.
+        others: what is named above; `first` and `groups` are numbers, `latent_width` is `R`.
     """
 
-    def __init__(self, layer: Any, shape: torch.Size, latent_width: int, dtype: torch.dtype, device: torch.device):
-        super().__init__(shape, latent_width, dtype, device)
-        self.kept = layer.kept
-        self.first = layer.first_tokens
-        self.codes = layer.buffer
-        self.scales = layer.scales
-        self.groups = layer.groups
-        self.group_size = layer.group_size
+    def __init__(self, kept, first: int, codes, scales, groups: int, group_size: int, latent_width: int, width: int):
+        B, _, held, _ = kept.shape
+        shape = torch.Size((B, 1, held + groups * group_size, width))
+        super().__init__(shape, latent_width, kept.dtype, kept.device)
+        self.kept = kept
+        self.first = first
+        self.codes = codes
+        self.scales = scales
+        self.groups = groups
+        self.group_size = group_size
 
     def pieces_of_groups(self) -> Iterator[torch.Tensor]:
         """All groups in order, dequantised in fp32: pieces `[B, n, g, C]`, valid as those of `pieces` are."""
@@ -229,10 +231,8 @@ class TokenGroups(GroupedEntries):
 
     cpu_operator = "latent_attention_int4"
 
-    def __init__(self, layer: Any):
-        B, _, held, width = layer.kept.shape
-        shape = torch.Size((B, 1, held + layer.groups * layer.group_size, width))
-        super().__init__(layer, shape, layer.kv_lora_rank, layer.kept.dtype, layer.kept.device)
+    def __init__(self, kept, first: int, codes, scales, groups: int, group_size: int, latent_width: int):
+        super().__init__(kept, first, codes, scales, groups, group_size, latent_width, kept.shape[3])
 
     def operator_arguments(self) -> tuple[Any, ...]:
         return self.kept, self.first, self.codes, self.scales, self.groups

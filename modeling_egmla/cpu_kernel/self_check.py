@@ -4,7 +4,6 @@
 import itertools
 from collections.abc import Iterator
 from functools import partial
-from types import SimpleNamespace
 
 import torch
 
@@ -66,9 +65,7 @@ def _comparisons(
     packed = torch.randint(0, 256, (B, 1, S // group, group * W // 2), dtype=torch.uint8, generator=generator)
     factors = numbers(B, 1, S // group, 2 * W).bfloat16() / 16
     groups = entries[:, :, :0], 0, packed, factors, S // group
-    names = ("kept", "first_tokens", "buffer", "scales", "groups")
-    layer = SimpleNamespace(**dict(zip(names, groups, strict=True)), group_size=group, kv_lora_rank=R)
-    from_int4 = TokenGroups(layer).to_tensor()
+    from_int4 = TokenGroups(*groups, group, R).to_tensor()
 
     rest = mask, scaling, R
     rounded, pairs = query.bfloat16(), entries.bfloat16()

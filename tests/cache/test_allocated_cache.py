@@ -620,6 +620,6 @@ def test_a_budget_without_an_allocation_is_refused():
         EGMLACache(tiny_config(), bits=0.125)
     bits = {name: value for name, value in BITS.items() if name not in ("share", "budgets")}
     config = EGMLAConfig(**{**BASE, "kv_lora_rank": [12, 20], "qk_rope_head_dim": 4, "kv_cache_bits": bits})
-    with pytest.raises(ValueError, match=re.escape("kv_cache_bits (none besides the stored one) or more")):
+    with pytest.raises(ValueError, match=re.escape("kv_cache_bits (only the stored one) or more")):
         EGMLACache(config, bits=0.5)
     assert type(EGMLACache(config, bits=16, max_cache_len=9)) is EGMLACache
