@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -61,6 +62,46 @@ def perplexity(
         if progress is not None:
             progress(done, len(windows))
     return math.exp(total / scored)
+
+
+@torch.no_grad()
+def cached_losses(
+    model,
+    windows: torch.Tensor,
+    make_cache: Callable[[], Any],
+    chunk: int = 64,
+    batch_size: int = 3,
+    progress: Callable[[int, int], None] | None = None,
+) -> torch.Tensor:
+    """Mean negative log-likelihood of each window, read `chunk` tokens at a time through a cache, as in decoding.
+
+    What a cache has rounded is seen by all later chunks. Read at once, a window would see its own entries exact.
+
+    Args:
+        model: a causal language model of Transformers.
+        windows (`torch.Tensor`): ids `[windows, window]`; the first token of each is context only.
+        make_cache (`Callable`): makes an empty cache.
+        chunk (`int`): tokens read at a time.
+        batch_size (`int`): windows read side by side.
+        progress (*optional*): called with (windows done, windows in total).
+
+    Returns:
+        `torch.Tensor`: nats per scored token `[windows]`; perplexity is exp of their mean.
+    """
+    found = []
+    for rows in windows.split(batch_size):
+        ids, cache = rows.to(model.device), make_cache()
+        total = torch.zeros(len(rows), dtype=torch.float64)
+        for start in range(0, ids.shape[1] - 1, chunk):
+            stop = min(start + chunk, ids.shape[1] - 1)
+            logits = model(ids[:, start:stop], past_key_values=cache, use_cache=True).logits.float()
+            labels = ids[:, start + 1 : stop + 1]
+            losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
+            total += losses.double().sum(dim=1).cpu()
+        found.append(total / (ids.shape[1] - 1))
+        if progress is not None:
+            progress(sum(map(len, found)), len(windows))
+    return torch.cat(found)
 
 
 def recovered_share(source: float | None, before: float | None, after: float | None) -> float | None:

@@ -6,7 +6,8 @@ import pytest
 import torch
 from shapes import CharacterTokenizer, build
 
-from egmla.utils.perplexity import perplexity, recovered_share, token_windows
+from egmla import EGMLACache
+from egmla.utils.perplexity import cached_losses, perplexity, recovered_share, token_windows
 
 
 def test_perplexity_by_hand():
@@ -41,3 +42,14 @@ def test_recovered_share_by_hand():
     assert recovered_share(4.0, 16.0, 32.0) == pytest.approx(-0.5)
     assert recovered_share(None, 16.0, 8.0) is None
     assert recovered_share(4.0, 4.0, 3.0) is None
+
+
+def test_losses_through_a_cache_are_those_of_each_window_by_itself():
+    model = build("egmla")
+    windows = torch.randint(0, 97, (3, 21))
+    seen = []
+    losses = cached_losses(
+        model, windows, lambda: EGMLACache(model.config), 8, 2, progress=lambda *state: seen.append(state)
+    )
+    expected = [math.log(perplexity(model, window[None])) for window in windows]
+    assert losses.tolist() == pytest.approx(expected, rel=1e-4) and seen == [(2, 3), (3, 3)]
