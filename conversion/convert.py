@@ -17,6 +17,7 @@ from egmla.utils.folders import JOURNAL, check_space, check_target, staged_folde
 from egmla.utils.models import meta_model
 from egmla.utils.provenance import CONVERSION_REPORT, machine, software_versions, source_commit, weights_sha256
 
+from .bits import spend_bits
 from .job import Job, dry_report, planned_report, prepare, report_plan, wanted_shapes
 from .journal import Journal, check_unfinished
 from .layer_loop import allocate_ranks, converted_layers
@@ -26,12 +27,16 @@ from .report import (
     draw_report,
     slots_per_frequency,
     source_perplexity,
+    through_caches,
     write_report,
 )
 from .settings import ConversionSettings, check_settings, find_settings
 from .shards import ShardWriter
 from .source import Source
 from .texts import EvaluationText
+
+
+EVALUATED_CACHES = 2  # of the sizes that a cache with bits can be used at, the largest: each takes a run
 
 
 def convert_checkpoint(
@@ -111,6 +116,10 @@ def _write(
         writer = _write_layers(job, folder, journal, progress)
         config = job.final_config(journal.layers)
         _write_companions(folder, config, job.source, writer)
+        if job.settings.allocates_bits:
+            report["cache"] = spend_bits(
+                folder, job.sequences, job.budget, device=job.settings.device, progress=progress
+            )
         report |= {
             "layers": journal.layers,
             **journal.spent(),
@@ -140,6 +149,7 @@ def _journal_settings(job: Job, report: Mapping[str, Any]) -> dict[str, Any]:
     settings = {
         "source": job.source.fingerprint(),
         **{name: report[name] for name in ("layout", "plan", "recipe", "refinement", "calibration")},
+        **({"bits": report["bits"]} if "bits" in report else {}),
         "dtype": job.settings.dtype,
         "versions": software_versions(),
         # Training amplifies differences in the order of sums, which depends on the machine.
@@ -180,8 +190,8 @@ def _check_same_conversion(target: Path, found: dict[str, Any], wanted: dict[str
         wanted["plan"]["ranks"] = found["plan"]["ranks"]
     different = [
         name
-        for name in ("source", "layout", "plan", "recipe", "refinement", "calibration")
-        if found.get(name) != wanted[name]
+        for name in ("source", "layout", "plan", "recipe", "refinement", "calibration", "bits")
+        if found.get(name) != wanted.get(name)
     ]
     if found.get("settings", {}).get("dtype") != wanted["settings"]["dtype"]:
         different.append("dtype")
@@ -203,11 +213,15 @@ def _add_evaluation(
     device: str | None,
 ) -> dict[str, Any]:
     """The report of a written model with perplexities before and after, which is written too."""
-    perplexities = {
-        "source": source_perplexity(source, evaluation, progress, device),
-        "converted": converted_perplexity(target, evaluation, progress, device),
-    }
-    report = report | {"evaluation": evaluation.describe() | perplexities}
+    if "cache" in report:
+        shares = [budget["share"] for budget in report["cache"]["budgets"]]
+        figures = through_caches(source, target, evaluation, shares[:EVALUATED_CACHES], progress, device)
+    else:
+        figures = {
+            "source": source_perplexity(source, evaluation, progress, device),
+            "converted": converted_perplexity(target, evaluation, progress, device),
+        }
+    report = report | {"evaluation": evaluation.describe() | figures}
     write_report(target, report)
     return report
 

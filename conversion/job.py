@@ -11,13 +11,23 @@ from egmla import EGMLAConfig
 from egmla.utils.models import meta_model
 from egmla.utils.provenance import public_name
 
+from .bits import SMALLER_SHARES, Budget
 from .calibration import MEASURED_TOKENS, measured_sequences
 from .deepseek_export import deepseek_attention, export_config, serving_note
 from .estimates import Disk, disk, estimate
 from .families import find_family
 from .families.base import Family
 from .layers import target_config
-from .plan import Plan, full_widths, is_full_latent, plan_conversion, plan_latent
+from .plan import (
+    Plan,
+    check_share_of_bytes,
+    full_widths,
+    is_full_latent,
+    latent_ranks,
+    plan_bits,
+    plan_conversion,
+    plan_latent,
+)
 from .recipes import Recipe
 from .refinement import Refinement
 from .settings import CheckedSettings, command_line
@@ -27,11 +37,15 @@ from .sources import open_source
 from .texts import EvaluationText, open_calibration, open_evaluation
 
 
+# Statistics decide on rotary slots alone where the rank is kept: more text changes nothing.
+BITS_TOKENS = 16384
 REFINEMENT_TOKENS_FACTOR = 3  # with less text a refinement overfits
 
 
-def calibration_tokens(tokens: int | None, refined: bool) -> int:
+def calibration_tokens(tokens: int | None, refined: bool, allocates_bits: bool = False) -> int:
     """Return how many calibration tokens to use at most."""
+    if allocates_bits and not refined:
+        return tokens or BITS_TOKENS
     return tokens or MEASURED_TOKENS * (REFINEMENT_TOKENS_FACTOR if refined else 1)
 
 
@@ -73,6 +87,13 @@ class Job:
     def refinement(self) -> Refinement:
         return self.settings.refinement
 
+    @property
+    def budget(self) -> Budget:
+        """What a cache with bits may take, and the smaller caches that it can be used as."""
+        share: Any = self.settings.cache
+        smaller = tuple(each for each in SMALLER_SHARES if each < share)
+        return Budget(share, smaller, self.plan.source_elements, self.settings.max_rank)
+
     def passthrough_tensors(self, layer_idx: int | None) -> dict[str, torch.Tensor]:
         """Read what stays as it is: of a layer, or with `None` of everything outside the layers."""
         parts = self.family.passthrough_tensors(self.source.config, layer_idx)
@@ -84,7 +105,8 @@ class Job:
         own = self.source.tensor(f"{prefix}o_proj.weight").dtype
         if self.settings.layout == "deepseek_v3":
             tensors = deepseek_attention(tensors, self.config, self.written_config)
-        dtype = self.settings.output_dtype or own
+        # With bits the attention is written anew in the end, and rounded only then.
+        dtype = torch.float32 if self.settings.allocates_bits else self.settings.output_dtype or own
         return {f"{prefix}{name}": cast(f"{prefix}{name}", tensor, dtype) for name, tensor in tensors.items()}
 
     def final_config(self, layers: list[dict[str, Any]]) -> Any:
@@ -120,7 +142,7 @@ def prepare(source: str | Path, settings: CheckedSettings) -> Job:
     sequences, calibration = torch.empty(0, 0, dtype=torch.long), None
     if not plan.exact:
         refined = bool(refinement.steps)
-        tokens = calibration_tokens(settings.calibration_tokens, refined)
+        tokens = calibration_tokens(settings.calibration_tokens, refined, settings.allocates_bits)
         sequences, calibration = open_calibration(
             opened, settings.calibration, tokens, recipe.sequence_length, evaluation
         )
@@ -137,7 +159,7 @@ def planned_report(job: Job) -> dict[str, Any]:
     """Return the part of the report that is known before the work."""
     settings, source, plan = job.settings, job.source, job.plan
     evaluation = None if job.evaluation is None else job.evaluation.describe()
-    asked = ("exact", "kv_lora_rank", "qk_rope_head_dim", "cache", "calibration_tokens", "dtype")
+    asked = ("exact", "kv_lora_rank", "qk_rope_head_dim", "cache", "cache_dtype", "max_rank", "calibration_tokens")
     report: dict[str, Any] = {
         "source": {
             "label": public_name(source.label),
@@ -148,7 +170,7 @@ def planned_report(job: Job) -> dict[str, Any]:
         "command": command_line(source.label, settings, job.calibration, evaluation),
         "layout": settings.layout,
         "plan": report_plan(plan),
-        "settings": {name: getattr(settings, name) for name in asked},
+        "settings": {name: getattr(settings, name) for name in (*asked, "dtype")},
         "recipe": None if plan.exact else asdict(settings.recipe),
         "refinement": None if plan.exact or not settings.refinement.steps else asdict(settings.refinement),
         "calibration": job.calibration,
@@ -156,6 +178,8 @@ def planned_report(job: Job) -> dict[str, Any]:
     }
     if job.calibration is not None:
         report["settings"]["calibration_tokens"] = job.calibration["tokens_asked"]
+    if settings.allocates_bits:
+        report["bits"] = {"share": settings.cache, "max_rank": settings.max_rank}
     if (note := serving_note(job.written_config)) is not None:
         report["serving"] = note
     return report
@@ -181,10 +205,26 @@ def _planned(config: PreTrainedConfig, family: Family, settings: CheckedSettings
     full = is_full_latent(config, *given) if family.latent else given == full_widths(family.shape(config))
     if settings.calibration is None and full:
         settings = settings.made_exact()  # all that the source has: nothing to calibrate
+    if settings.allocates_bits:
+        return settings, _planned_with_bits(config, family, settings)
     widths = settings.exact, settings.kv_lora_rank, settings.qk_rope_head_dim, settings.cache
     if family.latent:
         return settings, plan_latent(config, *widths)
     return settings, plan_conversion(config, family.shape(config), *widths, settings.recipe)
+
+
+def _planned_with_bits(config: PreTrainedConfig, family: Family, settings: CheckedSettings) -> Plan:
+    """Plan a conversion that keeps the rank, for a cache with bits."""
+    if settings.exact or settings.kv_lora_rank is not None:
+        raise ValueError(
+            f"cache={settings.cache} with exact={settings.exact}, kv_lora_rank={settings.kv_lora_rank}: give either "
+            "cache or kv_lora_rank or exact: each decides the size of the cache (max_rank limits the rank of cache)."
+        )
+    share: Any = settings.cache
+    if family.latent:
+        check_share_of_bytes(share)
+        return plan_latent(config, False, latent_ranks(config), settings.qk_rope_head_dim)
+    return plan_bits(config, family.shape(config), share, settings.qk_rope_head_dim, settings.recipe)
 
 
 def _check_recipe(config: PreTrainedConfig, family: Family, plan: Plan, settings: CheckedSettings) -> None:

@@ -11,6 +11,9 @@ from .families.base import AttentionShape
 from .recipes import Recipe
 
 
+LEAST_SHARE = 0.05  # of the source's bytes that a cache with bits can be asked for
+
+
 @dataclass(frozen=True)
 class Plan:
     """What a conversion will do, known before it starts.
@@ -85,6 +88,34 @@ def plan_conversion(
     )
     ranks = _layer_ranks(kv_lora_rank, [full - qk_rope_head_dim] * layers, holds)
     return Plan(False, ranks, qk_rope_head_dim, full * layers, sum(ranks) + layers * qk_rope_head_dim)
+
+
+def plan_bits(
+    config: PreTrainedConfig, shape: AttentionShape, cache: float, qk_rope_head_dim: int | None, recipe: Recipe
+) -> Plan:
+    """The plan of a conversion whose cache gets bits by importance: all of the rank beside a wide rotary key.
+
+    Raises:
+        ValueError: for a share or widths that the source does not allow.
+    """
+    check_share_of_bytes(cache)
+    if qk_rope_head_dim is None:
+        # Two thirds of all keys that rotate lose nothing, and what is weak in them gets few bits (LOG, 2026-11-30).
+        widths = recipe.rope_widths(shape)
+        qk_rope_head_dim = max(width for width in widths if width <= max(2 * shape.rope_width // 3, widths[0]))
+    rank = 2 * shape.kv_width - qk_rope_head_dim
+    return plan_conversion(config, shape, False, rank, qk_rope_head_dim, None, recipe)
+
+
+def check_share_of_bytes(cache: float) -> None:
+    """Raises `ValueError` for a share of the source's bytes that no cache with bits has."""
+    if not 0 < cache <= 1:
+        raise ValueError(f"cache={cache}: the share of the source's cache to keep must be above 0 and at most 1.")
+    if cache < LEAST_SHARE:
+        raise ValueError(
+            f"cache={cache}: with bits a cache has at least {LEAST_SHARE} of the source's bytes; give a larger share, "
+            "or cache_dtype='bf16' for a cache of few elements (--cache-dtype bf16)."
+        )
 
 
 def deal_ranks(spectra: Sequence[torch.Tensor], rank: int) -> list[int]:

@@ -4,20 +4,27 @@ import json
 import os
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache
 
-from egmla.utils.perplexity import perplexity
+from egmla import EGMLACache
+from egmla.utils.perplexity import cached_losses, perplexity
 from egmla.utils.plotting import COLOURS, check_matplotlib
 from egmla.utils.progress import Progress, stage_progress
 from egmla.utils.provenance import CONVERSION_FIGURE, CONVERSION_REPORT
+from egmla.utils.retrieval import make_passages, measure_retrieval, summarise
 
 from .sources import load_source
 from .texts import EvaluationText
+
+
+RETRIEVAL_TOKENS = 512
+RETRIEVAL_PASSAGES = 6
 
 
 def write_report(folder: Path, report: Mapping[str, Any]) -> None:
@@ -44,6 +51,66 @@ def converted_perplexity(
     return perplexity(
         model.to(device or "cpu").eval(), evaluation.windows, stage_progress("evaluate converted", progress)
     )
+
+
+def through_caches(
+    source: str | Path,
+    folder: Path,
+    evaluation: EvaluationText,
+    shares: Sequence[float],
+    progress: Progress | None = None,
+    device: str | None = None,
+) -> dict[str, Any]:
+    """Measure a conversion with bits as it is used, read through its cache, beside its source and its smaller caches.
+
+    Args:
+        source (`str` or `Path`): the checkpoint that was converted.
+        folder (`Path`): the converted one.
+        evaluation (`EvaluationText`): windows for perplexity, whose text also hides the facts to retrieve.
+        shares (`Sequence[float]`): the sizes of its cache.
+        progress (*optional*): called with (stage, done, total).
+        device (`str`, *optional*): the CPU by default.
+
+    Returns:
+        `dict`: perplexity of source and conversion, its ratio by size with a standard error, and facts retrieved.
+    """
+    losses, retrieved = {}, {}
+    original, tokenizer = load_source(source)
+    converted: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    room = min(RETRIEVAL_TOKENS, original.config.max_position_embeddings - 64)
+    passages = make_passages(
+        evaluation.text, room, RETRIEVAL_PASSAGES, 8, count_tokens=lambda text: len(tokenizer(text)["input_ids"])
+    )
+    sizes: dict[str, Callable[[], Any]] = {"source": lambda: DynamicCache(config=original.config)}
+    sizes |= {f"{share:g}": partial(EGMLACache, converted.config, bits=share) for share in shares}
+    for name, make_cache in sizes.items():
+        model = (original if name == "source" else converted).to(device or "cpu").eval()
+        stage = stage_progress(f"evaluate {name}", progress)
+        losses[name] = cached_losses(model, evaluation.windows, make_cache, progress=stage)
+        hits = measure_retrieval(model, tokenizer, passages, make_cache, chunk=64)
+        retrieved[name] = summarise(passages, hits)
+    found = {
+        name: {
+            "perplexity": float(loss.mean().exp()),
+            "ratio": float((loss - losses["source"]).mean().exp()),
+            "ratio_error": _standard_error(loss - losses["source"]),
+            "retrieved": retrieved[name]["hits"],
+        }
+        for name, loss in losses.items()
+    }
+    largest = found[f"{max(shares):g}"]
+    return {
+        "source": found["source"]["perplexity"],
+        "converted": largest["perplexity"],
+        "caches": found,
+        "questions": retrieved["source"]["questions"],
+        "passage_tokens": room,
+    }
+
+
+def _standard_error(differences: torch.Tensor) -> float | None:
+    """Return the standard error of a mean over windows, `None` for a single one."""
+    return float(differences.std() / len(differences) ** 0.5) if len(differences) > 1 else None
 
 
 def energy_by_rank(spectrum: torch.Tensor) -> list[list[float]]:

@@ -15,6 +15,7 @@ from .recipes import Recipe, find_recipe, nearest_recipe, recipe_options, refine
 from .refinement import Refinement
 
 
+BITS, RANK_ONLY = "bits", "bf16"  # values of `cache_dtype`
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -26,9 +27,15 @@ class ConversionSettings:
         exact (`bool`): same function and cache size as the source; needs no calibration.
         kv_lora_rank (`int` or `list[int]`, *optional*): latent width `R`, one for all layers or one per layer.
         qk_rope_head_dim (`int`, *optional*): rotary width `P`.
-        cache (`float`, *optional*): share of the source's cache to keep, instead of `kv_lora_rank`.
+        cache (`float`, *optional*): share of the source's cache to keep, instead of `kv_lora_rank`: of its bytes in
+            bf16 at 32,768 tokens, everything counted. With `cache_dtype="bf16"`, of its elements.
+        cache_dtype (`str`, *optional*): `"bits"` keeps the rank and gives each channel bits by importance; `"bf16"`
+            cuts the rank. By default bits where `cache` is given, but for the peers' recipes, a latent norm
+            and layout `"deepseek_v3"`.
+        max_rank (`int`, *optional*): with bits, most latent channels of a layer: each costs time in decoding.
         calibration (`str` or `Path`, *optional*): a plain text, required unless `exact`; never the evaluation text.
-        calibration_tokens (`int`, *optional*): most tokens to use of it; 65,536 by default, 196,608 with refinement.
+        calibration_tokens (`int`, *optional*): most tokens to use of it; 65,536 by default, 196,608 with refinement,
+            16,384 for a cache with bits.
         evaluate (`str` or `Path`, *optional*): a plain text to measure perplexity on, of the source and the result.
         evaluation_windows (`int`): most windows to use of it, of 2,048 tokens or the source's whole context.
         recipe (`str` or `Recipe`, *optional*): choices of the closed form, or a name in `RECIPES`.
@@ -47,6 +54,8 @@ class ConversionSettings:
     kv_lora_rank: int | list[int] | None = None
     qk_rope_head_dim: int | None = None
     cache: float | None = None
+    cache_dtype: str | None = None
+    max_rank: int | None = None
     calibration: str | Path | None = None
     calibration_tokens: int | None = None
     evaluate: str | Path | None = None
@@ -78,6 +87,11 @@ class CheckedSettings(ConversionSettings):
     refinement: Refinement = field(default_factory=Refinement)
     refinement_given: bool = False
 
+    @property
+    def allocates_bits(self) -> bool:
+        """Whether the cache gets bits by importance."""
+        return self.cache_dtype == BITS
+
 
 def find_settings(settings: ConversionSettings | None, options: Mapping[str, Any]) -> ConversionSettings:
     """Join settings and single options, which win.
@@ -98,9 +112,11 @@ def check_settings(settings: ConversionSettings) -> CheckedSettings:
         ValueError, TypeError: for unknown names and values, and for settings that contradict one another.
     """
     recipe = find_recipe(settings.recipe, {"latent_norm": True} if settings.latent_norm else None)
+    own = nearest_recipe(recipe) == "default"
+    cache_dtype = _checked_cache_dtype(settings, own, recipe)
     refinement = settings.refinement
     if refinement is None:
-        refinement = Refinement() if nearest_recipe(recipe) == "default" else Refinement(steps=0)
+        refinement = Refinement() if own and cache_dtype != BITS else Refinement(steps=0)
     check_layout(settings.layout, refinement)
     if settings.dtype is not None and settings.dtype not in DTYPES:
         raise ValueError(
@@ -108,7 +124,43 @@ def check_settings(settings: ConversionSettings) -> CheckedSettings:
         )
     given = {item.name: getattr(settings, item.name) for item in fields(ConversionSettings)}
     refined = settings.refinement is not None and settings.refinement.steps > 0
-    return CheckedSettings(**{**given, "recipe": recipe, "refinement": refinement}, refinement_given=refined)
+    given |= {"recipe": recipe, "refinement": refinement, "cache_dtype": cache_dtype}
+    return CheckedSettings(**given, refinement_given=refined)
+
+
+def _checked_cache_dtype(settings: ConversionSettings, own_recipe: bool, recipe: Recipe) -> str | None:
+    """Return how the cache shrinks, `None` where its widths are given.
+
+    Raises:
+        ValueError: for an unknown way, and what contradicts it.
+    """
+    asked, cache = settings.cache_dtype, settings.cache
+    if asked not in (None, BITS, RANK_ONLY):
+        raise ValueError(f"cache_dtype={asked!r}: must be {BITS!r} or {RANK_ONLY!r}, or left out.")
+    reasons = {
+        "the recipe of a peer": not own_recipe,
+        "a latent norm": recipe.latent_norm,
+        f"ranks={recipe.ranks!r}": recipe.ranks != "uniform",
+        f"layout={settings.layout!r}": settings.layout != "egmla",
+    }
+    against = [reason for reason, holds in reasons.items() if holds]
+    if asked == BITS and against:
+        raise ValueError(
+            f"cache_dtype={BITS!r} with {against[0]}: this fixes what is cached, and bits need a basis of their own; "
+            f"leave it out, or use cache_dtype={RANK_ONLY!r} (--cache-dtype {RANK_ONLY})."
+        )
+    chosen = asked if asked is not None or cache is None else (RANK_ONLY if against else BITS)
+    if asked is not None and cache is None:
+        raise ValueError(
+            f"cache_dtype={asked!r} without cache: it says how a share of the cache is reached; give cache (--cache), "
+            "or leave it out."
+        )
+    if settings.max_rank is not None and (chosen != BITS or settings.max_rank < 1):
+        raise ValueError(
+            f"max_rank={settings.max_rank} with cache={cache} and cache_dtype={chosen!r}: it must be at least 1, and "
+            "limits the channels of a cache with bits; for a rank alone use kv_lora_rank."
+        )
+    return chosen
 
 
 def command_line(
@@ -122,7 +174,8 @@ def command_line(
         calibration, evaluation (`Mapping`, *optional*): what the report says of the texts.
     """
     words = ["egmla", "convert", public_name(label), "TARGET"]
-    given = {name: getattr(settings, name) for name in ("exact", "kv_lora_rank", "qk_rope_head_dim", "cache")}
+    widths = ("exact", "kv_lora_rank", "qk_rope_head_dim", "cache", "cache_dtype", "max_rank")
+    given = {name: getattr(settings, name) for name in widths}
     if calibration is not None:
         given |= {"calibration": calibration["file"], "calibration_tokens": calibration["tokens_asked"]}
         given["refine_steps"] = settings.refinement.steps

@@ -17,6 +17,7 @@ from .job import calibration_tokens as most_calibration_tokens
 from .recipes import find_recipe
 from .refinement import Refinement
 from .report import Progress, converted_perplexity, source_perplexity, write_report
+from .settings import RANK_ONLY
 from .sources import open_source
 from .texts import MAX_CHARACTERS_PER_TOKEN, EvaluationText, open_evaluation, read_text
 
@@ -74,6 +75,7 @@ def sweep(
     )
     report = _start(target, settings, resume)
     arguments = {
+        "cache_dtype": RANK_ONLY,
         "calibration": calibration,
         "calibration_tokens": calibration_tokens,
         "refinement": refinement,

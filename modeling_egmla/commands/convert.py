@@ -19,7 +19,14 @@ def convert(
         int | None, typer.Option(metavar="P", help="Width of the shared rotary key, even.")
     ] = None,
     cache: Annotated[
-        float | None, typer.Option(metavar="FRACTION", help="Fraction of the source's cache to keep, such as 0.5.")
+        float | None,
+        typer.Option(metavar="FRACTION", help="Share of the source's cache to keep, in bytes, such as 0.25."),
+    ] = None,
+    cache_dtype: Annotated[
+        str | None, typer.Option(metavar="bits|bf16", help="bf16: reach that share by rank alone; bits by default.")
+    ] = None,
+    max_rank: Annotated[
+        int | None, typer.Option(metavar="R", help="With bits, most channels of a layer's latent: each costs time.")
     ] = None,
     exact: Annotated[
         bool, typer.Option("--exact", help="Full rank: the same function as the source, no smaller cache.")
@@ -66,17 +73,11 @@ def convert(
     from egmla.conversion import convert_checkpoint, find_recipe
     from egmla.conversion.recipes import find_refinement, split_choices
 
-    from .common import (
-        chosen_device,
-        console,
-        interruption_says,
-        progress_bars,
-        quiet_transformers,
-        read_settings,
-    )
+    from .common import chosen_device, console, interruption_says, progress_bars, quiet_transformers, read_settings
 
     quiet_transformers()
     of_recipe, of_refinement = split_choices(read_settings(choices or ()))
+    calibration = calibration or _shipped_text(cache, cache_dtype)
     with interruption_says(lambda: _kept(target) if resume else None), progress_bars() as progress:
         report = convert_checkpoint(
             source,
@@ -85,6 +86,8 @@ def convert(
             kv_lora_rank=_ranks(kv_lora_rank),
             qk_rope_head_dim=qk_rope_head_dim,
             cache=cache,
+            cache_dtype=cache_dtype,
+            max_rank=max_rank,
             calibration=calibration,
             calibration_tokens=calibration_tokens,
             refinement=find_refinement(refine_steps, refine_gate, of_refinement),
@@ -100,11 +103,16 @@ def convert(
             progress=progress,
         )
     _print_report(report, "Plan (nothing was written)" if dry_run else f"Converted to {target}")
-    if "serving" in report:
-        console().print(report["serving"], style="yellow", markup=False)
     if not dry_run and layout == "egmla":
         command = f"egmla generate {shlex.quote(str(target))} --prompt 'What is the capital of France?'"
         console().print(f"Try it: {command}", style="dim", markup=False)
+
+
+def _shipped_text(cache: float | None, cache_dtype: str | None) -> Path | None:
+    """Return the calibration text that ships with the package, for caches with bits: their rank is cut by no text."""
+    from egmla.samples import sample_path
+
+    return sample_path("calibration") if cache is not None and cache_dtype != "bf16" else None
 
 
 def _kept(target: Path) -> str | None:
@@ -131,6 +139,15 @@ def _ranks(text: str | None) -> int | list[int] | None:
     return ranks if "," in text else ranks[0]
 
 
+def _add_budget(table, budget: dict, first: bool) -> None:
+    """Add rows on an allocation: shares of the source's bytes, and how many numbers have how many bits."""
+    short, long = (f"{budget['shares'][tokens]:.2%}" for tokens in ("2048", "32768"))
+    table.add_row("cache" if first else "or", f"{long} of the bytes at 32,768 tokens, {short} at 2,048")
+    if first:
+        counts = ", ".join(f"{count:,} of {bits}" for bits, count in budget["channels"].items())
+        table.add_row("bits of its numbers, all layers", counts)
+
+
 def _print_report(report: dict, title: str) -> None:
     from rich.table import Table
     from rich.text import Text
@@ -138,14 +155,21 @@ def _print_report(report: dict, title: str) -> None:
     from .common import console
 
     source, plan, calibration = report["source"], report["plan"], report["calibration"]
+    cache = report.get("cache")
     ranks = sorted(set(plan["ranks"]))
     table = Table("", "", title=Text(title), show_header=False)
     table.add_row("source", f"{source['label']} ({source['model_type']}, {len(plan['ranks'])} layers)")
     table.add_row("kv_lora_rank", str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}, one per layer")
     table.add_row("qk_rope_head_dim", str(plan["rope_dim"]))
-    table.add_row("cache elements per token", f"{plan['source_elements']:,} -> {plan['target_elements']:,}")
-    table.add_row("cache bytes per token, bf16", f"{2 * plan['source_elements']:,} -> {2 * plan['target_elements']:,}")
-    table.add_row("cache kept", f"{plan['cache_kept']:.1%}")
+    if "bits" not in report:
+        elements = plan["source_elements"], plan["target_elements"]
+        table.add_row("cache elements per token", f"{elements[0]:,} -> {elements[1]:,}")
+        table.add_row("cache bytes per token, bf16", f"{2 * elements[0]:,} -> {2 * elements[1]:,}")
+        table.add_row("cache kept", f"{plan['cache_kept']:.1%}")
+    elif cache is None:
+        table.add_row("share of the cache's bytes", f"{report['bits']['share']:.1%}")
+    for budget in cache["budgets"] if cache else ():
+        _add_budget(table, budget, first=budget is cache["budgets"][0])
     if calibration:
         tokens = calibration["sequences"] * calibration["sequence_length"]
         table.add_row("calibration", f"{tokens:,} tokens of {calibration['file']}")
@@ -163,3 +187,5 @@ def _print_report(report: dict, title: str) -> None:
         table.add_row("seconds", f"{report['seconds']:,}")
         table.add_row("peak of memory", f"{report['peak_bytes'] / 1e9:,.1f} GB")
     console().print(table)
+    if "serving" in report:
+        console().print(report["serving"], style="yellow", markup=False)

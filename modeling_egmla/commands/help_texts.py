@@ -2,7 +2,8 @@
 
 # The groups in the order in which help shows them, each with its options.
 GROUPS = {
-    "What to make": "--kv-lora-rank --qk-rope-head-dim --cache --exact --latent-norm --layout --recipe",
+    "What to make": "--kv-lora-rank --qk-rope-head-dim --cache --cache-dtype --max-rank --exact --latent-norm "
+    "--layout --recipe",
     "Calibration and refinement": "--calibration --calibration-tokens --refine-steps --refine-gate",
     "Data": "--data --tokens --text-field --tokenizer --new-tokenizer --sequence-length",
     "Teacher and loss": "--teacher --stage --kl-weight --ce-weight --lora-rank",
@@ -29,8 +30,8 @@ EXAMPLES = {
     """,
     "convert": """
         egmla convert HuggingFaceTB/SmolLM2-135M-Instruct smollm2-exact --exact
-        egmla convert HuggingFaceTB/SmolLM2-135M-Instruct smollm2-half \\
-            --cache 0.5 --calibration text.txt
+        egmla convert HuggingFaceTB/SmolLM2-135M-Instruct smollm2-quarter \\
+            --cache 0.25 --calibration text.txt
         egmla convert --config run.yaml --dry-run
     """,
     "sweep": """

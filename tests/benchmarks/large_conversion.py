@@ -37,7 +37,7 @@ from egmla.conversion import Recipe, Refinement, convert_checkpoint
 source, target, text, tokens, steps = sys.argv[1:]
 with progress_bars() as progress:
     report = convert_checkpoint(
-        source, target, cache=0.28125, calibration=text, calibration_tokens=int(tokens),
+        source, target, cache=0.28125, cache_dtype="bf16", calibration=text, calibration_tokens=int(tokens),
         recipe=Recipe(sequence_length=int(tokens) // 4), refinement=Refinement(steps=int(steps), batch_size=1),
         dtype="bfloat16", progress=progress,
     )

@@ -95,7 +95,7 @@ CASES = {
     "rotary width too large": (None, {"qk_rope_head_dim": 50}, ["qk_rope_head_dim=50", "3 key heads of 16"]),
     "cache of nothing": (None, {"kv_lora_rank": None, "cache": 0.0}, ["cache=0.0", "above 0 and at most 1"]),
     "cache in percent": (None, {"kv_lora_rank": None, "cache": 50}, ["cache=50", "above 0 and at most 1"]),
-    "cache and rank": (None, {"cache": 0.5}, ["either cache or kv_lora_rank"]),
+    "cache and rank": (None, {"cache": 0.5}, ["either cache or kv_lora_rank", "max_rank"]),
     "no size": (None, {"kv_lora_rank": None}, ["Say how small the cache shall be"]),
     "unknown recipe": (None, {"recipe": "mha2mla"}, ["Recipe 'mha2mla' is not known", "did you mean mha2mla-like"]),
     "unknown dtype": (None, {"dtype": "float99"}, ["dtype='float99'", "must be one of float32, bfloat16, float16"]),
@@ -222,7 +222,7 @@ CASES = {
     "exact with choices": (None, {**EXACT, "recipe": "mha2mla-like"}, ["no use for choices of a recipe"]),
     "cache smaller than any": (
         None,
-        {"kv_lora_rank": None, "qk_rope_head_dim": None, "cache": 0.004},
+        {"kv_lora_rank": None, "qk_rope_head_dim": None, "cache": 0.004, "cache_dtype": "bf16"},
         ["cache=0.004: of 96 elements", "keeps 0", "the share must be at least 0.011"],
     ),
     "cache smaller than slots allow": (
@@ -237,7 +237,7 @@ CASES = {
     ),
     "cache smaller than the rotary key": (
         None,
-        {"kv_lora_rank": None, "cache": 0.05},
+        {"kv_lora_rank": None, "cache": 0.05, "cache_dtype": "bf16"},
         ["keeps 5, and the rotary key takes 8, as asked for", "must be at least 0.094"],
     ),
     "NaN in the last layer": (

@@ -309,13 +309,13 @@ def change_config(folder, target, **changes):
         (
             "deepseek_v3",
             {},
-            {"exact": False, "cache": 0.2},
+            {"exact": False, "cache": 0.2, "cache_dtype": "bf16"},
             r"cache=0.2: of 26 elements .* keeps 5, and the rotary key takes 6, which stays .* at least 0.27\.",
         ),
         (
             "egmla, ranks and slots per layer",
             {},
-            {"exact": False, "cache": 0.3},
+            {"exact": False, "cache": 0.3, "cache_dtype": "bf16"},
             r"cache=0.3: of 20 elements .* keeps 6, and the rotary key takes 6, .* must be at least 0.35\.",
         ),
         ("deepseek_v3", {}, {"exact": False, "kv_lora_rank": [8]}, r"has 1 entries and the source 2 layers"),
