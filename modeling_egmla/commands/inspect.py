@@ -80,7 +80,22 @@ def inspect(
     for context in CONTEXTS:
         held = sum(count * min(context, window or context) for count, window in zip(per_layer, windows, strict=True))
         table.add_row(f"  at {context // 1024}K tokens", in_bytes(2 * held + ids * context))
+    if is_egmla and config.kv_cache_bits is not None:
+        _add_allocated_bits(table, config, in_bytes)
     console().print(table)
+
+
+def _add_allocated_bits(table, config, in_bytes) -> None:
+    """Add what the caches of a model with allocated bits take, in bf16 where entries are as they are."""
+    stored = config.bit_allocation()
+    table.add_section()
+    channels = [bits.stored_channels for bits in stored.layers]
+    table.add_row("allocated bits: stored channels", f"{sum(channels):,} of {config.cache_elements_per_token:,}")
+    table.add_row("  of each layer", _short(channels))
+    for context in CONTEXTS:
+        table.add_row(f"  at {context // 1024}K tokens", in_bytes(stored.nbytes(context)))
+    for share in sorted(stored.budgets, reverse=True):
+        table.add_row(f"  with bits={share:g}, at 32K tokens", in_bytes(stored.at_most(share).nbytes(32_768)))
 
 
 def _gguf_config(file: Path):

@@ -8,6 +8,8 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
+from egmla import EGMLACache
+
 from . import models
 
 
@@ -119,10 +121,11 @@ def _layer_tensors(cache: Cache) -> list[list[torch.Tensor]]:
 
 
 def _cache_of(model: PreTrainedModel, tokens: int) -> Cache:
-    """Return the cache that a forward pass over `tokens` tokens fills."""
+    """Return the cache that a forward pass over `tokens` tokens fills; with entries as they are, not as codes."""
     ids = torch.zeros((1, tokens), dtype=torch.long, device=model.device)
+    given = EGMLACache(model.config, bits=16) if model.config.model_type == "egmla" else None
     with torch.no_grad():
-        cache = getattr(model(ids, use_cache=True), "past_key_values", None)
+        cache = getattr(model(ids, past_key_values=given, use_cache=True), "past_key_values", None)
     if not isinstance(cache, Cache):
         raise ValueError(
             f"{type(model).__name__} leaves {type(cache).__name__} behind, no cache of Transformers' class "

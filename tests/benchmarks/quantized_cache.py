@@ -2,9 +2,9 @@
 
     python tests/benchmarks/quantized_cache.py FOLDER --text wiki.test.raw --windows 4 --window 2048
 
-Each window goes through the cache in chunks: every token reads its past as the cache holds it. With `--chunk 1` and
-`--cpu-kernel`, chunks are decode steps of the compiled kernel, which also rounds queries and weights. The last line of
-the output is one JSON object.
+Without a folder it is a random model of SmolLM2-135M's shape, for bytes and time. Each window goes through the cache
+in chunks: every token reads its past as the cache holds it. With `--chunk 1` and `--cpu-kernel`, chunks are decode
+steps of the compiled kernel, which also rounds queries and weights. The last line of the output is one JSON object.
 """
 
 import argparse
@@ -21,7 +21,60 @@ from egmla import EGMLACache, EGMLAConfig, EGMLAForCausalLM, load_cpu_kernel
 from egmla.utils.perplexity import token_windows
 
 
-CONTESTANTS = {"full": {}, "int8": {"quantization": "int8"}, "int4": {"quantization": "int4"}}
+QUANTIZED = {"int8": {"quantization": "int8"}, "int4": {"quantization": "int4"}}
+
+
+def uniform_bits(config, bits: int) -> dict:
+    """Return an allocation that gives all channels the same bits."""
+    pairs = config.qk_rope_head_dim // 2
+    rope = [[bits, pairs]] if pairs else []
+    layers = [{"latent": [[bits, rank]], "rope": rope} for rank in config.layer_kv_lora_ranks]
+    return {"group_tokens": 64, "first_tokens": 4, "layers": layers}
+
+
+def falling_bits(config, share: float) -> dict:
+    """Return an allocation of the kind that conversions make: 6 bits to none, for a share of bf16's bytes."""
+    mixes = {
+        0.25: ([(6, 0.1), (4, 0.42), (3, 0.2), (2, 0.2)], [(6, 0.08), (4, 0.5), (3, 0.25), (2, 0.1)]),
+        0.125: ([(6, 0.03), (4, 0.15), (3, 0.2), (2, 0.25)], [(4, 0.2), (3, 0.16), (2, 0.1)]),
+    }
+    latent, rope = mixes[share]
+
+    def runs(mix, most):
+        return [[bits, round(part * most)] for bits, part in mix if round(part * most)]
+
+    layers = [
+        {"latent": runs(latent, rank), "rope": runs(rope, config.qk_rope_head_dim // 2)}
+        for rank in config.layer_kv_lora_ranks
+    ]
+    return {"group_tokens": 64, "first_tokens": 4, "recent_tokens": 64, "layers": layers}
+
+
+def contestants(config) -> dict[str, dict]:
+    """Return the arguments of `EGMLACache` for each cache to measure."""
+    found = {"full": {"bits": 16}, **QUANTIZED}
+    found |= {f"uniform {bits} bits": {"bits": uniform_bits(config, bits)} for bits in (4, 3, 2)}
+    found |= {f"falling, {share:g}": {"bits": falling_bits(config, share)} for share in (0.25, 0.125)}
+    if config.kv_cache_bits is not None:
+        found["allocated"] = {}
+        found |= {f"allocated, {share:g}": {"bits": share} for share in config.bit_allocation().budgets}
+    return found
+
+
+def smollm2_shape(layers: int) -> EGMLAForCausalLM:
+    """Return a random model of SmolLM2-135M's shape, `R` = 256 and `P` = 128; fewer layers for machines in use."""
+    config = EGMLAConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=layers,
+        num_attention_heads=9,
+        kv_lora_rank=256,
+        qk_rope_head_dim=128,
+        kv_gate=None,
+        max_position_embeddings=65536,
+    )
+    return EGMLAForCausalLM(config).eval()
 
 
 @torch.no_grad()
@@ -51,9 +104,10 @@ def filled_cache(config, context: int, dtype: torch.dtype, **options) -> EGMLACa
 def attention_milliseconds(context: int, dtype: torch.dtype, steps: int) -> dict[str, float]:
     """Return one thread's median processor time for attention of one token: 12 heads, one layer, 64 + 64 elements."""
     config = EGMLAConfig(num_hidden_layers=1, kv_lora_rank=64, qk_rope_head_dim=64)
-    layers = {name: filled_cache(config, context, dtype, **CONTESTANTS[name]).layers[0] for name in CONTESTANTS}
+    caches = contestants(config)
+    layers = {name: filled_cache(config, context, dtype, **options).layers[0] for name, options in caches.items()}
     query = torch.randn(1, 12, 1, 128).to(dtype)
-    seconds: dict[str, list[float]] = {name: [] for name in CONTESTANTS}
+    seconds: dict[str, list[float]] = {name: [] for name in caches}
     for step in range(steps + 2):
         for name, layer in layers.items():
             start = time.thread_time()
@@ -66,8 +120,11 @@ def attention_milliseconds(context: int, dtype: torch.dtype, steps: int) -> dict
 @torch.no_grad()
 def decode_milliseconds(model, context: int, steps: int) -> dict[str, float]:
     """Return median milliseconds of a decode step at `context` tokens, with interleaved contestants."""
-    caches = {name: filled_cache(model.config, context, model.dtype, **CONTESTANTS[name]) for name in CONTESTANTS}
-    seconds: dict[str, list[float]] = {name: [] for name in CONTESTANTS}
+    caches = {
+        name: filled_cache(model.config, context, model.dtype, **options)
+        for name, options in contestants(model.config).items()
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in caches}
     token = torch.tensor([[5]])
     for step in range(steps + 2):
         for name, cache in caches.items():
@@ -81,7 +138,8 @@ def decode_milliseconds(model, context: int, steps: int) -> dict[str, float]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", help="an EG-MLA checkpoint")
+    parser.add_argument("folder", nargs="?", help="an EG-MLA checkpoint; none for random weights in SmolLM2's shape")
+    parser.add_argument("--layers", type=int, default=30, help="of the model with random weights")
     parser.add_argument("--text", help="UTF-8 text to measure perplexity on; without one, only bytes and time")
     parser.add_argument("--window", type=int, default=2048)
     parser.add_argument("--windows", type=int, default=4)
@@ -94,11 +152,15 @@ def main() -> int:
     options = parser.parse_args()
     if options.cpu_kernel:
         load_cpu_kernel()
-    model = EGMLAForCausalLM.from_pretrained(options.folder, dtype=getattr(torch, options.dtype)).eval()
+    if options.folder is None:
+        model = smollm2_shape(options.layers).to(getattr(torch, options.dtype))
+    else:
+        model = EGMLAForCausalLM.from_pretrained(options.folder, dtype=getattr(torch, options.dtype)).eval()
     bf16_bytes = model.config.cache_bytes_per_token()
     result: dict = {"window": options.window, "chunk": options.chunk, "dtype": options.dtype}
     result |= {"threads": torch.get_num_threads(), "bf16_bytes_per_token": bf16_bytes}
-    for name, cache_options in CONTESTANTS.items():
+    caches = contestants(model.config)
+    for name, cache_options in caches.items():
         shares = {}
         for context in sorted({options.window, 8192, 32768}):
             nbytes = filled_cache(model.config, context, torch.bfloat16, **cache_options).nbytes
@@ -110,7 +172,7 @@ def main() -> int:
         with open(options.text, encoding="utf-8") as file:
             windows = token_windows(tokenizer, file.read(), options.window, options.windows)
         result["windows"] = len(windows)
-        for name, cache_options in CONTESTANTS.items():
+        for name, cache_options in caches.items():
             value = perplexity_through_cache(model, windows, options.chunk, **cache_options)
             cost = value / result.get("full", {}).get("perplexity", value) - 1
             result[name] |= {"perplexity": value, "cost": cost}

@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MixtralCo
 import egmla.commands.demo
 import egmla.conversion
 from egmla import EGMLAConfig, EGMLAForCausalLM
+from egmla.commands.common import in_bytes
 from egmla.samples import sample_text
 
 
@@ -78,6 +79,25 @@ def test_inspect_folders(llama, latent):
     ours = run("inspect", latent)
     assert "fed by the input embedding" in ours.stdout
     assert re.search(r"cache elements per token\s+│ 24 ", ours.stdout)
+
+
+def test_inspect_allocated_bits(tmp_path):
+    """Bytes of the stored allocation and of each budget, beside those of entries as they are."""
+    layer = {"latent": [[8, 16], [4, 32]], "rope": [[3, 16]]}
+    small = {"latent": [[2, 16]], "rope": []}
+    bits = {"group_tokens": 64, "first_tokens": 4, "layers": 2 * [layer], "budgets": {"0.05": 2 * [small]}}
+    config = EGMLAConfig(num_hidden_layers=2, kv_cache_bits=bits)
+    config.save_pretrained(tmp_path)
+    shown = run("inspect", tmp_path).stdout
+    assert re.search(r"cache elements per token\s*│\s*256\b", shown)
+    assert re.search(r"allocated bits: stored channels\s*│\s*160 of 256\b", shown)
+    # 32,764 tokens after the first: 511 groups and 60 tokens. The channels have 8, 4 and 3 bits.
+    group = 64 * (16 * 8 + 32 * 4 + 32 * 3) // 8 + 2 * 80
+    stored = 2 * (511 * group + 2 * (4 * 128 + 60 * 80))
+    budget = 2 * (511 * (64 * 16 * 2 // 8 + 2 * 16) + 2 * (4 * 128 + 60 * 16))
+    whole = 2 * 32_768 * 128 * 2
+    rows = re.findall(r"at 32K tokens\s*│\s*([\d.]+ \w+)", shown)
+    assert rows == [in_bytes(nbytes) for nbytes in (whole, stored, budget)]
 
 
 def test_inspect_a_sliding_window(tmp_path):
