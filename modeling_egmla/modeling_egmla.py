@@ -26,7 +26,7 @@ from transformers.modeling_layers import (
     GradientCheckpointingLayer,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
+from transformers.modeling_utils import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRotaryEmbedding
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, is_torchdynamo_compiling
@@ -42,6 +42,16 @@ from .cpu_egmla import linear
 from .entries_egmla import needs_no_mask
 from .expanded_gate_egmla import attention_class, find_gate_input
 from .generation_egmla import EGMLAGenerationMixin, check_paged_cache
+
+
+try:
+    from transformers.modeling_utils import slice_logits_to_keep
+except ImportError:  # before Transformers 5.23; serving engines pin older ones
+
+    def slice_logits_to_keep(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+        """Return the positions `[B, T', D]` that logits are wanted of: the last ones, or those given by index."""
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        return hidden_states[:, kept]
 
 
 class EGMLARotaryEmbedding(LlamaRotaryEmbedding):
