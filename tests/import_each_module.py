@@ -4,7 +4,7 @@ The processes are forks of one that has torch and Transformers loaded, and nothi
 seconds, a module of ours a fraction of one.
 """
 
-import importlib
+import importlib.util
 import multiprocessing
 import pkgutil
 import sys
@@ -24,7 +24,10 @@ def send_names(to) -> None:
     names = {package.__name__ for package in packages}
     for package in packages:
         names |= {module.name for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")}
-    to.send(sorted(name for name in names if not name.endswith("__main__")))
+    names = {name for name in names if not name.endswith("__main__")}
+    if importlib.util.find_spec("vllm") is None:  # it has an environment of its own, and tests there
+        names = {name for name in names if not name.startswith("egmla.serving.vllm_")}
+    to.send(sorted(names))
 
 
 def fork(target, *arguments):

@@ -39,6 +39,7 @@ ARROWS = {
     "training": GROUND | {"conversion", "evaluation"},
     "model_cards": GROUND | {"evaluation"},
     "publishing": GROUND | {"model_cards"},
+    "serving": GROUND,
     "commands": None,  # any room
     "entry_point": {"commands"},
 }
