@@ -191,8 +191,8 @@ def _gain(low: int, high: int, storage: Storage) -> float:
 def _thresholds(kinds: Sequence[torch.Tensor], levels: list[int], storage: Storage) -> list[float]:
     """All thresholds at which a channel gets another level, highest first."""
     values = torch.cat([values.double() for values in kinds])
-    gains = torch.tensor([_gain(low, high, storage) for low, high in pairwise(levels)])
-    found = torch.outer(values, gains.double()).flatten().unique().flip(0)
+    gains = torch.tensor([_gain(low, high, storage) for low, high in pairwise(levels)], dtype=torch.float64)
+    found = torch.outer(values, gains).flatten().unique().flip(0)
     return [value for value in found.tolist() if value > 0]
 
 

@@ -48,9 +48,9 @@ def differences(model, source, length: int = 100, ids: torch.Tensor | None = Non
     return float(whole), float((steps[0] - steps[1]).abs().max())
 
 
-def tokenized(folder, text) -> torch.Tensor:
-    """Ids `[1, 100]` of the text's beginning, by the tokenizer that calibration uses: classes differ in spaces."""
-    return AutoTokenizer.from_pretrained(folder)(text.read_text()[:100], return_tensors="pt")["input_ids"]
+def tokenized(folder, text, length: int = 100) -> torch.Tensor:
+    """Ids `[1, length]` of the text's beginning, by the tokenizer that calibration uses: classes differ in spaces."""
+    return AutoTokenizer.from_pretrained(folder)(text.read_text()[:length], return_tensors="pt")["input_ids"]
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -98,6 +98,25 @@ def test_full_width_closed_form_is_the_source(make_source, calibration, tmp_path
         lost.append(differences(converted, source, ids=ids))
     print(f"{name}: full width {lost[0]}, small {lost[1]}")
     assert max(lost[0]) < EXACT_TOLERANCE and lost[1][0] > 100 * lost[0][0]
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_cache_with_all_the_bits_is_the_source(make_source, calibration, tmp_path, name):
+    """Another basis of the latent changes nothing, and 8 bits a number change little."""
+    source, folder = make_source(name)
+    rope = {key: value for key, value in widths(source.config, 1).items() if key == "qk_rope_head_dim"}
+    convert_checkpoint(
+        folder, tmp_path / "t", cache=1.0, **rope, calibration=calibration, calibration_tokens=4096, dtype="float32"
+    )
+    converted = AutoModelForCausalLM.from_pretrained(tmp_path / "t").eval()
+    assert {bits for layer in converted.config.kv_cache_bits["layers"] for bits, _ in layer["latent"]} == {8}
+    ids = tokenized(folder, calibration, 200)
+    with torch.no_grad():
+        expected = source(ids).logits
+        assert (converted(ids, use_cache=False).logits - expected).abs().max() < 2e-3 * expected.abs().max()
+        cache = EGMLACache(converted.config)
+        found = torch.cat([converted(part, past_key_values=cache).logits for part in ids.split(8, dim=1)], dim=1)
+    assert 0 < (found - expected).square().mean() < 1e-3 * expected.var()
 
 
 def test_states_are_scaled_as_the_source_scales_them(make_source):
