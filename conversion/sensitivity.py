@@ -54,8 +54,9 @@ class _Sums:
         self.gradient += (gradients.T @ gradients).double().cpu()
         self.moment += (entries.T @ entries).double().cpu()
         self.total += entries.sum(dim=0).double().cpu()
-        whole = len(entries) // self.group * self.group
-        groups = entries[:whole].view(-1, self.group, entries.shape[1])
+        group = min(self.group, len(entries))  # a source's whole context may be shorter than a group
+        whole = len(entries) // group * group
+        groups = entries[:whole].view(-1, group, entries.shape[1])
         apart = (groups - groups.mean(dim=1, keepdim=True)).flatten(0, 1)
         self.grouped += whole
         self.spread += (apart.T @ apart).double().cpu()
@@ -78,7 +79,7 @@ def measure_sensitivity(
 
     Args:
         model (`EGMLAForCausalLM`): in fp32, on its device.
-        sequences (`torch.Tensor`): calibration ids `[sequences, T]`, `T` at least one group and the first tokens.
+        sequences (`torch.Tensor`): calibration ids `[sequences, T]`, `T` above the first tokens.
         group_tokens (`int`): tokens that a cache quantises together.
         first_tokens (`int`): tokens at the beginning that it keeps exact, which are left out.
         progress (*optional*): called with (sequences done, all).
