@@ -114,6 +114,7 @@ def measure_sensitivity(
 def _gradient_of_drawn_labels(head, states: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Gradient, at the states `[1, T, D]`, of the likelihood of labels that are drawn from the predictions."""
     states = states.detach().requires_grad_()
+    states.grad = torch.zeros_like(states)
     for part in states.split(POSITIONS, dim=1):
         logits = head(part)[0].float()
         labels = torch.multinomial(logits.detach().softmax(dim=-1), 1, generator=generator)[:, 0]
