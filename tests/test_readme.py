@@ -235,8 +235,8 @@ def run_code(code: str, cwd: Path) -> str:
 
 def quickstart(folder: Path) -> str:
     [code] = fenced(read("README.md"), "python")
-    assert code.count('"egmla-demo/half-cache"') == 1
-    return code.replace('"egmla-demo/half-cache"', repr(str(folder)))
+    assert code.count('"egmla-demo/quarter-cache"') == 1
+    return code.replace('"egmla-demo/quarter-cache"', repr(str(folder)))
 
 
 @needs_compiler

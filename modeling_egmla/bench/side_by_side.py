@@ -1,100 +1,145 @@
-"""Measure several models side by side for `egmla demo`: cache bytes, perplexity and decode speed in one table."""
+"""Measure several caches side by side for `egmla demo`: bytes, perplexity, retrieval and decode speed in one table."""
 
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
 from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
 
-from egmla.utils.accounting import cache_id_bytes
-from egmla.utils.perplexity import perplexity, token_windows
+from egmla.utils.perplexity import cached_losses, token_windows
 from egmla.utils.plotting import COLOURS, check_matplotlib
+from egmla.utils.retrieval import make_passages, measure_retrieval, wilson_interval
 
 from .decode import time_decode
 
 
-@dataclass
-class ComparisonRow:
-    """Results of one model.
+@dataclass(frozen=True)
+class Contestant:
+    """A model with a cache.
 
     Attributes:
-        model (`str`): its name in the table.
-        cache_elements_per_token (`int`): elements in use per cached token, all layers.
-        cache_bytes_per_token (`float`): bytes in use per cached token, all layers, counted in the filled cache.
-        perplexity (`float`): on the windows of the text.
-        decode_tokens_per_second (`float`): from the median step at the context.
-        decode_ms_median, decode_ms_p10, decode_ms_p90 (`float`): milliseconds of a step.
-        cache_used_bytes, cache_allocated_bytes (`int`): of the cache filled to the context.
+        model (`PreTrainedModel`): the model.
+        make_cache (`Callable`): makes an empty cache of it.
+        share (`float`): bytes of that cache, of those of the source's cache in bf16, at a long context.
+        timed (`bool`): whether decoding is timed; not where a cache only imitates its numbers.
     """
 
-    model: str
-    cache_elements_per_token: int
-    cache_bytes_per_token: int
+    model: PreTrainedModel
+    make_cache: Callable[[], Cache]
+    share: float
+    timed: bool = True
+
+
+@dataclass
+class ComparisonRow:
+    """Results of one contestant.
+
+    Attributes:
+        name (`str`): its name in the table.
+        cache_share (`float`): see `Contestant`.
+        perplexity (`float`): on the windows of the text, read in chunks through the cache.
+        retrieved, questions (`int`): facts found in a context, of those asked for.
+        retrieval_interval (`list[float]`): 95 % interval of their share.
+        decode_tokens_per_second (`float`, *optional*): from the median step at the context.
+        decode_ms_median, decode_ms_p10, decode_ms_p90 (`float`, *optional*): milliseconds of a step.
+    """
+
+    name: str
+    cache_share: float
     perplexity: float
-    decode_tokens_per_second: float
-    decode_ms_median: float
-    decode_ms_p10: float
-    decode_ms_p90: float
-    cache_used_bytes: int
-    cache_allocated_bytes: int
+    retrieved: int
+    questions: int
+    retrieval_interval: list[float]
+    decode_tokens_per_second: float | None = None
+    decode_ms_median: float | None = None
+    decode_ms_p10: float | None = None
+    decode_ms_p90: float | None = None
 
     def to_dict(self) -> dict:
         return asdict(self)
 
 
-def compare(
-    models: Mapping[str, PreTrainedModel],
-    tokenizer,
-    text: str,
-    *,
-    window: int = 1024,
-    max_windows: int | None = None,
-    context: int = 8192,
-    steps: int = 4,
-    rounds: int = 4,
-    progress: Callable[[str, int, int], None] | None = None,
-) -> list[ComparisonRow]:
-    """Measure models that share a tokenizer.
+@dataclass(frozen=True)
+class Sizes:
+    """How much is measured.
 
-    Args:
-        models (`Mapping[str, PreTrainedModel]`): the models by name.
-        tokenizer: their tokenizer.
-        text (`str`): text for the perplexity.
-        window, max_windows (`int`): see `token_windows`.
+    Attributes:
+        window, windows (`int`): tokens of a window of the perplexity's text, and windows; `None` for the whole text.
+        passage, passages, questions (`int`): tokens of a passage of the retrieval, passages, and questions of each.
         context (`int`): tokens in the cache while decoding is timed; the past is synthetic.
         steps, rounds (`int`): see `time_decode`.
+    """
+
+    window: int = 1024
+    windows: int | None = None
+    passage: int = 512
+    passages: int = 6
+    questions: int = 8
+    context: int = 8192
+    steps: int = 4
+    rounds: int = 4
+
+
+def compare(
+    contestants: Mapping[str, Contestant],
+    tokenizer,
+    text: str,
+    sizes: Sizes,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> list[ComparisonRow]:
+    """Measure contestants that share a tokenizer.
+
+    Args:
+        contestants (`Mapping[str, Contestant]`): models with their caches, by name.
+        tokenizer: their tokenizer.
+        text (`str`): text for the perplexity, and to hide facts in.
+        sizes (`Sizes`): how much is measured.
         progress (*optional*): called with (stage, done, total).
 
     Returns:
-        `list[ComparisonRow]`: a row per model, in the order given.
+        `list[ComparisonRow]`: a row per contestant, in the order given.
     """
-    windows = token_windows(tokenizer, text, window, max_windows)
-    perplexities = {}
-    for name, model in models.items():
-        stage = f"Perplexity of {name}"
-        perplexities[name] = perplexity(model, windows, _of_stage(progress, stage))
-    stage = "Decode speed, interleaved"
-    timings = time_decode(models, context, steps=steps, rounds=rounds, warmup=1, progress=_of_stage(progress, stage))
+    windows = token_windows(tokenizer, text, sizes.window, sizes.windows)
+
+    def count_tokens(string: str) -> int:
+        return len(tokenizer(string, add_special_tokens=False)["input_ids"])
+
+    passages = make_passages(text, sizes.passage, sizes.passages, sizes.questions, count_tokens=count_tokens)
     rows = []
-    for name, model in models.items():
-        timing = timings[name]
-        bytes_per_token = timing.cache_used_bytes // (timing.context * timing.batch_size)
-        rows.append(
-            ComparisonRow(
-                model=name,
-                cache_elements_per_token=(bytes_per_token - cache_id_bytes(model.config)) // model.dtype.itemsize,
-                cache_bytes_per_token=bytes_per_token,
-                perplexity=perplexities[name],
-                decode_tokens_per_second=timing.tokens_per_second,
-                decode_ms_median=1e3 * timing.median,
-                decode_ms_p10=1e3 * timing.p10,
-                decode_ms_p90=1e3 * timing.p90,
-                cache_used_bytes=timing.cache_used_bytes,
-                cache_allocated_bytes=timing.cache_allocated_bytes,
-            )
-        )
+    for name, contestant in contestants.items():
+        stage = _of_stage(progress, f"Perplexity, {name}")
+        losses = cached_losses(contestant.model, windows, contestant.make_cache, progress=stage)
+        stage = _of_stage(progress, f"Retrieval, {name}")
+        hits = measure_retrieval(contestant.model, tokenizer, passages, contestant.make_cache, progress=stage)
+        interval = list(wilson_interval(sum(hits), len(hits)))
+        perplexity = math.exp(float(losses.mean()))
+        rows.append(ComparisonRow(name, contestant.share, perplexity, sum(hits), len(hits), interval))
+    _time(contestants, rows, sizes, _of_stage(progress, "Decode speed, interleaved"))
     return rows
+
+
+def _time(contestants: Mapping[str, Contestant], rows: Sequence[ComparisonRow], sizes: Sizes, progress) -> None:
+    """Fill in the times of those contestants that are timed."""
+    timed = {name: contestant for name, contestant in contestants.items() if contestant.timed}
+    timings = time_decode(
+        {name: contestant.model for name, contestant in timed.items()},
+        sizes.context,
+        caches={name: lambda model, tokens, of=contestant: of.make_cache() for name, contestant in timed.items()},
+        steps=sizes.steps,
+        rounds=sizes.rounds,
+        warmup=1,
+        progress=progress,
+    )
+    for row in rows:
+        if row.name in timings:
+            timing = timings[row.name]
+            row.decode_tokens_per_second = timing.tokens_per_second
+            row.decode_ms_median, row.decode_ms_p10, row.decode_ms_p90 = (
+                1e3 * seconds for seconds in (timing.median, timing.p10, timing.p90)
+            )
 
 
 def _of_stage(progress: Callable[[str, int, int], None] | None, stage: str) -> Callable[[int, int], None] | None:
@@ -103,31 +148,27 @@ def _of_stage(progress: Callable[[str, int, int], None] | None, stage: str) -> C
     return lambda done, total: progress(stage, done, total)
 
 
-def measurement_notes(
-    models: Mapping[str, PreTrainedModel], window: int, max_windows: int | None, context: int
-) -> dict:
+def measurement_notes(contestants: Mapping[str, Contestant], sizes: Sizes) -> dict:
     """Describe the measurement for readers of its results: versions, threads, dtype, sizes."""
     import transformers
 
-    dtypes = {str(model.dtype).removeprefix("torch.") for model in models.values()}
+    models = [contestant.model for contestant in contestants.values()]
     return {
-        "dtype": ", ".join(sorted(dtypes)),
-        "device": ", ".join(sorted({model.device.type for model in models.values()})),
+        "dtype": ", ".join(sorted({str(model.dtype).removeprefix("torch.") for model in models})),
+        "device": ", ".join(sorted({model.device.type for model in models})),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "perplexity_window": window,
-        "perplexity_windows": max_windows,
-        "decode_context": context,
+        "sizes": asdict(sizes),
         "batch_size": 1,
     }
 
 
 def plot_comparison(rows: Sequence[ComparisonRow], path: str | os.PathLike, title: str, note: str = "") -> None:
-    """Draw a bar chart per result, with the models side by side, and save it as PNG.
+    """Draw a bar chart per result, with the rows side by side, and save it as PNG.
 
     Args:
-        rows (`Sequence[ComparisonRow]`): the models, at most six.
+        rows (`Sequence[ComparisonRow]`): the contestants, at most six.
         path (`str`): the file to write.
         title (`str`): heading.
         note (`str`): small print: where and how it was measured.
@@ -143,29 +184,38 @@ def plot_comparison(rows: Sequence[ComparisonRow], path: str | os.PathLike, titl
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    speeds = [row.decode_tokens_per_second for row in rows]
     # A slow step is a low speed, so the tenth percentile of the times is the upper end.
-    slower = [row.decode_ms_median / row.decode_ms_p90 for row in rows]
-    faster = [row.decode_ms_median / row.decode_ms_p10 for row in rows]
-    spread = [
-        [speed * (1 - ratio) for speed, ratio in zip(speeds, slower, strict=True)],
-        [speed * (ratio - 1) for speed, ratio in zip(speeds, faster, strict=True)],
+    timed = [row for row in rows if row.decode_tokens_per_second is not None]
+    speeds = [row.decode_tokens_per_second or 0.0 for row in rows]
+    spread = [[0.0] * len(rows), [0.0] * len(rows)]
+    for row in timed:
+        speed, median, index = speeds[rows.index(row)], row.decode_ms_median, rows.index(row)
+        spread[0][index] = speed * (1 - median / row.decode_ms_p90)
+        spread[1][index] = speed * (median / row.decode_ms_p10 - 1)
+    found = [100 * row.retrieved / row.questions for row in rows]
+    ends = [(100 * low, 100 * high) for low, high in (row.retrieval_interval for row in rows)]
+    around = [
+        [share - low for share, (low, _) in zip(found, ends, strict=True)],
+        [high - share for share, (_, high) in zip(found, ends, strict=True)],
     ]
     panels: tuple[tuple[str, str, list[float], str, list[list[float]] | None], ...] = (
-        ("Cache per token", "KiB, less is better", [row.cache_bytes_per_token / 1024 for row in rows], "{:.1f}", None),
+        ("Cache", "% of the source's bytes in bf16", [100 * row.cache_share for row in rows], "{:.1f}", None),
         ("Perplexity", "less is better", [row.perplexity for row in rows], "{:.2f}", None),
+        ("Retrieved", "% of the facts asked for", found, "{:.0f}", around),
         ("Decode speed", "tokens/s, more is better", speeds, "{:.2f}", spread),
     )
     # Not pyplot: it would pick a display and keep the figure alive.
-    figure = Figure(figsize=(10, 1.9 + 0.55 * len(rows)), layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.08))
+    figure = Figure(figsize=(13, 1.9 + 0.55 * len(rows)), layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.08))
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, len(panels), sharey=True)
-    names = [row.model for row in rows]
+    names = [row.name for row in rows]
     for axis, (heading, unit, values, pattern, spread_of_values) in zip(axes, panels, strict=True):
         bars = axis.barh(
             names, values, xerr=spread_of_values, color=COLOURS[: len(rows)], height=0.62, ecolor="#333333"
         )
-        axis.bar_label(bars, labels=[pattern.format(value) for value in values], padding=4, fontsize=11)
+        axis.bar_label(
+            bars, labels=[pattern.format(value) if value else "-" for value in values], padding=4, fontsize=11
+        )
         axis.set_title(heading, fontsize=12, fontweight="bold", loc="left")
         axis.set_xlabel(unit, fontsize=10)
         axis.set_xlim(0, 1.25 * max(values) + (max(spread_of_values[1]) if spread_of_values else 0))

@@ -413,28 +413,27 @@ def test_demo(llama, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     demo = sys.modules["egmla.commands.demo"]
     monkeypatch.setattr(egmla.conversion, "smollm2_source", lambda cache_dir: str(llama))
-    monkeypatch.setattr(demo, "CONTEXT", 64)
-    monkeypatch.setattr(demo, "WINDOW", 64)
-    monkeypatch.setattr(demo, "CALIBRATION_TOKENS", 4096)
-    half = {"kv_lora_rank": 12, "qk_rope_head_dim": 4}
-    conversions = {"full": ("full-rank", {"exact": True}), "half": ("half-cache", half)}
-    monkeypatch.setattr(demo, "CONVERSIONS", conversions)
+    tiny = {"window": 64, "windows": 2, "passage": 200, "passages": 1, "questions": 2, "context": 64}
+    monkeypatch.setattr(demo, "SIZES", tiny)
+    monkeypatch.setattr(demo, "SHARE", 0.5)
+    monkeypatch.setattr(demo, "SMALLER_SHARE", 0.25)
     output = tmp_path / "demo"
     result = run("demo", "--output", output, "--question", "Alice was")
     assert result.exit_code == 0, result.output
-    assert "layers x 16 elements x 4 bytes" in result.stdout
+    assert "its cache at 50% of the source's bytes" in result.stdout
     table = json.loads((output / "table.json").read_text())
-    assert [row["model"] for row in table["rows"]] == ["source", "full", "half"]
-    assert [row["cache_bytes_per_token"] for row in table["rows"]] == [256, 256, 128]
-    source, full, _ = (row["perplexity"] for row in table["rows"])
-    assert full == pytest.approx(source, rel=1e-5)
-    assert table["decode_context"] == 64
+    names = ["source", "source, KIVI-style 4 bits", "EG-MLA, 50 %", "source, KIVI-style 2 bits", "EG-MLA, 25 %"]
+    assert [row["name"] for row in table["rows"]] == names
+    shares = [row["cache_share"] for row in table["rows"]]
+    assert (shares[0], shares[2], shares[4]) == (1, 0.5, 0.25)
+    assert [row["decode_ms_median"] is not None for row in table["rows"]] == [True, False, True, False, True]
+    assert table["sizes"]["context"] == 64
     assert (output / "table.png").read_bytes().startswith(b"\x89PNG")
 
     monkeypatch.setattr(egmla.conversion, "convert_checkpoint", fail_with(AssertionError("converted again")))
     again = run("demo", "--output", output, "--question", "Alice was")
     assert again.exit_code == 0, again.output
-    shutil.rmtree(output / "half-cache")
+    shutil.rmtree(output / "quarter-cache")
     assert isinstance(run("demo", "--output", output).exception, AssertionError)
 
 
