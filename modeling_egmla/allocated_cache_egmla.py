@@ -56,8 +56,10 @@ class AllocatedEntries(GroupedEntries):
             end = min(self.groups, start + per_block)
             codes = unpack_runs(self.codes[:, 0, start:end], self.bits.runs, self.group_size)
             block = (codes, *unpack_ranges(self.scales[:, 0, start:end], self.bits.runs))
-            for piece in zip(*(tensor.split(per_piece, dim=1) for tensor in block), strict=True):
-                yield dequantize_channels(*piece, piece_memory(piece[0].shape, codes.device))
+            pieces = (tensor.split(per_piece, dim=1) for tensor in block)
+            for numbers, steps, starts in zip(*pieces, strict=True):
+                memory = piece_memory(numbers.shape, codes.device)
+                yield dequantize_channels(numbers, steps, starts, memory)
 
     def sections(self, rows: torch.Tensor) -> Iterator[tuple[torch.Tensor, Iterable[torch.Tensor], int]]:
         C, latents = self.bits.stored_channels, self.bits.latent_channels

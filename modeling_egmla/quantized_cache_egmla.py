@@ -172,10 +172,10 @@ class TokenGroupLayer(QuantizedLatentLayer):
             self.kept = self.kept[:, :, : remaining - groups * self.group_size].clone()
         else:
             # What is left of a group goes on as tokens in no group, with the values it had there.
-            cut = (storage[:, :, groups : groups + 1] for storage in (self.buffer, self.scales))
+            codes, scales = (storage[:, :, groups : groups + 1] for storage in (self.buffer, self.scales))
             shape = (self.batch_size, 1, 1, self.group_size, self.kept.shape[3])
             group = self.kept.new_empty(shape, dtype=torch.float32)
-            self.decode(*cut, group)
+            self.decode(codes, scales, group)
             loose = max(0, remaining - self.first_tokens - groups * self.group_size)
             first = self.kept[:, :, : min(remaining, self.first_tokens)]
             self.kept = torch.cat((first, group[:, :, 0, :loose].to(self.dtype)), dim=2)
