@@ -13,7 +13,7 @@ from egmla.utils.perplexity import cached_losses, token_windows
 from egmla.utils.plotting import COLOURS, check_matplotlib
 from egmla.utils.retrieval import make_passages, measure_retrieval, wilson_interval
 
-from .decode import time_decode
+from .decode import CacheMaker, time_decode
 
 
 @dataclass(frozen=True)
@@ -121,13 +121,17 @@ def compare(
     return rows
 
 
+def _cache_maker(contestant: Contestant) -> CacheMaker:
+    return lambda model, tokens: contestant.make_cache()
+
+
 def _time(contestants: Mapping[str, Contestant], rows: Sequence[ComparisonRow], sizes: Sizes, progress) -> None:
     """Fill in the times of those contestants that are timed."""
     timed = {name: contestant for name, contestant in contestants.items() if contestant.timed}
     timings = time_decode(
         {name: contestant.model for name, contestant in timed.items()},
         sizes.context,
-        caches={name: lambda model, tokens, of=contestant: of.make_cache() for name, contestant in timed.items()},
+        caches={name: _cache_maker(contestant) for name, contestant in timed.items()},
         steps=sizes.steps,
         rounds=sizes.rounds,
         warmup=1,
@@ -185,13 +189,12 @@ def plot_comparison(rows: Sequence[ComparisonRow], path: str | os.PathLike, titl
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     # A slow step is a low speed, so the tenth percentile of the times is the upper end.
-    timed = [row for row in rows if row.decode_tokens_per_second is not None]
     speeds = [row.decode_tokens_per_second or 0.0 for row in rows]
-    spread = [[0.0] * len(rows), [0.0] * len(rows)]
-    for row in timed:
-        speed, median, index = speeds[rows.index(row)], row.decode_ms_median, rows.index(row)
-        spread[0][index] = speed * (1 - median / row.decode_ms_p90)
-        spread[1][index] = speed * (median / row.decode_ms_p10 - 1)
+    spread: list[list[float]] = [[], []]
+    for row, speed in zip(rows, speeds, strict=True):
+        median = row.decode_ms_median or 1.0  # not timed: no bar, and no line
+        spread[0].append(speed * (1 - median / (row.decode_ms_p90 or median)))
+        spread[1].append(speed * (median / (row.decode_ms_p10 or median) - 1))
     found = [100 * row.retrieved / row.questions for row in rows]
     ends = [(100 * low, 100 * high) for low, high in (row.retrieval_interval for row in rows)]
     around = [

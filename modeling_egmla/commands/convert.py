@@ -168,8 +168,8 @@ def _print_report(report: dict, title: str) -> None:
         table.add_row("cache kept", f"{plan['cache_kept']:.1%}")
     elif cache is None:
         table.add_row("share of the cache's bytes", f"{report['bits']['share']:.1%}")
-    for budget in cache["budgets"] if cache else ():
-        _add_budget(table, budget, first=budget is cache["budgets"][0])
+    for number, budget in enumerate(cache["budgets"] if cache else ()):
+        _add_budget(table, budget, first=number == 0)
     if calibration:
         tokens = calibration["sequences"] * calibration["sequence_length"]
         table.add_row("calibration", f"{tokens:,} tokens of {calibration['file']}")

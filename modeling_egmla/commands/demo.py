@@ -1,6 +1,7 @@
 """`egmla demo`."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -100,12 +101,12 @@ def _obtain_contestants(source: str, target: Path, device: str, progress) -> tup
     for share, bits in zip((SHARE, SMALLER_SHARE), PEER_BITS, strict=True):
         contestants[f"source, KIVI-style {bits} bits"] = Contestant(
             model,
-            lambda bits=bits: KiviStyleCache(model.config, bits),
+            partial(KiviStyleCache, model.config, bits),
             kivi_style_share(model.config, bits),
             timed=False,
         )
         contestants[f"EG-MLA, {100 * share:g} %"] = Contestant(
-            converted, lambda share=share: EGMLACache(converted.config, bits=share), share
+            converted, partial(EGMLACache, converted.config, bits=share), share
         )
     return contestants, converted, tokenizer
 

@@ -123,7 +123,8 @@ def _layer_tensors(cache: Cache) -> list[list[torch.Tensor]]:
 def _cache_of(model: PreTrainedModel, tokens: int) -> Cache:
     """Return the cache that a forward pass over `tokens` tokens fills; with entries as they are, not as codes."""
     ids = torch.zeros((1, tokens), dtype=torch.long, device=model.device)
-    given = EGMLACache(model.config, bits=16) if model.config.model_type == "egmla" else None
+    config: Any = model.config
+    given = EGMLACache(config, bits=16) if config.model_type == "egmla" else None
     with torch.no_grad():
         cache = getattr(model(ids, past_key_values=given, use_cache=True), "past_key_values", None)
     if not isinstance(cache, Cache):
