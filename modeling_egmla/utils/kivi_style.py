@@ -1,8 +1,8 @@
 # Copyright 2026 The egmla authors. Licensed under the Apache License, Version 2.0.
 """What a user can do without converting anything: quantise the source's own cache, in the manner of KIVI.
 
-A peer for comparisons. Entries go to integers and back at once, and stay in the model's dtype here: what a model
-answers is that of a quantised cache, its bytes are counted by formula, and its speed says nothing.
+A peer for comparisons. Entries go to integers and back at once, and stay in the model's dtype here. So a model answers
+as with a quantised cache. Its bytes are counted by formula, and its speed says nothing.
 """
 
 import torch
