@@ -24,6 +24,7 @@ from transformers.utils import logging
 
 
 torch.set_num_threads(1)
+VERBOSITY = logging.get_verbosity()
 
 
 def pytest_configure(config):
@@ -73,10 +74,11 @@ def report_figures_drawn_once():
 
 @pytest.fixture(autouse=True)
 def same_verbosity():
-    """Trainer sets the verbosity of the whole process; what Transformers logs is part of some tests."""
-    before = logging.get_verbosity()
-    yield
-    logging.set_verbosity(before)
+    """Trainer sets the verbosity of the whole process; what Transformers logs is part of some tests.
+
+    Set before each test: a module's fixtures may have run a Trainer by then.
+    """
+    logging.set_verbosity(VERBOSITY)
 
 
 @pytest.fixture(params=list(MODEL_CASES))

@@ -364,7 +364,7 @@ def change_config(folder, target, **changes):
             "phi3 partial tied",
             {},
             {"cache": 0.5},
-            r"exact mode keeps everything \(kv_lora_rank=48, qk_rope_head_dim=24\)",
+            r"cache=0.5 with exact=True, kv_lora_rank=None: give either cache or kv_lora_rank or exact",
         ),
         ("youtu", {"first_k_dense_replace": 1}, {}, r"mixtures of experts \(first: layer 1\), which are known for"),
         ("egmla", {"kv_encoder_dim": 30, "kv_encoder_norm_dim": 10}, {}, r"normalises latents .* kv_encoder_dim=30"),

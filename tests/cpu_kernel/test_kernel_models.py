@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import EXPANDED_CASES, difference, needs_compiler, tiny_model, token_ids
+from cases import ALLOCATED_CASES, EXPANDED_CASES, difference, needs_compiler, tiny_model, token_ids
 from torch._inductor.compile_fx import compile_fx
 
 from egmla import EGMLACache, cpu_egmla
@@ -17,6 +17,8 @@ def test_generation_matches_pytorchs(calls, case, kind, monkeypatch):
     """The same tokens, and logits within rounding; with left padding."""
     if case in EXPANDED_CASES:
         pytest.skip("expanded gates are not absorbed")
+    if case in ALLOCATED_CASES and kind in ("growing", "fixed"):
+        pytest.skip("the kernel does not read allocated bits, and no cache of fixed size holds them")
     model, ids = tiny_model(case), token_ids(2, 80)
     mask = torch.ones_like(ids)
     mask[1, :5] = 0
