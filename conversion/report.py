@@ -17,7 +17,7 @@ from egmla.utils.perplexity import cached_losses, perplexity
 from egmla.utils.plotting import COLOURS, check_matplotlib
 from egmla.utils.progress import Progress, stage_progress
 from egmla.utils.provenance import CONVERSION_FIGURE, CONVERSION_REPORT
-from egmla.utils.retrieval import make_passages, measure_retrieval, summarise
+from egmla.utils.retrieval import Passage, make_passages, measure_retrieval
 
 from .sources import load_source
 from .texts import EvaluationText
@@ -74,13 +74,12 @@ def through_caches(
     Returns:
         `dict`: perplexity of source and conversion, its ratio by size with a standard error, and facts retrieved.
     """
-    losses, retrieved = {}, {}
+    losses: dict[str, torch.Tensor] = {}
+    retrieved: dict[str, int | None] = {}
     original, tokenizer = load_source(source)
     converted: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     room = min(RETRIEVAL_TOKENS, original.config.max_position_embeddings - 64)
-    passages = make_passages(
-        evaluation.text, room, RETRIEVAL_PASSAGES, 8, count_tokens=lambda text: len(tokenizer(text)["input_ids"])
-    )
+    passages = _passages(evaluation.text, room, tokenizer)
     sizes: dict[str, Callable[[], Any]] = {"source": lambda: DynamicCache(config=original.config)}
     sizes |= {f"{share:g}": partial(EGMLACache, converted.config, bits=share) for share in shares}
     for name, make_cache in sizes.items():
@@ -88,13 +87,13 @@ def through_caches(
         stage = stage_progress(f"evaluate {name}", progress)
         losses[name] = cached_losses(model, evaluation.windows, make_cache, progress=stage)
         hits = measure_retrieval(model, tokenizer, passages, make_cache, chunk=64)
-        retrieved[name] = summarise(passages, hits)
+        retrieved[name] = sum(hits) if passages else None
     found = {
         name: {
             "perplexity": float(loss.mean().exp()),
             "ratio": float((loss - losses["source"]).mean().exp()),
             "ratio_error": _standard_error(loss - losses["source"]),
-            "retrieved": retrieved[name]["hits"],
+            "retrieved": retrieved[name],
         }
         for name, loss in losses.items()
     }
@@ -103,9 +102,23 @@ def through_caches(
         "source": found["source"]["perplexity"],
         "converted": largest["perplexity"],
         "caches": found,
-        "questions": retrieved["source"]["questions"],
+        "questions": sum(len(passage.questions) for passage in passages),
         "passage_tokens": room,
     }
+
+
+def _passages(text: str, room: int, tokenizer: Any) -> list[Passage]:
+    """Hide as many facts as a context has room for, up to 8 in a passage; none in a very short one."""
+
+    def count_tokens(string: str) -> int:
+        return len(tokenizer(string, add_special_tokens=False)["input_ids"])
+
+    for questions in (8, 4, 2, 1):
+        try:
+            return make_passages(text, room, RETRIEVAL_PASSAGES, questions, count_tokens=count_tokens)
+        except ValueError:  # the facts alone are longer than the context
+            continue
+    return []
 
 
 def _standard_error(differences: torch.Tensor) -> float | None:

@@ -13,6 +13,7 @@ from egmla.conversion import Refinement, convert_checkpoint
 from egmla.conversion.allocation import LayerBits, Storage, cache_bytes
 from egmla.conversion.bits import cheapest_basis, layer_in_basis
 from egmla.conversion.sensitivity import measure_sensitivity
+from egmla.samples import sample_text
 
 
 @pytest.fixture(scope="module")
@@ -172,3 +173,18 @@ def test_a_conversion_with_bits(converted, full):
         json.dumps(report["cache"])
     )
     assert {tensor.dtype for tensor in load_file(target / "model.safetensors").values()} == {torch.float32}
+
+
+def test_a_conversion_with_bits_is_evaluated_through_its_caches(llama_folder, options, tmp_path):
+    """Perplexity and retrieval of the source, and of the two largest caches with bits."""
+    text = tmp_path / "evaluation.txt"
+    text.write_text(sample_text("evaluation")[:20000], encoding="utf-8")
+    given = {**options, "evaluate": text, "evaluation_windows": 1}
+    found = convert_checkpoint(llama_folder, tmp_path / "model", cache=0.3, **given)["evaluation"]
+    assert set(found["caches"]) == {"source", "0.3", "0.25"}
+    assert found["source"] == found["caches"]["source"]["perplexity"]
+    assert found["converted"] == found["caches"]["0.3"]["perplexity"] != found["source"]
+    for size in found["caches"].values():
+        assert size["ratio"] == pytest.approx(size["perplexity"] / found["source"], rel=1e-4)
+        assert 0 <= size["retrieved"] <= found["questions"]
+    assert found["questions"] > 0
