@@ -18,6 +18,17 @@ def summary(config: EGMLAConfig, conversion: dict, base_model: str | None, train
         return f"{text} The conversion was exact, so the cache is of the source's size."
     if plan["exact"]:
         return f"{text} This is the exact conversion: the source's function, and a cache of the source's size."
+    if cache := conversion.get("cache"):
+        largest, *smaller = cache["budgets"]
+        shares = largest["shares"]
+        text += (
+            f" The cache gives each channel bits by importance. It takes {shares['32768']:.1%} of the bytes of the "
+            f"source's cache in bf16 at 32,768 tokens, and {shares['2048']:.1%} at 2,048."
+        )
+        if smaller:
+            sizes = ", ".join(f"{budget['share']:g}" for budget in smaller)
+            text += f" `EGMLACache(config, bits=...)` makes smaller ones: {sizes}."
+        return text
     return (
         f"{text} The cache holds {config.cache_elements_per_token:,} elements per token, "
         f"{plan['cache_kept']:.1%} of the source's {plan['source_elements']:,}."

@@ -13,6 +13,7 @@ from egmla.conversion import Refinement, convert_checkpoint
 from egmla.conversion.allocation import LayerBits, Storage, cache_bytes
 from egmla.conversion.bits import cheapest_basis, layer_in_basis
 from egmla.conversion.sensitivity import measure_sensitivity
+from egmla.model_cards.converted import summary
 from egmla.samples import sample_text
 
 
@@ -188,3 +189,12 @@ def test_a_conversion_with_bits_is_evaluated_through_its_caches(llama_folder, op
         assert size["ratio"] == pytest.approx(size["perplexity"] / found["source"], rel=1e-4)
         assert 0 <= size["retrieved"] <= found["questions"]
     assert found["questions"] > 0
+
+
+def test_a_card_says_what_a_cache_with_bits_takes(converted):
+    target, report = converted
+    config = AutoModelForCausalLM.from_pretrained(target).config
+    text = summary(config, report, "someone/source", trained=False)
+    shares = report["cache"]["budgets"][0]["shares"]
+    assert f"{shares['32768']:.1%} of the bytes" in text and f"{shares['2048']:.1%} at 2,048" in text
+    assert "smaller ones: 0.25, 0.1875, 0.125, 0.09375, 0.0625" in text
