@@ -15,12 +15,14 @@ from typing import Any, NamedTuple
 
 import torch
 
+from egmla import bit_allocation_egmla
+from egmla.channel_codes_egmla import RANGE_BYTES
+
 
 # Bits that a code may have, and the noise of rounding to them in groups of 64 numbers, in their variance. A channel
 # without bits costs far more than its variance: it errs alike for many tokens, and no mean over tokens evens that out
 # (measured: tests/benchmarks/LOG.md).
 ROUNDING = {0: 20.0, 1: 0.6, 2: 0.115, 3: 0.034, 4: 0.0095, 6: 0.0006, 8: 0.00004}
-EXACT_BITS = 16  # of a number that is not quantised, by which shares of a cache are counted
 
 
 @dataclass(frozen=True)
@@ -31,17 +33,15 @@ class Storage:
         group_tokens: tokens that share a scale and a zero point, channel by channel.
         first_tokens: tokens at the beginning that stay exact, with all their channels.
         recent_tokens: the newest tokens, which stay exact besides those of the group that is not full.
-        scale_bits: bits of a scale and its zero point together.
     """
 
     group_tokens: int = 64
     first_tokens: int = 4
     recent_tokens: int = 64
-    scale_bits: int = 16
 
     def channel_bits(self, bits: int) -> float:
         """Bits that a number with codes of `bits` takes per token, its share of scales included."""
-        return bits + self.scale_bits / self.group_tokens if bits else 0.0
+        return bits + 8 * RANGE_BYTES / self.group_tokens if bits else 0.0
 
 
 class LayerBits(NamedTuple):
@@ -65,8 +65,8 @@ class LayerBits(NamedTuple):
         return {"latent": _runs(self.latent), "rope": _runs(self.rope)}
 
 
-def cache_bytes(layers: Sequence[LayerBits], widths: Sequence[int], storage: Storage, tokens: int) -> float:
-    """Bytes of a cache of one sequence.
+def cache_bytes(layers: Sequence[LayerBits], widths: Sequence[int], storage: Storage, tokens: int) -> int:
+    """Bytes of a cache of one sequence in bf16.
 
     Args:
         layers (`Sequence[LayerBits]`): the bits of its layers.
@@ -74,14 +74,15 @@ def cache_bytes(layers: Sequence[LayerBits], widths: Sequence[int], storage: Sto
         storage (`Storage`): how it lays out its tokens.
         tokens (`int`): how many it holds.
     """
-    first = min(tokens, storage.first_tokens)
-    grouped = max(0, tokens - first - storage.recent_tokens) // storage.group_tokens * storage.group_tokens
-    bits = 0.0
+    held = []
     for layer, width in zip(layers, widths, strict=True):
-        numbers = layer.numbers
-        bits += grouped * sum(storage.channel_bits(each) for each in numbers)
-        bits += EXACT_BITS * (first * width + (tokens - first - grouped) * len(numbers))
-    return bits / 8
+        latent, rope = (tuple((bits, count) for bits, count in runs) for runs in layer.runs().values())
+        pairs = 2 * len(layer.rope)  # how the width divides is no matter of bytes
+        held.append(bit_allocation_egmla.LayerBits(latent, rope, width - pairs, pairs))
+    allocation = bit_allocation_egmla.BitAllocation(
+        storage.group_tokens, storage.first_tokens, storage.recent_tokens, tuple(held)
+    )
+    return allocation.nbytes(tokens)
 
 
 def allocate_bits(
@@ -100,7 +101,7 @@ def allocate_bits(
             first.
         most_bytes (`float`): budget of a cache of `tokens`.
         tokens (`int`): tokens that the budget is for.
-        storage (`Storage`): what codes and scales take.
+        storage (`Storage`): how the cache lays out its tokens.
         max_rank (`int`, *optional*): most channels of a layer's latent that are stored: each costs time in decoding.
 
     Returns:

@@ -16,7 +16,7 @@ from egmla.conversion.allocation import (
 )
 
 
-STORAGE = Storage(group_tokens=8, first_tokens=2, recent_tokens=4, scale_bits=16)
+STORAGE = Storage(group_tokens=8, first_tokens=2, recent_tokens=4)
 TOKENS = 86  # ten groups behind the first tokens
 
 
@@ -46,11 +46,11 @@ def test_no_other_allocation_of_as_many_bytes_costs_less(seed, share):
     chosen = allocate_bits(latents, pairs, most, TOKENS, STORAGE)
     used, cost = cache_bytes(chosen, [7], STORAGE, TOKENS), allocation_cost(chosen, latents, pairs)
     # Exact tokens are counted too, and are no matter of bits: compared without any.
-    spent = cache_bytes(chosen, [7], Storage(8, 0, 0, 16), 80)
+    spent = cache_bytes(chosen, [7], Storage(8, 0, 0), 80)
     others = [
         allocation_cost([other], latents, pairs)
         for other in all_allocations(3, 2)
-        if cache_bytes([other], [7], Storage(8, 0, 0, 16), 80) <= spent
+        if cache_bytes([other], [7], Storage(8, 0, 0), 80) <= spent
     ]
     assert used <= most and len(others) > 10
     assert cost == pytest.approx(min(others))
