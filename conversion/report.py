@@ -17,7 +17,7 @@ from egmla.utils.perplexity import cached_losses, perplexity
 from egmla.utils.plotting import COLOURS, check_matplotlib
 from egmla.utils.progress import Progress, stage_progress
 from egmla.utils.provenance import CONVERSION_FIGURE, CONVERSION_REPORT
-from egmla.utils.retrieval import Passage, make_passages, measure_retrieval
+from egmla.utils.retrieval import Passage, make_passages, measure_retrieval, token_counter
 
 from .sources import load_source
 from .texts import EvaluationText
@@ -109,13 +109,9 @@ def through_caches(
 
 def _passages(text: str, room: int, tokenizer: Any) -> list[Passage]:
     """Hide as many facts as a context has room for, up to 8 in a passage; none in a very short one."""
-
-    def count_tokens(string: str) -> int:
-        return len(tokenizer(string, add_special_tokens=False)["input_ids"])
-
     for questions in (8, 4, 2, 1):
         try:
-            return make_passages(text, room, RETRIEVAL_PASSAGES, questions, count_tokens=count_tokens)
+            return make_passages(text, room, RETRIEVAL_PASSAGES, questions, count_tokens=token_counter(tokenizer))
         except ValueError:  # the facts alone are longer than the context
             continue
     return []

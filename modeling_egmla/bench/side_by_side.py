@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache
 
 from egmla.utils.perplexity import cached_losses, token_windows
 from egmla.utils.plotting import COLOURS, check_matplotlib
-from egmla.utils.retrieval import make_passages, measure_retrieval, wilson_interval
+from egmla.utils.retrieval import make_passages, measure_retrieval, summarise, token_counter
 
 from .decode import CacheMaker, time_decode
 
@@ -103,20 +103,18 @@ def compare(
         `list[ComparisonRow]`: a row per contestant, in the order given.
     """
     windows = token_windows(tokenizer, text, sizes.window, sizes.windows)
-
-    def count_tokens(string: str) -> int:
-        return len(tokenizer(string, add_special_tokens=False)["input_ids"])
-
-    passages = make_passages(text, sizes.passage, sizes.passages, sizes.questions, count_tokens=count_tokens)
+    count = token_counter(tokenizer)
+    passages = make_passages(text, sizes.passage, sizes.passages, sizes.questions, count_tokens=count)
     rows = []
     for name, contestant in contestants.items():
         stage = _of_stage(progress, f"Perplexity, {name}")
         losses = cached_losses(contestant.model, windows, contestant.make_cache, progress=stage)
         stage = _of_stage(progress, f"Retrieval, {name}")
         hits = measure_retrieval(contestant.model, tokenizer, passages, contestant.make_cache, progress=stage)
-        interval = list(wilson_interval(sum(hits), len(hits)))
+        found = summarise(passages, hits)
         perplexity = math.exp(float(losses.mean()))
-        rows.append(ComparisonRow(name, contestant.share, perplexity, sum(hits), len(hits), interval))
+        counts = found["hits"], found["questions"], found["interval"]
+        rows.append(ComparisonRow(name, contestant.share, perplexity, *counts))
     _time(contestants, rows, sizes, _of_stage(progress, "Decode speed, interleaved"))
     return rows
 

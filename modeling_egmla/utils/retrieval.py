@@ -19,18 +19,8 @@ PLACES = (
 )
 NAMES = (
     *("Albert", "Bridget", "Clement", "Dorothy", "Edmund", "Florence", "Gilbert", "Harriet", "Ignatius", "Josephine"),
-    *(
-        "Konrad",
-        "Lucinda",
-        "Matthew",
-        "Nicolette",
-        "Oswald",
-        "Penelope",
-        "Quentin",
-        "Rosalind",
-        "Sebastian",
-        "Theodora",
-    ),
+    *("Konrad", "Lucinda", "Matthew", "Nicolette", "Oswald", "Penelope", "Quentin", "Rosalind"),
+    *("Sebastian", "Theodora"),
 )
 WORDS = (
     *("anchor", "basket", "candle", "dragon", "engine", "feather", "guitar", "hammer", "insect", "jacket", "kettle"),
@@ -149,6 +139,11 @@ def make_passages(
     return made
 
 
+def token_counter(tokenizer) -> Callable[[str], int]:
+    """Return a function that counts a tokenizer's tokens of a string, for `make_passages`."""
+    return lambda string: len(tokenizer(string, add_special_tokens=False)["input_ids"])
+
+
 def _draw_needles(questions: int, generator: random.Random) -> list[tuple[str, Question]]:
     names = list(FORMS)
     subjects = {name: generator.sample(FORMS[name].subjects, questions) for name in names}
@@ -156,12 +151,11 @@ def _draw_needles(questions: int, generator: random.Random) -> list[tuple[str, Q
     for number in range(questions):
         name = names[number % len(names)]
         prompt = FORMS[name].sentence.format(subject=subjects[name][number])
-        answer = FORMS[name].answer(generator)
-        needles.append((f"{prompt} {answer}.", Question(prompt, answer, name, (number + 0.5) / questions)))
+        needles.append((prompt, FORMS[name].answer(generator), name))
     generator.shuffle(needles)
     return [
-        (sentence, Question(question.prompt, question.answer, question.form, (number + 0.5) / questions))
-        for number, (sentence, question) in enumerate(needles)
+        (f"{prompt} {answer}.", Question(prompt, answer, name, (number + 0.5) / questions))
+        for number, (prompt, answer, name) in enumerate(needles)
     ]
 
 
