@@ -9,9 +9,17 @@ import re
 import pytest
 import torch
 from allocated import FIRST, GROUP, PlainLayer, allocation_for, rounded_cache
-from cache_operations import Spy, call_every_operation, check_selections, storage_bytes
+from cache_operations import (
+    WIDTHS,
+    Spy,
+    check_operations_of_generation,
+    check_operations_on_an_empty_cache,
+    entries,
+    fill,
+    storage_bytes,
+)
 from cases import BASE, CORE_CASES, difference, exact_entries, plain_attention, tiny_config, token_ids
-from quantized import tiny_model
+from quantized import TOLERANCE, assert_attended_in_pieces, tiny_model
 
 from egmla import EGMLACache, EGMLAConfig, EGMLAForCausalLM, allocated_cache_egmla, quantized_entries_egmla
 from egmla.allocated_cache_egmla import AllocatedLatentLayer
@@ -19,9 +27,6 @@ from egmla.bit_allocation_egmla import read_allocation
 from egmla.cache_layers_egmla import GrowingLatentLayer
 
 
-# fp32 sums in another order.
-TOLERANCE = 1e-5
-BF16_TOLERANCE = 0.03
 # Sums in another order may move an element over a rounding boundary. It moves logits by so much.
 FLIP_TOLERANCE = 0.5
 # Random sequences of operations; the bar is 2,000: EGMLA_CACHE_SEQUENCES=2000.
@@ -46,7 +51,6 @@ BITS = {
     },
 }
 CONFIG = EGMLAConfig(**{**BASE, "kv_lora_rank": [12, 20], "qk_rope_head_dim": 4, "kv_cache_bits": BITS})
-WIDTHS = [16, 24]
 ALLOCATION = CONFIG.bit_allocation()
 
 
@@ -60,24 +64,6 @@ def allocation_of(budget):
 
 
 # --- content, by values that say where they came from ---
-
-
-def entries(layer_idx, sequences, start, end):
-    """Entries whose values say which sequence, token, layer and element they are: `[B, 1, T, R]`, `[B, 1, T, P]`."""
-    width = WIDTHS[layer_idx]
-    generator = torch.Generator()
-    rows = []
-    for b in sequences:
-        for t in range(start, end):
-            generator.manual_seed(10_000 * b + 10 * t + layer_idx)
-            rows.append(torch.randn(width, generator=generator))
-    values = torch.stack(rows).reshape(len(sequences), 1, end - start, width)
-    return values.split([width - 4, 4], dim=-1)
-
-
-def fill(cache, sequences, start, end):
-    for layer_idx in range(2):
-        cache.update(*entries(layer_idx, sequences, start, end), layer_idx)
 
 
 def assert_holds(cache, sequences, end, allocation=ALLOCATION):
@@ -109,24 +95,11 @@ def test_growth_keeps_every_token(budget, poisoned_memory):
 
 
 def test_operations_of_generation(cache):
-    check_selections(cache, fill, assert_holds)
-    assert_holds(cache, [0, 0, 0, 2, 2, 2], 130)
-    cache.reset()
-    assert cache.get_seq_length() == cache.nbytes == cache.allocated_nbytes == storage_bytes(cache) == 0
-    fill(cache, [1], 0, 4)
-    assert_holds(cache, [1], 4)
+    check_operations_of_generation(cache, assert_holds)
 
 
 def test_operations_on_an_empty_cache(cache):
-    call_every_operation(cache)
-    cache.layers[0].offload()
-    cache.layers[0].prefetch()
-    assert cache.get_seq_length() == 0 and cache.nbytes == cache.allocated_nbytes == 0
-    assert cache.layers[0].keys is None and cache.layers[0].values is None
-    cache.early_initialization(batch_size=1, num_heads=9, head_dim=9, dtype=torch.float32, device="cpu")
-    assert cache.get_seq_length() == 0
-    fill(cache, [0], 0, 2)
-    assert_holds(cache, [0], 2)
+    check_operations_on_an_empty_cache(cache, assert_holds)
 
 
 def test_offload_and_prefetch(cache):
@@ -327,11 +300,7 @@ def test_attention_in_pieces_equals_attention_on_all(batch, threads, length, dty
     monkeypatch.setattr(allocated_cache_egmla, "PIECE_ELEMENTS", 16 * batch * channels)
     monkeypatch.setattr(allocated_cache_egmla, "BLOCK_ELEMENTS", 32 * batch * channels)
     assert entries.shape == (batch, 1, length, 24)
-    query = (3 * torch.randn(batch, 1, 5, 24)).to(dtype)
-    expected = plain_attention(query, exact, None, 0.3)[..., :16]
-    given = entries.attend_rows(query, None, 0.3)
-    assert given.dtype == dtype
-    assert difference(given, expected) <= (TOLERANCE if dtype == torch.float32 else BF16_TOLERANCE)
+    assert_attended_in_pieces(entries, exact, dtype)
 
 
 @torch.no_grad()

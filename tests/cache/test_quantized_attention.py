@@ -4,16 +4,20 @@ import pytest
 import torch
 from cache_operations import Spy
 from cases import BASE, difference, exact_entries, plain_attention, token_ids
-from quantized import INT8_TOLERANCE, OPTIONS, rounded_cache, tiny_model
+from quantized import (
+    BF16_TOLERANCE,
+    INT8_TOLERANCE,
+    OPTIONS,
+    TOLERANCE,
+    assert_attended_in_pieces,
+    rounded_cache,
+    tiny_model,
+)
 
 from egmla import EGMLACache, EGMLAConfig, entries_egmla, quantization_egmla, quantized_entries_egmla
 from egmla.quantized_entries_egmla import ElementGroups, TokenGroups
 
 
-# fp32 sums in another order.
-TOLERANCE = 1e-5
-# bf16 results of attention over values around 1: a few roundings of 2^-8 each.
-BF16_TOLERANCE = 0.03
 # Sums in another order may push an element over a rounding boundary, one code up or down. It moves logits by so much.
 FLIP_TOLERANCE = {"int8": 0.03, "int4": 0.3}
 
@@ -36,11 +40,7 @@ def test_attention_in_pieces_equals_attention_on_all(batch, threads, length, dty
     entries, exact = random_entries(batch, length, dtype, quantization)
     assert type(entries) is {"int8": ElementGroups, "int4": TokenGroups}[quantization]
     assert entries.shape == (batch, 1, length, 24)
-    query = (3 * torch.randn(batch, 1, 5, 24)).to(dtype)
-    expected = plain_attention(query, exact, None, 0.3)[..., :16]
-    given = entries.attend_rows(query, None, 0.3)
-    assert given.dtype == dtype
-    assert difference(given, expected) <= (TOLERANCE if dtype == torch.float32 else BF16_TOLERANCE)
+    assert_attended_in_pieces(entries, exact, dtype)
 
 
 @torch.no_grad()

@@ -4,17 +4,21 @@ import copy
 
 import pytest
 import torch
-from cache_operations import call_every_operation, check_selections, storage_bytes
+from cache_operations import (
+    check_operations_of_generation,
+    check_operations_on_an_empty_cache,
+    entries,
+    fill,
+    storage_bytes,
+)
 from cases import BASE, CORE_CASES, difference, token_ids
-from quantized import INT8_TOLERANCE, OPTIONS, rounded, rounded_cache, tiny_model
+from quantized import INT8_TOLERANCE, OPTIONS, TOLERANCE, rounded, rounded_cache, tiny_model
 
 from egmla import EGMLACache, EGMLAConfig
 from egmla.quantization_egmla import element_group_size, quantize_elements, quantize_tokens, rotation
 from egmla.quantized_cache_egmla import Int4LatentLayer, Int8LatentLayer
 
 
-# fp32 sums in another order.
-TOLERANCE = 1e-5
 CACHE_CONFIGS = {"int8": {"nbits": 8}, "int4": {"nbits": 4, "q_group_size": 8}}
 LAYERS = {"int8": Int8LatentLayer, "int4": Int4LatentLayer}
 NEW_TOKENS = 8
@@ -24,7 +28,6 @@ BEAMS = {"max_new_tokens": NEW_TOKENS, "num_beams": 4, "do_sample": False, "num_
 
 
 CONFIG = EGMLAConfig(**{**BASE, "kv_lora_rank": [12, 20], "qk_rope_head_dim": 4})
-WIDTHS = [16, 24]
 
 
 # --- rounding ---
@@ -162,24 +165,6 @@ def test_int4_stays_within_30_percent_of_bf16():
 # --- content, by values that say where they came from ---
 
 
-def entries(layer_idx, sequences, start, end):
-    """Entries whose values say which sequence, token, layer and element they are: `[B, 1, T, R]`, `[B, 1, T, P]`."""
-    width = WIDTHS[layer_idx]
-    generator = torch.Generator()
-    rows = []
-    for b in sequences:
-        for t in range(start, end):
-            generator.manual_seed(10_000 * b + 10 * t + layer_idx)
-            rows.append(torch.randn(width, generator=generator))
-    values = torch.stack(rows).reshape(len(sequences), 1, end - start, width)
-    return values.split([width - 4, 4], dim=-1)
-
-
-def fill(cache, sequences, start, end):
-    for layer_idx in range(2):
-        cache.update(*entries(layer_idx, sequences, start, end), layer_idx)
-
-
 def assert_holds(cache, sequences, end):
     """The cache holds tokens 0 to `end` of these sequences, rounded once and no more, and says so."""
     assert cache.get_seq_length() == end
@@ -218,12 +203,7 @@ def test_growth_keeps_every_token(cache):
 
 
 def test_operations_of_generation(cache):
-    check_selections(cache, fill, assert_holds)
-    assert_holds(cache, [0, 0, 0, 2, 2, 2], 130)
-    cache.reset()
-    assert cache.get_seq_length() == cache.nbytes == cache.allocated_nbytes == storage_bytes(cache) == 0
-    fill(cache, [1], 0, 4)
-    assert_holds(cache, [1], 4)
+    check_operations_of_generation(cache, assert_holds)
 
 
 @pytest.mark.parametrize("removed", [0, 1, 5, 6, 7, 8, 13, 14, 15, 60, 65, 66, 67, 69, 70, 1000])
@@ -250,15 +230,7 @@ def test_crop(cache, removed):
 
 
 def test_operations_on_an_empty_cache(cache):
-    call_every_operation(cache)
-    cache.layers[0].offload()
-    cache.layers[0].prefetch()
-    assert cache.get_seq_length() == 0 and cache.nbytes == cache.allocated_nbytes == 0
-    assert cache.layers[0].keys is None and cache.layers[0].values is None
-    cache.early_initialization(batch_size=1, num_heads=9, head_dim=9, dtype=torch.float32, device="cpu")
-    assert cache.get_seq_length() == 0
-    fill(cache, [0], 0, 2)
-    assert_holds(cache, [0], 2)
+    check_operations_on_an_empty_cache(cache, assert_holds)
 
 
 def test_offload_and_prefetch(cache):

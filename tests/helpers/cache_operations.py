@@ -71,3 +71,48 @@ class Spy(TorchDispatchMode):
 
     def count(self, name: str) -> int:
         return sum(operator == name for operator in self.operators)
+
+
+# Of the two layers that `entries` is for.
+WIDTHS = [16, 24]
+
+
+def entries(layer_idx, sequences, start, end):
+    """Entries whose values say which sequence, token, layer and element they are: `[B, 1, T, R]`, `[B, 1, T, P]`."""
+    width = WIDTHS[layer_idx]
+    generator = torch.Generator()
+    rows = []
+    for b in sequences:
+        for t in range(start, end):
+            generator.manual_seed(10_000 * b + 10 * t + layer_idx)
+            rows.append(torch.randn(width, generator=generator))
+    values = torch.stack(rows).reshape(len(sequences), 1, end - start, width)
+    return values.split([width - 4, 4], dim=-1)
+
+
+def fill(cache, sequences, start, end):
+    for layer_idx in range(2):
+        cache.update(*entries(layer_idx, sequences, start, end), layer_idx)
+
+
+def check_operations_of_generation(cache, assert_holds) -> None:
+    """Selections as beams make them, then a reset and other sequences; `assert_holds(cache, sequences, end)`."""
+    check_selections(cache, fill, assert_holds)
+    assert_holds(cache, [0, 0, 0, 2, 2, 2], 130)
+    cache.reset()
+    assert cache.get_seq_length() == cache.nbytes == cache.allocated_nbytes == storage_bytes(cache) == 0
+    fill(cache, [1], 0, 4)
+    assert_holds(cache, [1], 4)
+
+
+def check_operations_on_an_empty_cache(cache, assert_holds) -> None:
+    """Each operation leaves an empty cache empty, and it can be filled afterwards."""
+    call_every_operation(cache)
+    cache.layers[0].offload()
+    cache.layers[0].prefetch()
+    assert cache.get_seq_length() == 0 and cache.nbytes == cache.allocated_nbytes == 0
+    assert cache.layers[0].keys is None and cache.layers[0].values is None
+    cache.early_initialization(batch_size=1, num_heads=9, head_dim=9, dtype=torch.float32, device="cpu")
+    assert cache.get_seq_length() == 0
+    fill(cache, [0], 0, 2)
+    assert_holds(cache, [0], 2)

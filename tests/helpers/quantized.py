@@ -1,6 +1,7 @@
 """What tests of quantised caches share: the oracle, a dense cache whose entries are rounded by definition."""
 
 import torch
+from cases import difference, plain_attention
 from cases import tiny_model as tied_model
 
 from egmla import EGMLACache
@@ -10,6 +11,10 @@ from egmla.quantization_egmla import quantize_elements, rotation
 from egmla.quantized_cache_egmla import KEPT_FIRST_TOKENS, Int8LatentLayer
 
 
+# fp32 sums in another order.
+TOLERANCE = 1e-5
+# bf16 results of attention over values around 1: a few roundings of 2^-8 each.
+BF16_TOLERANCE = 0.03
 # Logits, around 3 in magnitude, of random tiny models with int8 entries against those with fp32 entries.
 INT8_TOLERANCE = 0.15
 # Groups of few tokens, so that short texts fill several.
@@ -57,3 +62,12 @@ def rounded_cache(config, quantization) -> EGMLACache:
     cache = EGMLACache(config, **OPTIONS[quantization])
     cache.layers = [RoundedLayer(layer) for layer in cache.layers]
     return cache
+
+
+def assert_attended_in_pieces(entries, exact: torch.Tensor, dtype: torch.dtype) -> None:
+    """Attention to entries 24 wide, 16 of them latent, is attention to the tensor that they stand for."""
+    query = (3 * torch.randn(entries.shape[0], 1, 5, 24)).to(dtype)
+    expected = plain_attention(query, exact, None, 0.3)[..., :16]
+    given = entries.attend_rows(query, None, 0.3)
+    assert given.dtype == dtype
+    assert difference(given, expected) <= (TOLERANCE if dtype == torch.float32 else BF16_TOLERANCE)
