@@ -10,10 +10,9 @@ from collections.abc import Iterable
 
 import torch
 from torch import nn
-from torch.nn.modules import module as module_hooks
 from transformers.utils import is_torchdynamo_compiling
 
-from .cpu_egmla import is_plain_linear, is_traced
+from .cpu_egmla import hooks_on_every_module, is_plain_linear, is_traced
 from .entries_egmla import Entries
 
 
@@ -60,13 +59,8 @@ def can_absorb(layers: Iterable[nn.Module], width: int, like: torch.Tensor) -> b
 
 def _is_every_module_hooked() -> bool:
     """Tell whether hooks on every module may see or change activations. PyTorch's own only name and count them."""
-    hooks = (
-        *module_hooks._global_forward_hooks.values(),
-        *module_hooks._global_forward_pre_hooks.values(),
-        *module_hooks._global_backward_hooks.values(),
-        *module_hooks._global_backward_pre_hooks.values(),
-    )
-    return any(not (getattr(hook, "__module__", None) or "").startswith("torch.") for hook in hooks)
+    makers = (getattr(hook, "__module__", None) or "" for hook in hooks_on_every_module())
+    return any(not maker.startswith("torch.") for maker in makers)
 
 
 def _is_hooked(module: nn.Module) -> bool:

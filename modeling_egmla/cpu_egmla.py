@@ -81,14 +81,15 @@ def is_plain_linear(layer: nn.Module) -> bool:
     )
 
 
-def _is_watched() -> bool:
-    """Tell whether hooks on every module are installed."""
-    return bool(
-        module_hooks._global_forward_hooks
-        or module_hooks._global_forward_pre_hooks
-        or module_hooks._global_backward_hooks
-        or module_hooks._global_backward_pre_hooks
+def hooks_on_every_module() -> list[Any]:
+    """Return the hooks that are installed on every module at once."""
+    kinds = (
+        module_hooks._global_forward_hooks,
+        module_hooks._global_forward_pre_hooks,
+        module_hooks._global_backward_hooks,
+        module_hooks._global_backward_pre_hooks,
     )
+    return [hook for hooks in kinds for hook in hooks.values()]
 
 
 def inference_matmul(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -142,5 +143,5 @@ def _is_plain_inference(layer: nn.Module, input: torch.Tensor) -> bool:
         and input.numel() > 0
         and not torch.is_autocast_enabled("cpu")
         and not is_traced()
-        and not _is_watched()
+        and not hooks_on_every_module()
     )
