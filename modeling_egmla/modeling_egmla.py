@@ -216,6 +216,20 @@ class EGMLAModel(EGMLAPreTrainedModel):
         rank = max(self.config.layer_kv_lora_ranks)
         return absorption_pays(new_tokens, rank, self.config.qk_nope_head_dim, self.config.v_head_dim)
 
+    def embed_positions(
+        self, like: torch.Tensor, position_ids: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Return cosines and sines `[B, 1, T, head_dim // 2]` of positions `[B, T]`; `None` without a rotary part.
+
+        `like` is an activation, whose dtype and device are wanted. Serving engines call this.
+        """
+        if not self.config.qk_rope_head_dim:
+            return None
+        # The tables repeat each angle for both members of a pair; once is enough.
+        cosines, sines = self.rotary_emb(like, position_ids)
+        half = cosines.shape[-1] // 2
+        return cosines[..., :half].unsqueeze(1), sines[..., :half].unsqueeze(1)
+
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -277,14 +291,7 @@ class EGMLAModel(EGMLAPreTrainedModel):
             )
         absorb = absorb and (causal_mask is None or isinstance(causal_mask, torch.Tensor))
 
-        position_embeddings = None
-        if self.config.qk_rope_head_dim:
-            # The tables repeat each angle for both members of a pair; once is enough. [B, 1, T, head_dim // 2]
-            position_embeddings = tuple(
-                table[..., : table.shape[-1] // 2].unsqueeze(1)
-                for table in self.rotary_emb(inputs_embeds, position_ids)
-            )
-
+        position_embeddings = self.embed_positions(inputs_embeds, position_ids)
         hidden_states = inputs_embeds
         for layer in self.layers[: self.config.num_hidden_layers]:  # fewer for an early exit
             hidden_states = layer(

@@ -88,7 +88,7 @@ class EGMLAForCausalLM(nn.Module, SupportsLoRA):
         self.gates_by_id = config.kv_gate is not None and config.kv_gate_embedding_dim is not None
         with torch.device("meta"):  # shapes and names; vLLM's layers take the places of the large ones
             self.model = EGMLAModel(config)
-        self._replace_linear_layers(vllm_config)
+        self._replace_linear_layers()
         self.model.embed_tokens = VocabParallelEmbedding(
             config.vocab_size, config.hidden_size, quant_config=self.quant_config, prefix="model.embed_tokens"
         )
@@ -102,15 +102,18 @@ class EGMLAForCausalLM(nn.Module, SupportsLoRA):
             self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
         self.logits_processor = LogitsProcessor(config.vocab_size)
 
-    def _replace_linear_layers(self, vllm_config: VllmConfig) -> None:
-        """Put vLLM's linear layers in the places of ours, split as the configuration's plan says."""
+    def _style(self, name: str) -> str | None:
+        """Return how the configuration's plan splits a module or parameter over tensor-parallel ranks."""
         plan = self.config.base_model_tp_plan.items()
+        return next((style for pattern, style in plan if fnmatch(name, pattern)), None)
+
+    def _replace_linear_layers(self) -> None:
+        """Put vLLM's linear layers in the places of ours, split as the configuration's plan says."""
         for name, module in list(self.model.named_modules()):
             if type(module) is not nn.Linear:
                 continue
-            style = next((style for pattern, style in plan if fnmatch(name, pattern)), "replicated")
             parent, _, attribute = name.rpartition(".")
-            replacement = LINEAR_CLASSES.get(style, ReplicatedLinear)(
+            replacement = LINEAR_CLASSES.get(self._style(name), ReplicatedLinear)(
                 module.in_features,
                 module.out_features,
                 bias=module.bias is not None,
@@ -126,13 +129,12 @@ class EGMLAForCausalLM(nn.Module, SupportsLoRA):
         device, dtype = torch.get_default_device(), torch.get_default_dtype()
         if self.config.qk_rope_head_dim:
             self.model.rotary_emb = EGMLARotaryEmbedding(self.config)
-        ranks, plan = get_tensor_model_parallel_world_size(), self.config.base_model_tp_plan.items()
+        ranks = get_tensor_model_parallel_world_size()
         for module_name, module in self.model.named_modules():
             for name, parameter in list(module.named_parameters(recurse=False)):
                 if not parameter.is_meta:
                     continue
-                shape, full_name = list(parameter.shape), f"{module_name}.{name}"
-                split = any(style == "colwise" and fnmatch(full_name, pattern) for pattern, style in plan)
+                shape, split = list(parameter.shape), self._style(f"{module_name}.{name}") == "colwise"
                 if split:
                     shape[0] //= ranks
                 given = nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
@@ -143,10 +145,8 @@ class EGMLAForCausalLM(nn.Module, SupportsLoRA):
                 if buffer.is_meta:
                     persistent = name not in module._non_persistent_buffers_set
                     setattr(module, name, nn.Buffer(torch.zeros_like(buffer, device=device), persistent=persistent))
-        for layer_idx, layer in enumerate(self.model.layers):
-            slots = self.config.layer_rope_slots(layer_idx)
-            if slots is not None:
-                layer.self_attn.rope_slots = nn.Buffer(torch.tensor(slots, device=device), persistent=False)
+        for layer in self.model.layers:
+            layer.self_attn.reset_own_parameters()  # rotary slots, which no checkpoint has
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Return embeddings `[T, D]` of ids `[T]`."""
@@ -166,12 +166,7 @@ class EGMLAForCausalLM(nn.Module, SupportsLoRA):
             raise ValueError("Prompts of embeddings: this model's gates read token ids; send the ids instead.")
         hidden_states = inputs_embeds.unsqueeze(0)
         gate_input = input_ids.unsqueeze(0) if self.gates_by_id else hidden_states
-        position_embeddings = None
-        if self.config.qk_rope_head_dim:
-            position_embeddings = tuple(
-                table[..., : table.shape[-1] // 2].unsqueeze(1)
-                for table in self.model.rotary_emb(hidden_states, positions.unsqueeze(0))
-            )
+        position_embeddings = self.model.embed_positions(hidden_states, positions.unsqueeze(0))
         for layer in self.model.layers:
             hidden_states = layer(hidden_states, gate_input=gate_input, position_embeddings=position_embeddings)
         return self.model.norm(hidden_states).squeeze(0)
