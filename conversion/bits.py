@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from egmla import EGMLAConfig
+from egmla.utils.models import config_dtype
 from egmla.utils.progress import Progress, stage_progress
 
 from .allocation import LayerBits, Storage, allocate_bits, allocation_cost, as_config, cache_bytes
@@ -77,13 +78,12 @@ class Basis:
     pair_importance: torch.Tensor
 
 
-def cheapest_basis(found: Sensitivity, rank: int, interleaved: bool = False, damping: float = DAMPING) -> Basis:
+def cheapest_basis(found: Sensitivity, rank: int, damping: float = DAMPING) -> Basis:
     """Return the basis of a layer's latent in which rounding is cheapest, and its rotary pairs by importance.
 
     Args:
-        found (`Sensitivity`): of the layer's entries, latent before rotary key.
+        found (`Sensitivity`): of the layer's entries, latent before rotary key, first members of its pairs first.
         rank (`int`): width `R` of the latent.
-        interleaved (`bool`): whether rotary pairs are neighbours. Cached keys have first members first all the same.
         damping (`float`): share of the mean eigenvalue added to Fisher's information.
     """
     information, covariance = found.gradient[:rank, :rank], found.covariance[:rank, :rank]
@@ -195,7 +195,7 @@ def _allocation(bases: Sequence[Basis], budget: Budget, share: float, storage: S
 
 def _rewrite(folder: Path, bases: Sequence[Basis], config: EGMLAConfig, bits: dict[str, Any]) -> None:
     """Write the weights of a folder anew, in the new bases, and its configuration."""
-    dtype = config.dtype if isinstance(config.dtype, torch.dtype) else getattr(torch, str(config.dtype or "float32"))
+    dtype = config_dtype(config)
     prefix = "model.layers.{}.self_attn."
     for path in sorted(folder.glob("model*.safetensors")):
         tensors = load_file(path)
@@ -230,7 +230,7 @@ def describe_cache(
         found.append(
             {
                 "share": share,
-                "bytes": {str(tokens): round(size) for tokens, size in sizes.items()},
+                "bytes": {str(tokens): size for tokens, size in sizes.items()},
                 "shares": {str(tokens): round(size / tokens / source, 4) for tokens, size in sizes.items()},
                 "channels": {str(bits): numbers.count(bits) for bits in sorted(set(numbers), reverse=True)},
                 "channels_of_latents": [len(layer.latent) for layer in layers],

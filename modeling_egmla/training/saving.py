@@ -14,6 +14,7 @@ from transformers import GenerationConfig, TrainerCallback
 from egmla import EGMLAConfig, EGMLAForCausalLM
 from egmla.utils.files import write_json
 from egmla.utils.folders import staged_folder
+from egmla.utils.models import config_dtype
 from egmla.utils.provenance import TRAINING_REPORT, weights_sha256
 
 from .report import PLOT_NAME, plot_training
@@ -116,7 +117,7 @@ def write_target(
         report (`dict`): the training report; `dtype` and `weights_sha256` are added.
         companions (`list[Path]`): files to copy into the target.
     """
-    dtype = getattr(torch, settings.dtype) if settings.dtype else _dtype(config)
+    dtype = getattr(torch, settings.dtype) if settings.dtype else config_dtype(config)
     report["dtype"] = str(dtype).removeprefix("torch.")
     state = PartialState()
     # Gathering takes every process; what `save_model` writes depends on how checkpoints are written.
@@ -147,8 +148,3 @@ def write_target(
             write_json(folder / TRAINING_REPORT, report, default=str)
             plot_training(report, folder / PLOT_NAME)
     state.wait_for_everyone()
-
-
-def _dtype(config: EGMLAConfig) -> torch.dtype:
-    dtype = config.dtype or torch.float32
-    return getattr(torch, dtype) if isinstance(dtype, str) else dtype

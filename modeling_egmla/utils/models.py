@@ -37,6 +37,12 @@ def meta_model(
     return model
 
 
+def config_dtype(config: PreTrainedConfig) -> torch.dtype:
+    """Returns the dtype that a configuration names; float32 where it names none."""
+    dtype = config.dtype or torch.float32
+    return getattr(torch, dtype) if isinstance(dtype, str) else dtype
+
+
 def local_folder(name: str | Path) -> Path | None:
     """Returns the folder of this name, or `None` where the name can only be a Hub id (`model` or `owner/model`).
 
