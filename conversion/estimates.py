@@ -8,6 +8,7 @@ import torch
 
 from egmla import EGMLAConfig
 
+from .bits import SENSITIVITY_TOKENS
 from .calibration import measured_sequences
 from .families.base import AttentionShape
 from .plan import Plan
@@ -80,6 +81,7 @@ def estimate(
     plan: Plan,
     sequences: torch.Tensor,
     refinement: Refinement,
+    allocates_bits: bool = False,
 ) -> Estimate:
     """Time and memory of a calibrated conversion.
 
@@ -89,6 +91,7 @@ def estimate(
         plan (`Plan`): what will be done.
         sequences (`torch.Tensor`): calibration ids `[sequences, T]`.
         refinement (`Refinement`): its settings.
+        allocates_bits (`bool`): whether gradients of the converted model follow, as bits are allocated by.
     """
     count, T = sequences.shape
     D, H, d = shape.hidden_size, shape.heads, shape.head_dim
@@ -106,6 +109,10 @@ def estimate(
     seconds = source / _speed(torch.float32)
     if refinement.steps:
         seconds += refined / _speed(getattr(torch, refinement.dtype))
+    if allocates_bits:
+        # Forwards, and backwards to the entries; sums of products of entries and gradients.
+        passed = 3 * (converted + mlp + H * (d + plan.rope_dim) * T + D * config.vocab_size / layers)
+        seconds += SENSITIVITY_TOKENS * (passed + 3 * (rank + plan.rope_dim) ** 2) / _speed(torch.float32)
     # fp32: embeddings, hidden states of both runs before and after a layer, outputs; fp64: moments and weights.
     streams = (6 if refinement.steps else 4) * count * T * D * 4
     moments = 8 * (3 * D * D + 2 * (2 * shape.kv_width) ** 2 + H * d * d)

@@ -195,7 +195,8 @@ def dry_report(job: Job) -> dict[str, Any]:
     report = planned_report(job) | {"disk": asdict(job.room)}
     if not job.plan.exact:
         shape = job.family.shape(job.source.config)
-        report["estimate"] = asdict(estimate(job.config, shape, job.plan, job.sequences, job.refinement))
+        bits = job.settings.allocates_bits
+        report["estimate"] = asdict(estimate(job.config, shape, job.plan, job.sequences, job.refinement, bits))
     return report
 
 
@@ -203,7 +204,7 @@ def _planned(config: PreTrainedConfig, family: Family, settings: CheckedSettings
     """Decide whether the conversion is exact, and plan its widths."""
     given = settings.kv_lora_rank, settings.qk_rope_head_dim
     full = is_full_latent(config, *given) if family.latent else given == full_widths(family.shape(config))
-    if settings.calibration is None and full:
+    if not settings.calibration and full:
         settings = settings.made_exact()  # all that the source has: nothing to calibrate
     if settings.allocates_bits:
         return settings, _planned_with_bits(config, family, settings)
@@ -260,7 +261,7 @@ def _check_exact(settings: CheckedSettings) -> None:
     """Refuse what exact mode has no use for: nothing asked for is ignored."""
     given = {
         "calibration text (--calibration, --calibration-tokens)": (
-            settings.calibration is not None or settings.calibration_tokens is not None
+            bool(settings.calibration) or settings.calibration_tokens is not None
         ),
         "refinement (--refine-steps, --refine-gate)": settings.refinement_given,
         "choices of a recipe (--recipe, --set)": settings.recipe != Recipe(),

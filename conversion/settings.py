@@ -1,13 +1,14 @@
 """The settings of a conversion, their checks, and the command that repeats it."""
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 
+from egmla.samples import sample_path
 from egmla.utils.provenance import public_name
 
 from .deepseek_export import check_layout
@@ -33,8 +34,10 @@ class ConversionSettings:
             cuts the rank. By default bits where `cache` is given, but for the peers' recipes, a latent norm
             and layout `"deepseek_v3"`.
         max_rank (`int`, *optional*): with bits, most latent channels of a layer: each costs time in decoding.
-        calibration (`str` or `Path`, *optional*): a plain text, required unless `exact`; never the evaluation text.
-        calibration_tokens (`int`, *optional*): most tokens to use of it; 65,536 by default, 196,608 with refinement,
+        calibration (`str`, `Path` or a sequence of them, *optional*): plain texts, one for each domain; required
+            where the rank is cut. Equally many tokens of each are used. Never the evaluation text.
+        shipped_text (`bool`): with bits, use the text that ships with the package beside those of `calibration`.
+        calibration_tokens (`int`, *optional*): most tokens to use of all; 65,536 by default, 196,608 with refinement,
             16,384 for a cache with bits.
         evaluate (`str` or `Path`, *optional*): a plain text to measure perplexity on, of the source and the result.
         evaluation_windows (`int`): most windows to use of it, of 2,048 tokens or the source's whole context.
@@ -56,7 +59,8 @@ class ConversionSettings:
     cache: float | None = None
     cache_dtype: str | None = None
     max_rank: int | None = None
-    calibration: str | Path | None = None
+    calibration: str | Path | Sequence[str | Path] | None = None
+    shipped_text: bool = True
     calibration_tokens: int | None = None
     evaluate: str | Path | None = None
     evaluation_windows: int = 9
@@ -81,8 +85,9 @@ class ConversionSettings:
 
 @dataclass(frozen=True)
 class CheckedSettings(ConversionSettings):
-    """Settings whose recipe and refinement are chosen; `check_settings` makes them."""
+    """Settings whose texts, recipe and refinement are chosen; `check_settings` makes them."""
 
+    calibration: tuple[Path, ...] = ()
     recipe: Recipe = field(default_factory=Recipe)
     refinement: Refinement = field(default_factory=Refinement)
     refinement_given: bool = False
@@ -125,7 +130,16 @@ def check_settings(settings: ConversionSettings) -> CheckedSettings:
     given = {item.name: getattr(settings, item.name) for item in fields(ConversionSettings)}
     refined = settings.refinement is not None and settings.refinement.steps > 0
     given |= {"recipe": recipe, "refinement": refinement, "cache_dtype": cache_dtype}
+    given["calibration"] = _calibration_texts(settings, cache_dtype)
     return CheckedSettings(**given, refinement_given=refined)
+
+
+def _calibration_texts(settings: ConversionSettings, cache_dtype: str | None) -> tuple[Path, ...]:
+    """Return the texts to calibrate with: what ships with the package, where bits are dealt out, and what is given."""
+    given = settings.calibration
+    texts = () if given is None else (given,) if isinstance(given, str | Path) else tuple(given)
+    shipped = (sample_path("calibration"),) if cache_dtype == BITS and settings.shipped_text else ()
+    return (*shipped, *(path for path in map(Path, texts) if path not in shipped))
 
 
 def _checked_cache_dtype(settings: ConversionSettings, own_recipe: bool, recipe: Recipe) -> str | None:
@@ -177,14 +191,17 @@ def command_line(
     widths = ("exact", "kv_lora_rank", "qk_rope_head_dim", "cache", "cache_dtype", "max_rank")
     given = {name: getattr(settings, name) for name in widths}
     if calibration is not None:
-        given |= {"calibration": calibration["file"], "calibration_tokens": calibration["tokens_asked"]}
-        given["refine_steps"] = settings.refinement.steps
+        own = [path.name for path in settings.calibration if path != sample_path("calibration")]
+        given |= {"calibration": own, "no_shipped_text": not settings.shipped_text}
+        given |= {"calibration_tokens": calibration["tokens_asked"], "refine_steps": settings.refinement.steps}
     if evaluation is not None:
         given |= {"evaluate": evaluation["file"], "evaluation_windows": evaluation["windows"]}
     given |= {"layout": None if settings.layout == "egmla" else settings.layout, "dtype": settings.dtype}
     for name, value in given.items():
         option = f"--{name.replace('_', '-')}"
-        if value is True:
+        if name == "calibration":
+            words += [word for path in value for word in (option, path)]
+        elif value is True:
             words.append(option)
         elif value is not None and value is not False:
             words += [option, ",".join(map(str, value)) if isinstance(value, list) else str(value)]

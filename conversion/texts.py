@@ -8,6 +8,7 @@ and other evaluation sets are not caught.
 import hashlib
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,16 +123,20 @@ def open_evaluation(path: str | Path, tokenizer: Any, config: PreTrainedConfig, 
 
 
 def open_calibration(
-    source: Source, calibration: str | Path | None, tokens: int, length: int, evaluation: EvaluationText | None
+    source: Source,
+    calibration: Sequence[Path],
+    tokens: int,
+    length: int,
+    evaluation: EvaluationText | None,
 ) -> tuple[torch.Tensor, dict[str, Any]]:
-    """Read the sequences of a calibration text.
+    """Read the sequences of calibration texts, equally many of each, the texts by turns.
 
     Args:
         source (`Source`): gives the tokenizer and the context.
-        calibration (`str` or `Path`, *optional*): a plain text file.
-        tokens (`int`): most tokens to use of it.
+        calibration (`Sequence[Path]`): plain text files, one for each domain.
+        tokens (`int`): most tokens to use of all of them together.
         length (`int`): tokens of a sequence, at most the source's context.
-        evaluation (`EvaluationText`, *optional*): the text that it must have nothing in common with.
+        evaluation (`EvaluationText`, *optional*): the text that they must have nothing in common with.
 
     Returns:
         Ids `[sequences, T]`, and what the report says of them.
@@ -139,39 +144,57 @@ def open_calibration(
     Raises:
         ValueError, FileNotFoundError: for a text that is missing, too short, or not apart from the evaluation text.
     """
-    if calibration is None:
+    if not calibration:
         raise ValueError(
             "A smaller cache needs calibration text: pass calibration=FILE (--calibration FILE), a plain text file "
             f"of at least {MIN_SEQUENCES * length} tokens that is not your evaluation text."
         )
-    path = Path(calibration)
+    length = min(length, source.config.max_position_embeddings)
+    least = math.ceil(MIN_SEQUENCES / len(calibration))
+    each = tokens // len(calibration)
+    read = [_read_calibration(source, path, each, length, least, evaluation) for path in calibration]
+    count = min(len(sequences) for sequences, _ in read)
+    # The texts by turns: the first sequences, which gradients are of, have all domains.
+    sequences = torch.stack([sequences[:count] for sequences, _ in read], dim=1).flatten(0, 1)
+    check_token_ids(sequences, source.config)
+    hashes = [sha256 for _, sha256 in read]
+    return sequences, {
+        "file": _names(calibration),
+        "files": [{"file": path.name, "sha256": sha256} for path, sha256 in zip(calibration, hashes, strict=True)],
+        "tokens_asked": tokens,
+        "sha256": hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest(),
+        "sequences": len(sequences),
+        "sequence_length": length,
+    }
+
+
+def _names(paths: Sequence[Path]) -> str:
+    return ", ".join(path.name for path in paths)
+
+
+def _read_calibration(
+    source: Source, path: Path, tokens: int, length: int, least: int, evaluation: EvaluationText | None
+) -> tuple[torch.Tensor, str]:
+    """Read the sequences `[sequences, length]` of one text, at least `least`, and the SHA-256 of what was read."""
     text = read_text(path, "Calibration", MAX_CHARACTERS_PER_TOKEN * tokens)
     tokenizer = source.needed_tokenizer("calibration")
     check_calibration_text(path, text, evaluation)
     ids = tokenizer(text, add_special_tokens=False, return_tensors="pt", verbose=False)["input_ids"][0]
-    length = min(length, source.config.max_position_embeddings)
     # Where the tokenizer puts a first token before every text, that token draws the attention: it must be measured.
     first = tokenizer("a")["input_ids"][: -len(tokenizer("a", add_special_tokens=False)["input_ids"])]
     first = [token for token in first if token == tokenizer.bos_token_id]
     own = length - len(first)
     count = min(ids.numel(), tokens) // own
-    if count < MIN_SEQUENCES:
+    if count < least:
         raise ValueError(
-            f"{path.name} gives {min(ids.numel(), tokens)} calibration tokens; at least {MIN_SEQUENCES * length} are "
-            f"required ({MIN_SEQUENCES} sequences of {length}), {64 * length} are recommended. Use a longer text or "
-            "more calibration_tokens."
+            f"{path.name} gives {min(ids.numel(), tokens)} calibration tokens; at least {least * length} are required "
+            f"of it ({least} sequences of {length}), {64 * length} are recommended. Use a longer text or more "
+            "calibration_tokens."
         )
     sequences = ids[: count * own].view(count, own)
     if first:
         sequences = torch.cat((torch.full((count, 1), first[0]), sequences), dim=1)
-    check_token_ids(sequences, source.config)
-    return sequences, {
-        "file": path.name,
-        "tokens_asked": tokens,
-        "sha256": hashlib.sha256(text.encode()).hexdigest(),
-        "sequences": count,
-        "sequence_length": length,
-    }
+    return sequences, hashlib.sha256(text.encode()).hexdigest()
 
 
 def check_token_ids(ids: torch.Tensor, config: PreTrainedConfig) -> None:

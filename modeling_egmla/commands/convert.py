@@ -31,7 +31,13 @@ def convert(
     exact: Annotated[
         bool, typer.Option("--exact", help="Full rank: the same function as the source, no smaller cache.")
     ] = False,
-    calibration: Annotated[Path | None, typer.Option(metavar="FILE", help="Plain text to calibrate with.")] = None,
+    calibration: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="Plain text to calibrate with; repeatable, one a domain."),
+    ] = None,
+    shipped_text: Annotated[
+        bool, typer.Option("--shipped-text/--no-shipped-text", help="With bits, calibrate on the package's text too.")
+    ] = True,
     calibration_tokens: Annotated[
         int | None, typer.Option(min=1, help="Tokens of it to read at most; 65,536, or 196,608 with refinement.")
     ] = None,
@@ -77,7 +83,6 @@ def convert(
 
     quiet_transformers()
     of_recipe, of_refinement = split_choices(read_settings(choices or ()))
-    calibration = calibration or _shipped_text(cache, cache_dtype)
     with interruption_says(lambda: _kept(target) if resume else None), progress_bars() as progress:
         report = convert_checkpoint(
             source,
@@ -89,6 +94,7 @@ def convert(
             cache_dtype=cache_dtype,
             max_rank=max_rank,
             calibration=calibration,
+            shipped_text=shipped_text,
             calibration_tokens=calibration_tokens,
             refinement=find_refinement(refine_steps, refine_gate, of_refinement),
             evaluate=evaluate,
@@ -106,13 +112,6 @@ def convert(
     if not dry_run and layout == "egmla":
         command = f"egmla generate {shlex.quote(str(target))} --prompt 'What is the capital of France?'"
         console().print(f"Try it: {command}", style="dim", markup=False)
-
-
-def _shipped_text(cache: float | None, cache_dtype: str | None) -> Path | None:
-    """Return the calibration text that ships with the package, for caches with bits: their rank is cut by no text."""
-    from egmla.samples import sample_path
-
-    return sample_path("calibration") if cache is not None and cache_dtype != "bf16" else None
 
 
 def _kept(target: Path) -> str | None:

@@ -80,7 +80,6 @@ def _obtain_contestants(source: str, target: Path, device: str, progress) -> tup
     from egmla import EGMLACache
     from egmla.bench.side_by_side import Contestant
     from egmla.conversion import convert_checkpoint, load_source
-    from egmla.samples import sample_path
     from egmla.utils.kivi_style import KiviStyleCache, kivi_style_share
     from egmla.utils.streaming import load_model
 
@@ -89,7 +88,6 @@ def _obtain_contestants(source: str, target: Path, device: str, progress) -> tup
             source,
             target,
             cache=SHARE,
-            calibration=sample_path("calibration"),
             dtype="float32",
             device=device,
             progress=lambda stage, done, total: progress(f"Conversion: {stage}", done, total),

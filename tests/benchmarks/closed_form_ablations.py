@@ -115,7 +115,7 @@ def main() -> int:
         key = recipe.weighting, recipe.sequence_length
         if key not in measured:
             sequences, _ = open_calibration(
-                source, options.calibration, options.calibration_tokens, recipe.sequence_length, None
+                source, [options.calibration], options.calibration_tokens, recipe.sequence_length, None
             )
             with torch.no_grad():
                 run = SourceRun(source, family, sequences, recipe.weighting)

@@ -9,17 +9,19 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from egmla import EGMLACache
-from egmla.conversion import Refinement, convert_checkpoint
+from egmla.conversion import ConversionSettings, Refinement, convert_checkpoint
 from egmla.conversion.allocation import LayerBits, Storage, cache_bytes
 from egmla.conversion.bits import cheapest_basis, layer_in_basis
+from egmla.conversion.job import planned_report, prepare
 from egmla.conversion.sensitivity import measure_sensitivity
+from egmla.conversion.settings import check_settings, command_line
 from egmla.model_cards.converted import summary
-from egmla.samples import sample_text
+from egmla.samples import sample_path, sample_text
 
 
 @pytest.fixture(scope="module")
 def options(calibration):
-    return {"calibration": calibration, "calibration_tokens": 2048}
+    return {"calibration": calibration, "calibration_tokens": 2048, "shipped_text": False}
 
 
 @pytest.fixture(scope="module")
@@ -198,3 +200,30 @@ def test_a_card_says_what_a_cache_with_bits_takes(converted):
     shares = report["cache"]["budgets"][0]["shares"]
     assert f"{shares['32768']:.1%} of the bytes" in text and f"{shares['2048']:.1%} at 2,048" in text
     assert "smaller ones: 0.25, 0.1875, 0.125, 0.09375, 0.0625" in text
+
+
+def test_shipped_and_given_texts_share_the_tokens_by_turns(llama_folder, calibration, tmp_path):
+    """Gradients are of the first sequences, so each domain stands among them; the command names what was given."""
+    other = tmp_path / "other.txt"
+    other.write_text("a third text, of other words. " * 200)
+    settings = check_settings(ConversionSettings(cache=0.3, calibration=[calibration, other], calibration_tokens=4096))
+    assert settings.calibration == (sample_path("calibration"), calibration, other)
+    job = prepare(llama_folder, settings)
+    texts = [path.read_text()[:9999] for path in settings.calibration]
+    begins = ["".join(chr(token) for token in row[-40:]) for row in job.sequences[:6].tolist()]
+    assert [next(i for i, text in enumerate(texts) if begin in text) for begin in begins] == [0, 1, 2, 0, 1, 2]
+    report = planned_report(job)
+    assert report["calibration"]["file"] == "calibration.txt, calibration.txt, other.txt"
+    assert report["calibration"]["sequences"] == 15
+    assert "--calibration calibration.txt --calibration other.txt --calibration-tokens 4096" in report["command"]
+
+
+def test_the_shipped_text_is_enough_and_can_be_left_out(calibration):
+    def texts(**options):
+        return check_settings(ConversionSettings(cache=0.3, **options)).calibration
+
+    assert texts() == texts(calibration=sample_path("calibration")) == (sample_path("calibration"),)
+    assert texts(calibration=calibration, shipped_text=False) == (calibration,)
+    assert texts(calibration=calibration, cache_dtype="bf16") == (calibration,)
+    settings = check_settings(ConversionSettings(cache=0.3, calibration=calibration, shipped_text=False))
+    assert "--no-shipped-text" in command_line("source", settings, {"tokens_asked": 1}, None)
