@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.logger import init_logger
@@ -69,6 +70,7 @@ def check_config(config: EGMLAConfig, vllm_config: VllmConfig) -> None:
         raise ValueError("dtype=float32 on a GPU: vLLM's latent attention there takes bfloat16 and float16; use one.")
 
 
+@support_torch_compile
 class EGMLAForCausalLM(nn.Module, SupportsLoRA):
     """The language model, for vLLM."""
 
@@ -88,6 +90,8 @@ class EGMLAForCausalLM(nn.Module, SupportsLoRA):
         self.gates_by_id = config.kv_gate is not None and config.kv_gate_embedding_dim is not None
         with torch.device("meta"):  # shapes and names; vLLM's layers take the places of the large ones
             self.model = EGMLAModel(config)
+        for layer_idx in config.moe_layers or ():  # torch.compile cannot trace the default, a loop over experts
+            self.model.layers[layer_idx].mlp.experts.config._experts_implementation = "grouped_mm"
         self._replace_linear_layers()
         self.model.embed_tokens = VocabParallelEmbedding(
             config.vocab_size, config.hidden_size, quant_config=self.quant_config, prefix="model.embed_tokens"
