@@ -71,31 +71,18 @@ def eager_attention_forward(
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
 
 
-def expanded_attention(
-    module: nn.Module,
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    attention_mask: torch.Tensor | BlockMask | None,
-    **kwargs,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Attend through the attention interface to keys `[B, H, S, N + P]` and values `[B, H, S, V]`.
-
-    Returns:
-        Output `[B, T, H, V]` and, with eager attention, weights `[B, H, T, S]`.
-    """
+def pad_expanded(
+    module: nn.Module, keys: torch.Tensor, values: torch.Tensor, attention_mask: torch.Tensor | BlockMask | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pad keys `[B, H, S, N + P]` and values `[B, H, S, V]` to what the attention implementation takes."""
     if isinstance(attention_mask, BlockMask) and attention_mask.shape[-1] > keys.shape[2]:
         missing = attention_mask.shape[-1] - keys.shape[2]  # a block mask cannot be cut, and hides the rest
         keys, values = (nn.functional.pad(x, (0, 0, 0, missing)) for x in (keys, values))
-    value_dim, padding = values.shape[-1], keys.shape[-1] - values.shape[-1]
+    padding = keys.shape[-1] - values.shape[-1]
     # On CPU, SDPA has a fused kernel for equal widths only; the other makes all T x S scores, four times slower.
     if module.config._attn_implementation == "sdpa" and keys.device.type == "cpu" and padding > 0:
         values = nn.functional.pad(values, (0, padding))
-    # "paged|eager" would read pages, which is done.
-    implementation = module.config._attn_implementation.removeprefix("paged|")
-    attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
-    output, weights = attend(module, query, keys, values, attention_mask, **kwargs)
-    return output[..., :value_dim], weights
+    return keys, values
 
 
 def store(
@@ -290,15 +277,6 @@ class EGMLAAttention(nn.Module):
         """Return keys and values of all heads `[B, S, H (N + V)]` of latents `[B, S, R]`."""
         return linear(self.kv_b_proj, latents)
 
-    def attend_expanded(self, nope, rope, latents, rope_keys, attention_mask, gate_input=None, **kwargs):
-        """Attend to keys and values expanded from all latents; output `[B, T, H, V]`, and weights when eager."""
-        keys, values = self.expand_kv(latents, rope_keys, gate_input)
-        dropout = self.attention_dropout * self.training
-        query = torch.cat((nope, rope), dim=-1)
-        return expanded_attention(
-            self, query, keys, values, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
-        )
-
     def attend_absorbed(self, nope, rope, entries, attention_mask):
         """Attend to `Entries` as the cache holds them; output `[B, T, H, V]`, and weights when eager.
 
@@ -331,10 +309,23 @@ class EGMLAAttention(nn.Module):
         if absorb:
             output, weights = self.attend_absorbed(nope, rope, entries, attention_mask)
         else:
-            latents, rope_keys = entries.split()
-            output, weights = self.attend_expanded(
-                nope, rope, latents, rope_keys, attention_mask, gate_input, **kwargs
+            keys, values = self.expand_kv(*entries.split(), gate_input)
+            keys, values = pad_expanded(self, keys, values, attention_mask)
+            # "paged|eager" would read pages, which is done.
+            name = self.config._attn_implementation.removeprefix("paged|")
+            # vLLM's Transformers backend looks for exactly one such lookup and call in the source of `forward`.
+            attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
+            output, weights = attend(
+                self,
+                torch.cat((nope, rope), dim=-1),
+                keys,
+                values,
+                attention_mask,
+                dropout=self.attention_dropout * self.training,
+                scaling=self.scaling,
+                **kwargs,
             )
+            output = output.reshape(*hidden_states.shape[:-1], nope.shape[1], -1)[..., : self.v_head_dim]
         return linear(self.o_proj, output.reshape(*hidden_states.shape[:-1], -1)), weights
 
 

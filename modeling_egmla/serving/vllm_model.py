@@ -45,8 +45,8 @@ def check_config(config: EGMLAConfig, vllm_config: VllmConfig) -> None:
     """
     if config.kv_gate == "expanded":
         raise ValueError(
-            "kv_gate='expanded': this model's gates act on keys and values of all cached tokens, and vLLM's pages "
-            "hold latents; generate with Transformers."
+            "kv_gate='expanded': this model's gates act on keys and values of all cached tokens, and this plug-in's "
+            "pages hold latents; serve with --model-impl transformers, and VLLM_MLA_DISABLE=1 in the environment."
         )
     rope_type = (config.rope_parameters or {}).get("rope_type")
     if config.qk_rope_head_dim and rope_type in ("dynamic", "longrope"):

@@ -1,5 +1,11 @@
 """Engines of vLLM on tiny models, and what Transformers generates from the same weights."""
 
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
 from contextlib import contextmanager
 
 import torch
@@ -7,6 +13,17 @@ from cases import perturb, tiny_model
 
 
 NEW_TOKENS = 12
+PROCESS_SECONDS = 420
+SCRIPT = """
+import json, sys
+from serving import engine, serve
+
+if __name__ == "__main__":  # vLLM's processes import this file
+    folders, given, options = json.loads(sys.argv[1])
+    for folder in folders:
+        with engine(folder, **options) as served:
+            print(json.dumps([(ids, chosen.tolist()) for ids, chosen, _ in serve(served, given)]), flush=True)
+"""
 
 
 def prompts(*lengths: int) -> list[list[int]]:
@@ -50,6 +67,31 @@ def serve(served, given: list[list[int]], tokens: int = NEW_TOKENS):
         chosen = [step[token].logprob for step, token in zip(answer.outputs[0].logprobs, ids, strict=True)]
         results.append((ids, torch.tensor(chosen), answer.num_cached_tokens))
     return results
+
+
+def serve_in_another_process(tmp_path, folders, given: list[list[int]], environment=None, **options):
+    """What `serve` gives for each folder, of engines in a process of their own with more environment variables."""
+    script = tmp_path / "serve_elsewhere.py"
+    script.write_text(SCRIPT, encoding="utf-8")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **(environment or {})}
+    arguments = json.dumps([[str(folder) for folder in folders], given, options])
+    process = subprocess.Popen(
+        [sys.executable, str(script), arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        start_new_session=True,
+    )
+    try:
+        output, errors = process.communicate(timeout=PROCESS_SECONDS)
+    finally:
+        with contextlib.suppress(ProcessLookupError):  # vLLM may leave workers behind
+            os.killpg(process.pid, signal.SIGKILL)
+    lines = [line for line in output.splitlines() if line.startswith("[[")]
+    if len(lines) != len(folders):
+        raise AssertionError(f"{len(lines)} of {len(folders)} engines answered:\n{errors[-3000:]}")
+    return [[(ids, torch.tensor(chosen), None) for ids, chosen in json.loads(line)] for line in lines]
 
 
 @torch.no_grad()
