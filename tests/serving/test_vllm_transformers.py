@@ -9,7 +9,10 @@ NO_LATENT_PAGES = {"VLLM_MLA_DISABLE": "1"}
 
 
 def saved_models(tmp_path, cases):
-    return {tmp_path / f"{idx}": saved_model(tmp_path / f"{idx}", case, qk_nope_head_dim=24) for idx, case in enumerate(cases)}
+    folders = [tmp_path / str(idx) for idx in range(len(cases))]
+    return {
+        folder: saved_model(folder, case, qk_nope_head_dim=24) for folder, case in zip(folders, cases, strict=True)
+    }
 
 
 def test_transformers_backend(tmp_path):
