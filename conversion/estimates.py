@@ -1,12 +1,12 @@
 """What a conversion will take, from its plan and the speed of this machine; rough, to tell minutes from days."""
 
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 
 from egmla import EGMLAConfig
+from egmla.utils.matmul_speed import matmul_speed
 
 from .bits import SENSITIVITY_TOKENS
 from .calibration import measured_sequences
@@ -19,6 +19,7 @@ from .refinement import ERROR_SEQUENCES, Refinement
 OVERHEAD = 2.0
 # An element of an attention map is made, put through softmax and summed up, as long as so many multiplications.
 MAP_COST = 50
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -106,27 +107,15 @@ def estimate(
     source = count * T * (attention + mlp + scores) + measured * T * (H * T * MAP_COST + D * D)
     trained = converted + H * (d + plan.rope_dim) * T
     refined = 3 * refinement.steps * refinement.batch_size * T * trained + count * T * (trained + mlp)
-    seconds = source / _speed(torch.float32)
+    seconds = source / matmul_speed(CPU, torch.float32)
     if refinement.steps:
-        seconds += refined / _speed(getattr(torch, refinement.dtype))
+        seconds += refined / matmul_speed(CPU, getattr(torch, refinement.dtype))
     if allocates_bits:
         # Forwards, and backwards to the entries; sums of products of entries and gradients.
         passed = 3 * (converted + mlp + H * (d + plan.rope_dim) * T + D * config.vocab_size / layers)
-        seconds += SENSITIVITY_TOKENS * (passed + 3 * (rank + plan.rope_dim) ** 2) / _speed(torch.float32)
+        seconds += SENSITIVITY_TOKENS * (passed + 3 * (rank + plan.rope_dim) ** 2) / matmul_speed(CPU, torch.float32)
     # fp32: embeddings, hidden states of both runs before and after a layer, outputs; fp64: moments and weights.
     streams = (6 if refinement.steps else 4) * count * T * D * 4
     moments = 8 * (3 * D * D + 2 * (2 * shape.kv_width) ** 2 + H * d * d)
     weights = 8 * (attention + converted) + 4 * (2 * max(held) + 4 * converted)
     return Estimate(OVERHEAD * layers * seconds, streams + moments + weights + 4 * config.vocab_size * D)
-
-
-def _speed(dtype: torch.dtype) -> float:
-    """Multiplications with addition a second, in matrices like those of a layer."""
-    left, right = torch.randn(1024, 1024).to(dtype), torch.randn(1024, 1024).to(dtype)
-    left @ right
-    # Time of processors, so that other work on the machine does not count.
-    runs, started, spent = 0, time.process_time(), 0.0
-    while spent < 0.2:
-        left @ right
-        runs, spent = runs + 1, (time.process_time() - started) / torch.get_num_threads()
-    return runs * 1024**3 / spent

@@ -240,8 +240,9 @@ def quickstart(folder: Path) -> str:
 
 
 @needs_compiler
-def test_python_code_runs(half_cache, tmp_path):
+def test_python_code_runs(half_cache, kernel_extensions, monkeypatch, tmp_path):
     """README's quickstart, then the blocks of the package's README and the table's lines, in one process."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(kernel_extensions))
     blocks = fenced(read("modeling_egmla/README.md"), "python")
     assert len(blocks) == 3
     # The compiler's work is tested in test_attention_backends.py; here the options are.

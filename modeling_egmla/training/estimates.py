@@ -1,12 +1,12 @@
 """Estimates of a run before it starts: parameters, floating point operations, memory, time."""
 
-import time
 from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from egmla.utils.accounting import matrix_parameters
+from egmla.utils.matmul_speed import matmul_speed
 
 
 FLOAT32 = 4
@@ -97,27 +97,10 @@ def seconds_of(flops: float, device: torch.device, bf16: bool = False) -> float:
 
     Args:
         flops (`float`): floating point operations of the run, see `training_flops`.
-        device (`torch.device`): where it runs. A fifth of a second of matmuls is measured there.
+        device (`torch.device`): where it runs.
         bf16 (`bool`): whether matmuls are in bf16.
     """
-    dtype = torch.bfloat16 if bf16 else torch.float32
-    # Without bf16 instructions a product of this size takes a CPU 0.2 s, one twice as wide 2.5 s.
-    size = 512 if device.type == "cpu" else 4096
-    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-
-    def now() -> float:
-        if device.type != "cpu":
-            torch.accelerator.synchronize()
-            return time.perf_counter()
-        # Processor time, so that other work on the machine does not count.
-        return time.process_time() / torch.get_num_threads()
-
-    left @ right
-    runs, started, spent = 0, now(), 0.0
-    while spent < 0.2:
-        left @ right
-        runs, spent = runs + 1, now() - started
-    return OVERHEAD * flops * spent / (2 * size**3 * runs)
+    return OVERHEAD * flops / (2 * matmul_speed(device, torch.bfloat16 if bf16 else torch.float32))
 
 
 def run_plan(

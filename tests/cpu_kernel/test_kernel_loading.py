@@ -65,7 +65,7 @@ def test_a_damaged_library_is_named(folder, tmp_path, monkeypatch):
     (tmp_path / "egmla").mkdir()
     (tmp_path / "egmla" / library.name).write_bytes(b"not a library")
     code = "from egmla import load_cpu_kernel; load_cpu_kernel()"
-    environment = {"TORCH_EXTENSIONS_DIR": str(tmp_path), "PATH": "/usr/bin:/bin"}
+    environment = {"TORCH_EXTENSIONS_DIR": str(tmp_path), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert "ImportError" in done.stderr and f"{library.name} cannot be loaded" in done.stderr
     assert "Delete it and try again" in done.stderr
@@ -98,6 +98,7 @@ def copy_of_the_code():
 def test_the_command_line_switches_the_kernel_on(folder, tmp_path):
     """In a process of its own. Without a compiler the command fails before it does anything else."""
     environment = {"TORCH_EXTENSIONS_DIR": str(folder.parent), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"}
+    environment |= {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "egmla", "--cpu-kernel", "presets"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
