@@ -18,6 +18,7 @@ from .recipes import find_recipe
 from .refinement import Refinement
 from .report import Progress, converted_perplexity, source_perplexity, write_report
 from .settings import RANK_ONLY
+from .source import Source
 from .sources import open_source
 from .texts import MAX_CHARACTERS_PER_TOKEN, EvaluationText, open_evaluation, read_text
 
@@ -30,7 +31,7 @@ def sweep(
     target: str | Path,
     caches: Sequence[float],
     *,
-    calibration: str | Path,
+    calibration: str | Path | Sequence[str | Path],
     evaluate: str | Path,
     recipes: Sequence[str] = ("default",),
     choices: Mapping[str, Any] | None = None,
@@ -49,7 +50,8 @@ def sweep(
         source (`str` or `Path`): as of `convert_checkpoint`.
         target (`str` or `Path`): folder for the models, `sweep.json` and `sweep.png`.
         caches (`Sequence[float]`): shares of the source's cache to keep.
-        calibration, evaluate (`str` or `Path`): plain texts to calibrate and to measure on.
+        calibration (`str`, `Path` or a sequence of them): plain texts to calibrate on, as of `convert_checkpoint`.
+        evaluate (`str` or `Path`): plain text to measure on.
         recipes (`Sequence[str]`): names in `RECIPES`.
         choices (`Mapping`, *optional*): choices changed in each recipe.
         calibration_tokens, refinement, evaluation_windows: as of `convert_checkpoint`.
@@ -73,7 +75,7 @@ def sweep(
     settings, evaluation = _settings_and_evaluation(
         source, calibration, evaluate, choices, calibration_tokens, refinement, evaluation_windows, options
     )
-    report = _start(target, settings, resume)
+    report = start_report(target, settings, resume)
     arguments = {
         "cache_dtype": RANK_ONLY,
         "calibration": calibration,
@@ -87,15 +89,15 @@ def sweep(
         for cache in caches
     }
     # All of them are checked before the first is made.
-    pending = [folder for folder in jobs if not (resume and _finished(folder))]
+    pending = [folder for folder in jobs if not (resume and is_finished(folder))]
     for folder in pending:
         # A finished model is removed after the check alone, so its name is not free yet.
-        checked = folder.with_name(f"{folder.name}.new") if _finished(folder) else folder
+        checked = folder.with_name(f"{folder.name}.new") if is_finished(folder) else folder
         convert_checkpoint(source, checked, **jobs[folder], evaluate=evaluate, dry_run=True)
     target.mkdir(parents=True, exist_ok=True)
     if not resume:
         write_json(target / SWEEP_REPORT, report)  # if this run is interrupted, the next can resume it
-    for folder in filter(_finished, pending):
+    for folder in filter(is_finished, pending):
         shutil.rmtree(folder)
     if "perplexity" not in report["source"]:
         report["source"]["perplexity"] = source_perplexity(source, evaluation, progress, options.get("device"))
@@ -103,9 +105,9 @@ def sweep(
     report["rows"] = []
     for folder, job in jobs.items():
         if folder in pending:
-            convert_checkpoint(source, folder, **job, resume=resume, progress=_named(folder.name, progress))
+            convert_checkpoint(source, folder, **job, resume=resume, progress=with_name(folder.name, progress))
         made = _measured(
-            folder, evaluation, report["source"]["perplexity"], _named(folder.name, progress), options.get("device")
+            folder, evaluation, report["source"]["perplexity"], with_name(folder.name, progress), options.get("device")
         )
         report["source"]["elements"] = made["plan"]["source_elements"]
         report["rows"].append(_row(folder, job["cache"], made))
@@ -118,7 +120,7 @@ def sweep(
 
 def _settings_and_evaluation(
     source: str | Path,
-    calibration: str | Path,
+    calibration: str | Path | Sequence[str | Path],
     evaluate: str | Path,
     choices: Mapping[str, Any] | None,
     calibration_tokens: int | None,
@@ -129,24 +131,39 @@ def _settings_and_evaluation(
     """Read source and texts. Return all that the figures depend on, as `sweep.json` keeps it, and the windows."""
     opened = open_source(source)
     evaluation = open_evaluation(evaluate, opened.needed_tokenizer("evaluation"), opened.config, evaluation_windows)
-    most = most_calibration_tokens(calibration_tokens, refined=True)
-    text = read_text(Path(calibration), "Calibration", MAX_CHARACTERS_PER_TOKEN * most)
     settings = {
-        "source": public_name(opened.label),
-        # A hash: the configuration in it is long, and the report may be published.
-        "source_fingerprint": hashlib.sha256(json.dumps(opened.fingerprint(), sort_keys=True).encode()).hexdigest(),
-        "versions": software_versions(),
-        "calibration": {
-            "file": Path(calibration).name,
-            "sha256": hashlib.sha256(text.encode()).hexdigest(),
-            "tokens_asked": calibration_tokens,
-        },
+        **identify_source(opened),
+        "calibration": describe_calibration(calibration, calibration_tokens),
         "evaluation": evaluation.describe(),
         "choices": dict(choices or {}),
         "refinement": None if refinement is None else asdict(refinement),
         "options": {name: value for name, value in options.items() if value is not None},
     }
     return settings, evaluation
+
+
+def identify_source(opened: Source) -> dict[str, Any]:
+    """Return what a report says of a source, and of the software: figures of others could not be compared."""
+    fingerprint = json.dumps(opened.fingerprint(), sort_keys=True)
+    return {
+        "source": public_name(opened.label),
+        # A hash: the configuration in it is long, and the report may be published.
+        "source_fingerprint": hashlib.sha256(fingerprint.encode()).hexdigest(),
+        "versions": software_versions(),
+    }
+
+
+def describe_calibration(calibration: str | Path | Sequence[str | Path], tokens: int | None) -> dict[str, Any]:
+    """Return what `sweep.json` keeps of the calibration texts: their names and the hash of what may be read."""
+    texts = [calibration] if isinstance(calibration, str | Path) else calibration
+    most = MAX_CHARACTERS_PER_TOKEN * most_calibration_tokens(tokens, refined=True)
+    read = [read_text(Path(text), "Calibration", most) for text in texts]
+    hashes = [hashlib.sha256(text.encode()).hexdigest() for text in read]
+    return {
+        "file": ", ".join(Path(text).name for text in texts),
+        "sha256": hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest(),
+        "tokens_asked": tokens,
+    }
 
 
 def _measured(
@@ -161,8 +178,13 @@ def _measured(
     return made
 
 
-def _start(target: Path, settings: dict[str, Any], resume: bool) -> dict[str, Any]:
-    """The report of an earlier run, or a new one.
+def start_report(target: Path, settings: dict[str, Any], resume: bool) -> dict[str, Any]:
+    """Return the report of an earlier run, or a new one.
+
+    Args:
+        target (`Path`): the folder of the sweep.
+        settings (`dict`): all that its figures depend on.
+        resume (`bool`): whether an earlier run counts.
 
     Raises:
         FileExistsError: when the folder holds something else.
@@ -188,11 +210,13 @@ def _start(target: Path, settings: dict[str, Any], resume: bool) -> dict[str, An
     return report
 
 
-def _finished(folder: Path) -> bool:
+def is_finished(folder: Path) -> bool:
+    """Tell whether a folder of a sweep holds a whole model."""
     return (folder / "config.json").is_file() and (folder / CONVERSION_REPORT).is_file()
 
 
-def _named(name: str, progress: Progress | None) -> Progress | None:
+def with_name(name: str, progress: Progress | None) -> Progress | None:
+    """Return a progress function whose stages are named after a model, too."""
     return None if progress is None else lambda stage, done, total: progress(f"{name}: {stage}", done, total)
 
 

@@ -178,6 +178,19 @@ def test_options_of_the_models_on_the_command_line(llama_folder, texts, tmp_path
     assert special["refinement"] == Refinement(gate=True, carry=1)
 
 
+def test_several_calibration_texts(llama_folder, texts, tmp_path):
+    other = tmp_path / "other.txt"
+    other.write_text(texts["calibration"].read_text()[::-1])
+    both = {**texts, "calibration": [texts["calibration"], other]}
+    report = sweep(llama_folder, tmp_path / "t", [0.5], **both)
+    assert report["settings"]["calibration"]["file"] == "calibration.txt, other.txt"
+    made = json.loads((tmp_path / "t" / "default-0.5" / "conversion_report.json").read_text())
+    assert [text["file"] for text in made["calibration"]["files"]] == ["calibration.txt", "other.txt"]
+    other.write_text(other.read_text()[1:])
+    with pytest.raises(ValueError, match=r"other settings \(calibration\)"):
+        sweep(llama_folder, tmp_path / "t", [0.5], **both)
+
+
 def test_sweep_in_deepseeks_layout(llama_folder, texts, tmp_path):
     with pytest.raises(ValueError, match=r"does not fit layout deepseek_v3: its queries have biases"):
         sweep(llama_folder, tmp_path / "t", [0.5], **texts, choices={"latent_norm": True}, layout="deepseek_v3")
