@@ -13,8 +13,8 @@ GROUPS = {
     "Generation": "--max-new-tokens --temperature --top-p",
     "Evaluation": "--evaluate --evaluation-windows --eval-data --eval-share --eval-tokens --eval-every --tasks "
     "--limit --num-fewshot --data-dir --include-path --model-args --quick --full",
-    "What to measure": "--context --batch --contestants --rounds --steps --turn-seconds --prefill --memory "
-    "--memory-tokens",
+    "What to measure": "--peers --retrieval --passages --context --batch --contestants --rounds --steps "
+    "--turn-seconds --prefill --memory --memory-tokens",
     "Model card": "--scores --repo-id --license --license-name --base-model --overwrite",
     "Publishing": "--private --revision --allow --message",
     "Machine": "--device --dtype --threads --seed --cpu-kernel",
@@ -37,6 +37,8 @@ EXAMPLES = {
     "sweep": """
         egmla sweep HuggingFaceTB/SmolLM2-135M-Instruct sweep \\
             --cache 0.5,0.3125 --calibration text.txt --evaluate other.txt
+        egmla sweep HuggingFaceTB/SmolLM2-135M-Instruct peers --peers \\
+            --cache 0.25,0.125,0.0625 --evaluate other.txt --retrieval 512,2048
     """,
     "heal": """
         egmla heal smollm2-half smollm2-healed --data text.txt --tokens 5M \\
