@@ -33,7 +33,7 @@ ARROWS = {
     "utils": {"hub", "package"},
     "configuration": GROUND,
     "samples": GROUND,
-    "conversion": GROUND,
+    "conversion": GROUND | {"samples"},
     "evaluation": GROUND | {"samples"},
     "bench": GROUND | {"conversion", "configuration"},
     "training": GROUND | {"conversion", "evaluation"},

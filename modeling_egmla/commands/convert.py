@@ -31,13 +31,8 @@ def convert(
     exact: Annotated[
         bool, typer.Option("--exact", help="Full rank: the same function as the source, no smaller cache.")
     ] = False,
-    calibration: Annotated[
-        list[Path] | None,
-        typer.Option(metavar="FILE", help="Plain text to calibrate with; repeatable, one a domain."),
-    ] = None,
-    shipped_text: Annotated[
-        bool, typer.Option("--shipped-text/--no-shipped-text", help="With bits, calibrate on the package's text too.")
-    ] = True,
+    calibration: Annotated[list[Path] | None, typer.Option(metavar="FILE", help="Plain text; repeatable.")] = None,
+    shipped_text: Annotated[bool, typer.Option(help="With bits, calibrate on the package's own text too.")] = True,
     calibration_tokens: Annotated[
         int | None, typer.Option(min=1, help="Tokens of it to read at most; 65,536, or 196,608 with refinement.")
     ] = None,
