@@ -38,11 +38,19 @@ class AllocatedEntries(GroupedEntries):
         layer (`AllocatedLatentLayer`): the layer, whose storages are read.
     """
 
+    cpu_operator = "latent_attention_allocated"
+
     def __init__(self, layer: "AllocatedLatentLayer"):
         storages = layer.kept, layer.first_tokens, layer.buffer, layer.scales
         super().__init__(*storages, layer.groups, layer.group_size, layer.kv_lora_rank, layer.width)
         self.bits = layer.bits
         self.dropped = layer.dropped
+
+    def operator_arguments(self) -> tuple[Any, ...]:
+        order = _channel_order(self.bits, self.device)[0]
+        groups = self.first, self.codes, self.scales, self.groups, self.group_size
+        runs = [number for run in self.bits.runs for number in run]
+        return self.kept, self.dropped, order, *groups, runs, self.bits.latent_channels
 
     @property
     def piece_tokens(self) -> int:

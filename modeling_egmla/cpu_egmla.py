@@ -20,7 +20,7 @@ from torch.nn.modules import module as module_hooks
 # Dtypes of cache entries, before quantisation, that the compiled kernel reads.
 CPU_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # The version of the operators' arguments. Code of another version, which came with a checkpoint, does without them.
-INTERFACE = 2
+INTERFACE = 3
 # `torch.ops.egmla` once `egmla.load_cpu_kernel()` has compiled, loaded and checked it; `None` before. Code that came
 # with a checkpoint finds the operators if they were loaded before.
 OPERATORS: Any = torch.ops.egmla if getattr(torch.ops.egmla, "interface", None) == INTERFACE else None

@@ -56,7 +56,7 @@ def _load(library: Path) -> None:
         torch.ops.load_library(library)
     except OSError as error:
         raise ImportError(f"{library} cannot be loaded ({error}). Delete it and try again. {WITHOUT}") from error
-    for name in ("latent_attention", "latent_attention_int8", "latent_attention_int4"):
+    for name in ("latent_attention", "latent_attention_int8", "latent_attention_int4", "latent_attention_allocated"):
         torch.library.register_fake(f"egmla::{name}", _shape_of_attention)
     torch.library.register_fake("egmla::write_int8", lambda *arguments: None)
 

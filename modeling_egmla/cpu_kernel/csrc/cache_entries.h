@@ -11,10 +11,17 @@
 #include <cstdint>
 #include <limits>
 #include <type_traits>
+#include <utility>
 
 #include "vectors.h"
 
 namespace {
+
+// Scales of the group of tokens that was read last, for forms that have such groups.
+struct GroupScales {
+  float* data;  // [2 W]
+  int64_t group = -1;
+};
 
 // Sources of entries. `read` returns `count` tokens from `start` on as fp32 rows: in `space`, or where they lie
 // already. `address` is where a token's bytes are, for prefetching; tokens are contiguous.
@@ -26,7 +33,7 @@ struct Dense {
   static constexpr int64_t bits = 8 * sizeof(T);
 
   const T* at(int64_t sequence, int64_t start) const { return entries + sequence * sequence_stride + start * width; }
-  const float* read(int64_t sequence, int64_t start, int64_t count, float* space, float*) const {
+  const float* read(int64_t sequence, int64_t start, int64_t count, float* space, GroupScales&) const {
     const T* from = at(sequence, start);
     if constexpr (std::is_same_v<T, float>) {
       return from;
@@ -55,7 +62,7 @@ struct ElementGroups {
   const c10::BFloat16* scales_at(int64_t sequence, int64_t token) const {
     return scales + sequence * scales_stride + token * groups;
   }
-  const float* read(int64_t sequence, int64_t start, int64_t count, float* space, float*) const {
+  const float* read(int64_t sequence, int64_t start, int64_t count, float* space, GroupScales&) const {
     const int8_t* code = codes_at(sequence, start);
     const c10::BFloat16* scale = scales_at(sequence, start);
     const int64_t size = width / groups;
@@ -122,24 +129,21 @@ struct TokenGroups {
     const c10::BFloat16* scale = scales + sequence * scales_stride + group * 2 * width;
     for (int64_t i = 0; i < 2 * width; i++) to[i] = static_cast<float>(scale[i]);
   }
-  // `space` has room for the block, `scratch` for two rows.
-  const float* read(int64_t sequence, int64_t start, int64_t count, float* space, float* scratch) const {
+  const float* read(int64_t sequence, int64_t start, int64_t count, float* space, GroupScales& scales_read) const {
     const int64_t half = token_bytes();
-    int64_t current = -1;  // the group whose scales are in `scratch`
     for (int64_t token = start; token < start + count; token++) {
       float* row = space + (token - start) * width;
       const int64_t place = token - first;
       if (place < 0 || place >= grouped) {
-        const float* found = residual.read(sequence, place < 0 ? token : token - grouped, 1, row, nullptr);
+        const float* found = residual.read(sequence, place < 0 ? token : token - grouped, 1, row, scales_read);
         if (found != row) std::copy(found, found + width, row);
         continue;
       }
-      if (group(token) != current) {
-        current = group(token);
-        read_scales(sequence, current, scratch);
+      if (std::exchange(scales_read.group, group(token)) != group(token)) {
+        read_scales(sequence, group(token), scales_read.data);
       }
       const uint8_t* code = codes_at(sequence, place);
-      const float *scale = scratch, *zero = scratch + width;
+      const float *scale = scales_read.data, *zero = scale + width;
       float* __restrict to = row;
       for (int64_t i = 0; i < half; i++) to[i] = static_cast<float>(code[i] & 15) * scale[i] + zero[i];
       for (int64_t i = half; i < width; i++) to[i] = static_cast<float>(code[i - half] >> 4) * scale[i] + zero[i];

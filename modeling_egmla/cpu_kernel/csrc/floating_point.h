@@ -35,7 +35,8 @@ void attend(
       std::max(STEP_TOKENS, BLOCK_ELEMENTS / width * 4 / static_cast<int64_t>(sizeof(T)) / STEP_TOKENS * STEP_TOKENS);
   const int64_t lanes = (rows + LANES - 1) / LANES * LANES, lanes_per_head = use_tiles ? TILE_SIDE : 1;
   Buffer<float> space(block_tokens * LANES + block_tokens * width + 2 * width);
-  float *copies = space.data() + block_tokens * LANES, *scratch = copies + block_tokens * width;
+  float* copies = space.data() + block_tokens * LANES;
+  GroupScales scales{copies + block_tokens * width};
   RunningSums running(sums, lanes, lanes_per_head);
   // The first vector's scores prefetch the next block. If entries are multiplied as cached, reading takes as long as
   // the matmul, and half of the lines are left to the steps after scoring.
@@ -51,7 +52,7 @@ void attend(
     if constexpr (as_cached) {
       entries = source.at(sequence, start);
     } else {
-      entries = source.read(sequence, start, valid, copies, scratch);
+      entries = source.read(sequence, start, valid, copies, scales);
     }
     if (count > valid) {
       T* to = reinterpret_cast<T*>(copies);

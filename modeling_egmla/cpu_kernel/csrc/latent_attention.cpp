@@ -14,6 +14,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 #include <torch/library.h>
@@ -26,8 +27,10 @@
 #include <optional>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
 #include "cache_entries.h"
+#include "channel_codes.h"
 #include "codes.h"
 #include "floating_point.h"
 #include "quantize_int8.h"
@@ -321,6 +324,75 @@ at::Tensor attention_int4(
   });
 }
 
+// Attends to the first `groups` of codes [B, 1, capacity, .] and ranges [B, 1, capacity, 2 C], and to kept tokens
+// [B, 1, n, C], the `first` of which have other channels too: `dropped` [B, 1, first, W - C]. `order` [W] has the C
+// stored channels first, `latents` of them of the latent. `runs` are bits and channels of each run.
+at::Tensor attention_allocated(
+    const at::Tensor& query, const at::Tensor& kept, const at::Tensor& dropped, const at::Tensor& order, int64_t first,
+    const at::Tensor& codes, const at::Tensor& ranges, int64_t groups, int64_t size, at::IntArrayRef runs,
+    int64_t latents, const std::optional<at::Tensor>& mask, double scaling, int64_t rank) {
+  const int64_t batch = check_query(query, order, rank), heads = query.size(1), width = query.size(3);
+  const int64_t channels = kept.size(-1), held = kept.size(-2);
+  check_rows(kept, batch, held, "kept entries");
+  if (channels < width) check_rows(dropped, batch, dropped.size(-2), "dropped channels");
+  check_rows(codes, batch, groups, "codes");
+  check_rows(ranges, batch, groups, "ranges");
+  const int64_t marked = channels < width ? dropped.size(2) : 0;
+  const int64_t values = std::max<int64_t>(1, (latents + marked + LANES - 1) / LANES) * LANES;
+  std::vector<ChannelRun> all;
+  int64_t channel = 0, group_bits = 0;
+  for (size_t i = 0; i + 1 < runs.size(); i += 2) {
+    all.push_back({runs[i], runs[i + 1], channel < latents ? channel : values + channel - latents, channel});
+    channel += runs[i + 1];
+    group_bits += runs[i] * runs[i + 1];
+  }
+  TORCH_CHECK(
+      channel == channels && 0 <= latents && latents <= std::min(channels, rank) && size > 0 && size % 8 == 0 &&
+          codes.size(3) == size / 8 * group_bits && ranges.size(3) == 2 * channels && 0 <= first &&
+          (first <= held || groups == 0) && marked <= std::min(first, held) && dropped.size(3) == width - channels &&
+          dropped.scalar_type() == kept.scalar_type(),
+      "egmla: codes must be [B, 1, groups, g * (sum of bits) / 8], ranges [B, 1, groups, 2 C], and other channels of "
+      "the first tokens [B, 1, first, W - C]");
+  const at::Tensor places = order.contiguous();
+  const int64_t* place = places.const_data_ptr<int64_t>();
+  TORCH_CHECK(
+      std::all_of(place, place + width, [&](int64_t i) { return 0 <= i && i < width; }),
+      "egmla: the order of channels must have numbers below ", width);
+  return by_dtype(kept.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    const ChannelCodes<T> source{
+        dense<T>(kept),
+        codes.const_data_ptr<uint8_t>(),
+        ranges.const_data_ptr<uint8_t>(),
+        codes.stride(0),
+        ranges.stride(0),
+        codes.size(3),
+        channels,
+        latents,
+        values,
+        (values + channels - latents + 3) / 4 * 4,
+        first,
+        marked,
+        groups * size,
+        size,
+        all};
+    const DroppedChannels<T> others{dropped.const_data_ptr<T>(), place, dropped.stride(0), width, rank};
+    const at::Tensor plain = query.to(at::kFloat).contiguous();
+    const at::Tensor arranged = at::zeros({batch, heads, 1, source.width}, plain.options());
+    for (int64_t row = 0; row < batch * heads; row++) {
+      const float* from = plain.const_data_ptr<float>() + row * width;
+      others.arrange_query(source, row / heads, from, arranged.mutable_data_ptr<float>() + row * source.width);
+    }
+    const at::Tensor columns = compute(source, arranged, mask, held + groups * size, scaling, values);
+    const at::Tensor output = at::empty({batch, heads, 1, rank}, plain.options());
+    for (int64_t row = 0; row < batch * heads; row++) {
+      const float* from = columns.const_data_ptr<float>() + row * values;
+      others.restore_values(source, row / heads, from, output.mutable_data_ptr<float>() + row * rank);
+    }
+    return output.to(query.scalar_type());
+  });
+}
+
 }  // namespace
 
 TORCH_LIBRARY(egmla, library) {
@@ -331,6 +403,10 @@ TORCH_LIBRARY(egmla, library) {
   library.def(
       "latent_attention_int4(Tensor query, Tensor kept, int first, Tensor codes, Tensor scales, SymInt groups, "
       "Tensor? mask, float scaling, int rank) -> Tensor");
+  library.def(
+      "latent_attention_allocated(Tensor query, Tensor kept, Tensor dropped, Tensor order, int first, Tensor codes, "
+      "Tensor ranges, SymInt groups, int size, int[] runs, int latents, Tensor? mask, float scaling, int rank) -> "
+      "Tensor");
   library.def("write_int8(Tensor latent, Tensor rope_key, Tensor(a!) codes, Tensor(b!) scales, SymInt start) -> ()");
 }
 
@@ -338,5 +414,6 @@ TORCH_LIBRARY_IMPL(egmla, CPU, library) {
   library.impl("latent_attention", &attention);
   library.impl("latent_attention_int8", &attention_int8);
   library.impl("latent_attention_int4", &attention_int4);
+  library.impl("latent_attention_allocated", &attention_allocated);
   library.impl("write_int8", &write_int8);
 }

@@ -9,7 +9,7 @@
 #include <cstdint>
 #include <vector>
 
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -40,8 +40,20 @@ constexpr float MASKED_SCORE = -1e30f;
 typedef float Vector __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 typedef int32_t Integers __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 
+typedef uint8_t Bytes __attribute__((vector_size(LANES), aligned(1), may_alias));
+
 inline Vector load(const float* from) { return *reinterpret_cast<const Vector*>(from); }
 inline void store(float* to, Vector value) { *reinterpret_cast<Vector*>(to) = value; }
+// A byte in each lane. g++ 12 would convert the vector byte by byte.
+inline Integers load_bytes(const uint8_t* from) {
+#if defined(__AVX512F__)
+  return (Integers)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+#elif defined(__AVX2__)
+  return (Integers)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+#else
+  return __builtin_convertvector(*reinterpret_cast<const Bytes*>(from), Integers);
+#endif
+}
 
 // Stores weights in the dtype in which they are multiplied.
 inline void store_as(float* to, Vector value) { store(to, value); }
