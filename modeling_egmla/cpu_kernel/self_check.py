@@ -7,6 +7,8 @@ from functools import partial
 
 import torch
 
+from egmla.allocated_cache_egmla import AllocatedLatentLayer
+from egmla.bit_allocation_egmla import BitAllocation, LayerBits
 from egmla.quantization_egmla import rotation
 from egmla.quantized_entries_egmla import ElementGroups, TokenGroups
 
@@ -67,6 +69,10 @@ def _comparisons(
     groups = entries[:, :, :0], 0, packed, factors, S // group
     from_int4 = TokenGroups(*groups, group, R).to_tensor()
 
+    bits = LayerBits(tuple((bits, bits + R // 16) for bits in (8, 6, 4, 3, 2, 1)), ((6, 3), (2, 9)), R, W - R)
+    layer = AllocatedLatentLayer(BitAllocation(64, 4, 0, (bits,)), 0)
+    allocated = layer.append(*entries.split([R, W - R], dim=-1))
+
     rest = mask, scaling, R
     rounded, pairs = query.bfloat16(), entries.bfloat16()
     yield operators.latent_attention(query, entries, *rest), _attention(query, entries, *rest), TOLERANCE
@@ -75,6 +81,8 @@ def _comparisons(
     yield found, _attention(query, from_int8, *rest), ROUNDED_TOLERANCE
     found = operators.latent_attention_int4(query, *groups, *rest)
     yield found, _attention(query, from_int4, *rest), ROUNDED_TOLERANCE
+    found = operators.latent_attention_allocated(query, *allocated.operator_arguments(), *rest)
+    yield found, _attention(query, allocated.to_tensor(), *rest), TOLERANCE
     yield errors, torch.zeros(()), 1.6
     yield errors.abs().mean(), torch.tensor(0.25), 0.05  # the mean error of the nearest codes
 

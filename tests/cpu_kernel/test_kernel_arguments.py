@@ -99,6 +99,55 @@ def test_latent_attention_int4_refuses_other_shapes(folder, kept, codes, scales,
         )
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"kept": torch.zeros(1, 1, 5, 4)},
+        {"kept": torch.zeros(3, 1, 5, 5)},
+        {"kept": torch.zeros(2, 1, 1, 5)},
+        {"dropped": torch.zeros(2, 1, 2, 2)},
+        {"dropped": torch.zeros(2, 1, 3, 3)},
+        {"dropped": torch.zeros(2, 1, 2, 3).bfloat16()},
+        {"order": torch.arange(1, 9)},
+        {"order": torch.arange(7)},
+        {"first": 6},
+        {"first": -1},
+        {"codes": torch.zeros(2, 1, 3, 17, dtype=torch.uint8)},
+        {"ranges": torch.zeros(2, 1, 3, 9, dtype=torch.uint8)},
+        {"groups": 4},
+        {"size": 12},
+        {"size": 0},
+        {"runs": [4, 3, 2, 1]},
+        {"runs": [3, 3, 2, 2]},
+        {"runs": [5, 2, 2, 3]},
+        {"runs": [4, 3, 2, 3, 1, -1]},
+        {"runs": [4, 3, 2]},
+        {"latents": 5},
+        {"latents": 2},
+    ],
+)
+def test_latent_attention_allocated_refuses_other_shapes(folder, change):
+    given = {"query": torch.zeros(2, 4, 1, 8), **allocated_arguments()} | change
+    with pytest.raises(RuntimeError, match="egmla: "):
+        torch.ops.egmla.latent_attention_allocated(*given.values(), None, 0.3, 4)
+
+
+def allocated_arguments():
+    """Arguments between query and mask: three of four latent channels, one of two rotary pairs, two first tokens."""
+    return {
+        "kept": torch.randn(2, 1, 5, 5),
+        "dropped": torch.randn(2, 1, 2, 3),
+        "order": torch.tensor([0, 1, 2, 4, 6, 3, 5, 7]),
+        "first": 2,
+        "codes": torch.randint(0, 256, (2, 1, 3, 16), dtype=torch.uint8),
+        "ranges": torch.randint(90, 130, (2, 1, 3, 10), dtype=torch.uint8),
+        "groups": 2,
+        "size": 8,
+        "runs": [4, 3, 2, 2],
+        "latents": 3,
+    }
+
+
 def test_operators_are_described_correctly(folder):
     """Arguments that are written to, shapes of results, and sizes that may change between calls."""
     query = torch.randn(2, 4, 1, 24)
@@ -111,6 +160,7 @@ def test_operators_are_described_correctly(folder):
         "latent_attention": (query, torch.randn(2, 1, 9, 24), mask, 0.3, 16),
         "latent_attention_int8": (query, codes, scales, 7, None, 0.3, 16),
         "latent_attention_int4": (query, torch.randn(2, 1, 5, 24), 4, packed, factors, 2, None, 0.3, 16),
+        "latent_attention_allocated": (torch.randn(2, 4, 1, 8), *allocated_arguments().values(), None, 0.3, 4),
         "write_int8": (torch.randn(2, 1, 3, 16), torch.randn(2, 1, 3, 8), codes, scales, 4),
     }.items():
         torch.library.opcheck(getattr(torch.ops.egmla, name).default, arguments)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from allocated import allocation_for
 from cases import ALLOCATED_CASES, EXPANDED_CASES, difference, needs_compiler, tiny_model, token_ids
 from torch._inductor.compile_fx import compile_fx
 
@@ -12,17 +13,18 @@ pytestmark = needs_compiler
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["growing", "fixed", "int8", "int4"])
+@pytest.mark.parametrize("kind", ["growing", "fixed", "int8", "int4", "allocated"])
 def test_generation_matches_pytorchs(calls, case, kind, monkeypatch):
     """The same tokens, and logits within rounding; with left padding."""
     if case in EXPANDED_CASES:
         pytest.skip("expanded gates are not absorbed")
-    if case in ALLOCATED_CASES and kind in ("growing", "fixed"):
-        pytest.skip("the kernel does not read allocated bits, and no cache of fixed size holds them")
+    if case in ALLOCATED_CASES and kind == "fixed":
+        pytest.skip("no cache of fixed size holds allocated bits")
     model, ids = tiny_model(case), token_ids(2, 80)
     mask = torch.ones_like(ids)
     mask[1, :5] = 0
-    options = {"fixed": {"max_cache_len": 96}, "growing": {}}.get(kind, {"quantization": kind})
+    options = {"fixed": {"max_cache_len": 96}, "growing": {}, "allocated": {"bits": allocation_for(model.config)}}
+    options = options.get(kind, {"quantization": kind})
 
     def generate():
         return model.generate(

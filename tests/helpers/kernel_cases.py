@@ -3,6 +3,8 @@
 import torch
 from cases import difference, exact_entries, plain_attention
 
+from egmla.allocated_cache_egmla import AllocatedLatentLayer
+from egmla.bit_allocation_egmla import BitAllocation, LayerBits
 from egmla.cache_layers_egmla import GrowingLatentLayer
 from egmla.entries_egmla import DenseEntries
 from egmla.quantized_cache_egmla import Int4LatentLayer, Int8LatentLayer
@@ -13,7 +15,24 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 # `rounded_queries`; for int4 codes queries are multiplied with the scales of each group before.
 INT8_TOLERANCE = TOLERANCE | {torch.float32: 2e-4}
 INT4_TOLERANCE = dict.fromkeys(TOLERANCE, 4e-2)
-LAYERS = {"full": GrowingLatentLayer, "int8": Int8LatentLayer, "int4": Int4LatentLayer}
+
+
+def allocated_layer(rank, rope, *, latent=None, pairs=None, group_size=64, first=4, recent=0):
+    """Make a layer with allocated bits: runs of latent channels and of rotary pairs, by default a part of them."""
+    if latent is None:
+        latent = ((6, 1), (3, rank // 2)) if rank > 1 else ((4, 1),)
+    if pairs is None:
+        pairs = ((4, rope // 4),) if rope > 3 else ()
+    bits = LayerBits(latent, pairs, rank, rope)
+    return AllocatedLatentLayer(BitAllocation(group_size, first, recent, (bits,)), 0)
+
+
+LAYERS = {
+    "full": GrowingLatentLayer,
+    "int8": Int8LatentLayer,
+    "int4": Int4LatentLayer,
+    "allocated": allocated_layer,
+}
 
 
 def attend(query, entries, mask, scaling, rank):

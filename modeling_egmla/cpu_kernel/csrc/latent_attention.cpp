@@ -149,7 +149,7 @@ Mask read_mask(const std::optional<at::Tensor>& mask, int64_t batch, int64_t tok
 void check_rows(const at::Tensor& tensor, int64_t batch, int64_t used, const char* name) {
   TORCH_CHECK(
       tensor.dim() == 4 && tensor.size(0) == batch && tensor.size(1) == 1 && 0 <= used && used <= tensor.size(2) &&
-          (tensor.size(2) < 2 || tensor.stride(2) == tensor.size(3)) && (tensor.size(3) < 2 || tensor.stride(3) == 1),
+          (tensor.size(2) < 2 || tensor.size(3) == 0 || tensor.stride(2) == tensor.size(3)) && (tensor.size(3) < 2 || tensor.stride(3) == 1),
       "egmla: ", name, " must be [B, 1, ", used, " or more, W] with one row behind the other");
 }
 
@@ -324,6 +324,26 @@ at::Tensor attention_int4(
   });
 }
 
+// Returns the runs of `channels` channels, of which `latents` are of the latent, and the bits of a token.
+std::pair<std::vector<ChannelRun>, int64_t> read_runs(
+    at::IntArrayRef runs, int64_t channels, int64_t latents, int64_t values) {
+  std::vector<ChannelRun> all;
+  int64_t channel = 0, token_bits = 0;
+  bool reaches_latents = latents == 0, known = runs.size() % 2 == 0;
+  for (size_t i = 0; i + 1 < runs.size(); i += 2) {
+    const int64_t bits = runs[i], count = runs[i + 1];
+    known = known && count > 0 && (bits == 8 || bits == 6 || (1 <= bits && bits <= 4));
+    all.push_back({bits, count, channel < latents ? channel : values + channel - latents, channel});
+    channel += count;
+    token_bits += bits * count;
+    reaches_latents = reaches_latents || channel == latents;
+  }
+  TORCH_CHECK(
+      known && reaches_latents && channel == channels, "egmla: runs must be pairs of bits (1, 2, 3, 4, 6 or 8) and "
+      "channels, of the latent before those of the rotary key, and all stored channels together");
+  return {std::move(all), token_bits};
+}
+
 // Attends to the first `groups` of codes [B, 1, capacity, .] and ranges [B, 1, capacity, 2 C], and to kept tokens
 // [B, 1, n, C], the `first` of which have other channels too: `dropped` [B, 1, first, W - C]. `order` [W] has the C
 // stored channels first, `latents` of them of the latent. `runs` are bits and channels of each run.
@@ -334,30 +354,26 @@ at::Tensor attention_allocated(
   const int64_t batch = check_query(query, order, rank), heads = query.size(1), width = query.size(3);
   const int64_t channels = kept.size(-1), held = kept.size(-2);
   check_rows(kept, batch, held, "kept entries");
-  if (channels < width) check_rows(dropped, batch, dropped.size(-2), "dropped channels");
+  check_rows(dropped, batch, dropped.size(-2), "dropped channels");
   check_rows(codes, batch, groups, "codes");
   check_rows(ranges, batch, groups, "ranges");
   const int64_t marked = channels < width ? dropped.size(2) : 0;
   const int64_t values = std::max<int64_t>(1, (latents + marked + LANES - 1) / LANES) * LANES;
-  std::vector<ChannelRun> all;
-  int64_t channel = 0, group_bits = 0;
-  for (size_t i = 0; i + 1 < runs.size(); i += 2) {
-    all.push_back({runs[i], runs[i + 1], channel < latents ? channel : values + channel - latents, channel});
-    channel += runs[i + 1];
-    group_bits += runs[i] * runs[i + 1];
-  }
+  const auto [all, token_bits] = read_runs(runs, channels, latents, values);
   TORCH_CHECK(
-      channel == channels && 0 <= latents && latents <= std::min(channels, rank) && size > 0 && size % 8 == 0 &&
-          codes.size(3) == size / 8 * group_bits && ranges.size(3) == 2 * channels && 0 <= first &&
-          (first <= held || groups == 0) && marked <= std::min(first, held) && dropped.size(3) == width - channels &&
+      latents <= rank && size > 0 && size % 8 == 0 && codes.size(3) == size / 8 * token_bits &&
+          ranges.size(3) == 2 * channels && 0 <= first && (first <= held || groups == 0) &&
+          marked <= std::min(first, held) && dropped.size(3) == width - channels &&
           dropped.scalar_type() == kept.scalar_type(),
       "egmla: codes must be [B, 1, groups, g * (sum of bits) / 8], ranges [B, 1, groups, 2 C], and other channels of "
       "the first tokens [B, 1, first, W - C]");
   const at::Tensor places = order.contiguous();
   const int64_t* place = places.const_data_ptr<int64_t>();
-  TORCH_CHECK(
-      std::all_of(place, place + width, [&](int64_t i) { return 0 <= i && i < width; }),
-      "egmla: the order of channels must have numbers below ", width);
+  for (int64_t i = 0; i < width; i++) {
+    TORCH_CHECK(
+        0 <= place[i] && place[i] < (i < latents ? rank : width), "egmla: the order must have each channel of an entry "
+        "once, and the stored ones of the latent first");
+  }
   return by_dtype(kept.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     const ChannelCodes<T> source{
