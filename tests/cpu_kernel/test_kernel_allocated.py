@@ -1,4 +1,4 @@
-"""Attention of the CPU kernel to entries with allocated bits, against its definition in fp64 on what they stand for."""
+"""Attention of the CPU kernel to entries with allocated bits, against its definition in fp64."""
 
 import pytest
 import torch

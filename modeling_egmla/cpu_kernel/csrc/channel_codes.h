@@ -33,8 +33,8 @@ inline const float* half_ranges() {
   return table.data();
 }
 
-// Neighbouring tokens in the planes of a group, which has `eighths` * 8 tokens: `count` tokens from `eighths` * `eighth`
-// + `within` on, which do not reach the next eighth. They are in the same field of a byte, whatever the bits.
+// Neighbouring tokens of a group of 8 * `eighths` tokens: `count` of them from `eighths` * `eighth` + `within` on. They
+// do not reach the next eighth. So they are in the same field of a byte, whatever the bits.
 struct TokensInGroup {
   int64_t eighths, eighth, within, count;
 };
@@ -55,8 +55,8 @@ void unpack_run(
     high_shift = eighth / HIGH * HIGH;
   }
   const auto code = [&](auto low_byte, auto high_byte) {
-    auto found = low_byte >> low_shift & (1 << LOW) - 1;
-    if constexpr (HIGH > 0) found |= (high_byte >> high_shift & (1 << HIGH) - 1) << LOW;
+    auto found = (low_byte >> low_shift) & ((1 << LOW) - 1);
+    if constexpr (HIGH > 0) found |= ((high_byte >> high_shift) & ((1 << HIGH) - 1)) << LOW;
     return found;
   };
   for (int64_t vector = 0; vector < channels && channels >= LANES; vector += LANES) {
@@ -112,14 +112,12 @@ struct ChannelCodes {
       const auto unpack = [&]<int64_t BITS>() {
         unpack_run<BITS>(packed, tokens, run.count, run_steps, run_starts, rows + run.column, width);
       };
-      switch (run.bits) {
-        case 1: unpack.template operator()<1>(); break;
-        case 2: unpack.template operator()<2>(); break;
-        case 3: unpack.template operator()<3>(); break;
-        case 4: unpack.template operator()<4>(); break;
-        case 6: unpack.template operator()<6>(); break;
-        default: unpack.template operator()<8>();
-      }
+      if (run.bits == 1) unpack.template operator()<1>();
+      if (run.bits == 2) unpack.template operator()<2>();
+      if (run.bits == 3) unpack.template operator()<3>();
+      if (run.bits == 4) unpack.template operator()<4>();
+      if (run.bits == 6) unpack.template operator()<6>();
+      if (run.bits == 8) unpack.template operator()<8>();
       packed += tokens.eighths * run.bits * run.count;
     }
   }

@@ -149,7 +149,8 @@ Mask read_mask(const std::optional<at::Tensor>& mask, int64_t batch, int64_t tok
 void check_rows(const at::Tensor& tensor, int64_t batch, int64_t used, const char* name) {
   TORCH_CHECK(
       tensor.dim() == 4 && tensor.size(0) == batch && tensor.size(1) == 1 && 0 <= used && used <= tensor.size(2) &&
-          (tensor.size(2) < 2 || tensor.size(3) == 0 || tensor.stride(2) == tensor.size(3)) && (tensor.size(3) < 2 || tensor.stride(3) == 1),
+          (tensor.size(2) < 2 || tensor.size(3) == 0 || tensor.stride(2) == tensor.size(3)) &&
+          (tensor.size(3) < 2 || tensor.stride(3) == 1),
       "egmla: ", name, " must be [B, 1, ", used, " or more, W] with one row behind the other");
 }
 
@@ -324,24 +325,22 @@ at::Tensor attention_int4(
   });
 }
 
-// Returns the runs of `channels` channels, of which `latents` are of the latent, and the bits of a token.
-std::pair<std::vector<ChannelRun>, int64_t> read_runs(
-    at::IntArrayRef runs, int64_t channels, int64_t latents, int64_t values) {
+// Returns the runs of `channels` channels, of which `latents` are of the latent: columns of others start at `values`.
+std::vector<ChannelRun> read_runs(at::IntArrayRef runs, int64_t channels, int64_t latents, int64_t values) {
   std::vector<ChannelRun> all;
-  int64_t channel = 0, token_bits = 0;
+  int64_t channel = 0;
   bool reaches_latents = latents == 0, known = runs.size() % 2 == 0;
   for (size_t i = 0; i + 1 < runs.size(); i += 2) {
     const int64_t bits = runs[i], count = runs[i + 1];
     known = known && count > 0 && (bits == 8 || bits == 6 || (1 <= bits && bits <= 4));
     all.push_back({bits, count, channel < latents ? channel : values + channel - latents, channel});
     channel += count;
-    token_bits += bits * count;
     reaches_latents = reaches_latents || channel == latents;
   }
   TORCH_CHECK(
-      known && reaches_latents && channel == channels, "egmla: runs must be pairs of bits (1, 2, 3, 4, 6 or 8) and "
-      "channels, of the latent before those of the rotary key, and all stored channels together");
-  return {std::move(all), token_bits};
+      known && reaches_latents && channel == channels,
+      "egmla: runs must be bits (1, 2, 3, 4, 6 or 8) and channels, those of the latent first, all that are stored");
+  return all;
 }
 
 // Attends to the first `groups` of codes [B, 1, capacity, .] and ranges [B, 1, capacity, 2 C], and to kept tokens
@@ -359,7 +358,9 @@ at::Tensor attention_allocated(
   check_rows(ranges, batch, groups, "ranges");
   const int64_t marked = channels < width ? dropped.size(2) : 0;
   const int64_t values = std::max<int64_t>(1, (latents + marked + LANES - 1) / LANES) * LANES;
-  const auto [all, token_bits] = read_runs(runs, channels, latents, values);
+  const std::vector<ChannelRun> all = read_runs(runs, channels, latents, values);
+  int64_t token_bits = 0;
+  for (const ChannelRun& run : all) token_bits += run.bits * run.count;
   TORCH_CHECK(
       latents <= rank && size > 0 && size % 8 == 0 && codes.size(3) == size / 8 * token_bits &&
           ranges.size(3) == 2 * channels && 0 <= first && (first <= held || groups == 0) &&
@@ -371,8 +372,8 @@ at::Tensor attention_allocated(
   const int64_t* place = places.const_data_ptr<int64_t>();
   for (int64_t i = 0; i < width; i++) {
     TORCH_CHECK(
-        0 <= place[i] && place[i] < (i < latents ? rank : width), "egmla: the order must have each channel of an entry "
-        "once, and the stored ones of the latent first");
+        0 <= place[i] && place[i] < (i < latents ? rank : width),
+        "egmla: the order must have each channel once, and the stored ones of the latent first");
   }
   return by_dtype(kept.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
