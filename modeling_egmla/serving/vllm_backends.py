@@ -58,6 +58,14 @@ class CPUBackend(CPUMLABackend):
         return CPUMetadataBuilder
 
 
+def similar_lengths(lengths: list[int]) -> list[list[int]]:
+    """Group rows whose lengths lie between the same powers of two: padding to the longest at most doubles one."""
+    groups: dict[int, list[int]] = {}
+    for row, length in enumerate(lengths):
+        groups.setdefault(length.bit_length(), []).append(row)
+    return list(groups.values())
+
+
 class CPUImpl(CPUMLAImpl):
     """Decoding over pages by PyTorch's fused attention."""
 
@@ -73,14 +81,23 @@ class CPUImpl(CPUMLAImpl):
         """
         query = torch.cat(q, dim=-1) if isinstance(q, tuple) else q
         cache, decode = kv_c_and_k_pe_cache, attn_metadata.decode
-        outputs = []
-        for row, length in enumerate(decode.seq_lens.tolist()):
-            pages = decode.block_table[row, : -(-length // cache.shape[1])]
-            entries = cache.index_select(0, pages).flatten(0, 1)[None, None, :length]  # [1, 1, S, R + P]
+        lengths = decode.seq_lens.tolist()
+        outputs = query.new_empty(*query.shape[:2], self.kv_lora_rank)
+        for rows in similar_lengths(lengths):
+            longest = max(lengths[row] for row in rows)
+            pages = decode.block_table[rows, : -(-longest // cache.shape[1])]
+            entries = cache[pages].flatten(1, 2)[:, None, :longest]  # [B, 1, S, R + P]
+            mask = None
+            if min(lengths[row] for row in rows) < longest:
+                seen = torch.arange(longest) < decode.seq_lens[rows, None]
+                mask = seen[:, None, None]
+                entries = entries.masked_fill(~seen[:, None, :, None], 0.0)  # what others left there may be NaN
             # Heads go where queries usually are: one pass over the pages serves all of them.
-            rows = query[row][None, None]
-            outputs.append(nn.functional.scaled_dot_product_attention(rows, entries, entries, scale=self.scale))
-        return torch.cat(outputs, dim=1)[0, :, :, : self.kv_lora_rank], None
+            attended = nn.functional.scaled_dot_product_attention(
+                query[rows][:, None], entries, entries, attn_mask=mask, scale=self.scale
+            )
+            outputs[rows] = attended[:, 0, :, : self.kv_lora_rank]
+        return outputs, None
 
     def do_kv_cache_update(self, kv_c_normed, k_pe, kv_cache, slot_mapping, kv_cache_dtype, k_scale) -> None:
         """Write entries into their pages, as vLLM's backend does, whose reshapes fail for a rotary width of 0.
