@@ -39,7 +39,7 @@ def _draw(report: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], kind: st
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, NullLocator
 
-    figure = Figure(figsize=(1 + 5.2 * len(keys), 5.2), layout="constrained")
+    figure = Figure(figsize=(2.6 + 5.2 * len(keys), 5.4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, len(keys), squeeze=False, sharey=True)[0]
     handles: dict[str, Any] = {}
@@ -111,4 +111,4 @@ def _heading(report: Mapping[str, Any], kind: str, key: str, of_source: Mapping[
     if kind == "retrieval":
         return f"passages of {int(key):,} tokens, {of_source['questions']} questions"
     text = report["texts"][key]
-    return f"{key}, {text['windows']} windows of {text['window']:,}; source {of_source['perplexity']:.2f}"
+    return f"{key}\n{text['windows']} x {text['window']:,} tokens; source {of_source['perplexity']:.2f}"
