@@ -19,10 +19,20 @@ from egmla import bit_allocation_egmla
 from egmla.channel_codes_egmla import RANGE_BYTES
 
 
-# Bits that a code may have, and the noise of rounding to them in groups of 64 numbers, in their variance. A channel
-# without bits costs far more than its variance: it errs alike for many tokens, and no mean over tokens evens that out
-# (measured: tests/benchmarks/LOG.md).
-ROUNDING = {0: 20.0, 1: 0.6, 2: 0.115, 3: 0.034, 4: 0.0095, 6: 0.0006, 8: 0.00004}
+# Bits that a code may have, and the noise of rounding to them in groups of 64 numbers, in their variance within a
+# group. With 0 bits a group's mean is stored. Errors that neighbouring tokens share cost more than their variance: no
+# mean over tokens evens them out. The first three are fitted to perplexity (tests/benchmarks/LOG.md, 2026-11-30).
+NOT_STORED = -1
+ROUNDING = {
+    NOT_STORED: 20.0,
+    0: 2.5,
+    1: 0.7,
+    2: 0.115,
+    3: 0.034,
+    4: 0.0095,
+    6: 0.0006,
+    8: 0.00004,
+}
 
 
 @dataclass(frozen=True)
@@ -41,7 +51,7 @@ class Storage:
 
     def channel_bits(self, bits: int) -> float:
         """Bits that a number with codes of `bits` takes per token, its share of scales included."""
-        return bits + 8 * RANGE_BYTES / self.group_tokens if bits else 0.0
+        return 0.0 if bits == NOT_STORED else bits + 8 * RANGE_BYTES / self.group_tokens
 
 
 class LayerBits(NamedTuple):
@@ -121,7 +131,7 @@ def allocate_bits(
     def at(threshold: float) -> list[LayerBits]:
         return [
             LayerBits(
-                # A latent is never empty: its first channel has the fewest bits at least.
+                # A latent is never empty: at least a mean of its first channel is stored.
                 _bits(latent, levels, storage, threshold) or [levels[1]],
                 _bits(pair / 2, levels, storage, threshold),
             )
@@ -152,7 +162,7 @@ def allocation_cost(
     cost = 0.0
     for layer, *kinds in zip(layers, latents, pairs, strict=True):
         for bits, values in zip(layer, kinds, strict=True):
-            shares = torch.full_like(values, ROUNDING[0])
+            shares = torch.full_like(values, ROUNDING[NOT_STORED])
             shares[: len(bits)] = torch.tensor([ROUNDING[each] for each in bits], dtype=values.dtype)
             cost += float((shares * values).sum())
     return cost
@@ -175,7 +185,7 @@ def as_config(allocations: Mapping[float, Sequence[LayerBits]], storage: Storage
 
 def _useful_levels(storage: Storage) -> list[int]:
     """The levels of `ROUNDING` that some budget takes: each saves less per bit than the one before it."""
-    levels = [0]
+    levels = [NOT_STORED]
     while levels[-1] != max(ROUNDING):
         last = levels[-1]
         levels.append(
@@ -198,11 +208,11 @@ def _thresholds(kinds: Sequence[torch.Tensor], levels: list[int], storage: Stora
 
 
 def _bits(values: torch.Tensor, levels: list[int], storage: Storage, threshold: float) -> list[int]:
-    """Bits of channels, each with all levels that save at least `threshold` a bit; those without bits are left out."""
-    found = torch.zeros(len(values), dtype=torch.long)
+    """Bits of channels, each with all levels that save at least `threshold` a bit; those not stored are left out."""
+    found = torch.full((len(values),), NOT_STORED)
     for low, high in pairwise(levels):
         found[values.double() * _gain(low, high, storage) >= threshold] = high
-    return found[found > 0].tolist()
+    return found[found != NOT_STORED].tolist()
 
 
 def _runs(bits: Sequence[int]) -> list[list[int]]:

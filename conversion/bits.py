@@ -8,7 +8,7 @@ The model's function does not change here, only the numbers that its cache holds
    number of bits grows with (Hadamard's inequality). The mean goes into the output's bias.
 3. Channels and rotary pairs are sorted by importance, and bits allocated over all layers (`allocation.py`).
 
-What gets no bits is not cached, and stays in the weights: a prompt and the first tokens are read with all channels.
+Channels that are not stored stay in the weights: a prompt and the first tokens are read with all channels.
 """
 
 from collections.abc import Mapping, Sequence

@@ -97,7 +97,7 @@ class AllocatedEntries(GroupedEntries):
 
 
 class AllocatedLatentLayer(TokenGroupLayer):
-    """Codes of groups of tokens with the bits of an allocation; channels without bits are not stored.
+    """Codes of groups of tokens with the bits of an allocation; other channels are not stored.
 
     With `C` stored channels of `R + P`: codes `[B, 1, groups, .]`, half ranges and centres `[B, 1, groups, 2 C]` (as
     `scales`), tokens in no group `[B, 1, n, C]`. The first tokens' other channels are kept too, `[B, 1, first_tokens,

@@ -2,7 +2,8 @@
 """Allocated bits: how many bits each channel of the cached latent and rotary key has, as `kv_cache_bits` says.
 
 A conversion sorts the latent's channels and the rotary pairs by importance. A layer's allocation is then runs
-`[bits, count]`, bits descending. What comes after the last run has no bits: it is not stored, and read as 0.
+`[bits, count]`, bits descending. Of channels in a run of 0 bits each group's mean is stored. What comes after the last
+run is not stored, and read as 0.
 
 Example of a configuration with one layer:
 
@@ -47,12 +48,12 @@ class LayerBits:
 
     @property
     def latent_channels(self) -> int:
-        """Latent channels that have bits."""
+        """Latent channels that are stored."""
         return sum(count for _, count in self.latent)
 
     @property
     def stored_channels(self) -> int:
-        """Channels of an entry that have bits, the two of each rotary pair included."""
+        """Channels of an entry that are stored, the two of each rotary pair included."""
         return self.latent_channels + 2 * sum(count for _, count in self.rope)
 
     @property
@@ -62,7 +63,7 @@ class LayerBits:
 
     @property
     def channels(self) -> list[int]:
-        """Channels of an entry `[R + P]` in the order in which they are stored; those without bits come last."""
+        """Channels of an entry `[R + P]` in the order in which they are stored; others come last."""
         found, start = list(range(self.latent_channels)), self.rank
         for _, count in self.rope:  # both members of a run's pairs are beside one another: they share their bits
             found += range(start, start + count)
@@ -243,7 +244,7 @@ def _read_runs(value: Any, where: str, most: int, what: str) -> tuple[tuple[int,
         if run[0] not in PLANES or run[1] < 1:
             raise ValueError(
                 f"kv_cache_bits has {run!r} in {where}: bits must be one of {', '.join(map(str, PLANES))}, for 1 or "
-                f"more {what}; leave those without bits out."
+                f"more {what}; leave those that are not stored out."
             )
     if any(after[0] >= before[0] for before, after in pairwise(runs)):
         raise ValueError(

@@ -11,6 +11,8 @@ Half ranges and centres take a byte each. At 2 bits an element, more would be a 
     centre     = (byte - 128) * half range / 8
     element    = centre - half range + code * 2 * half range / (2 ** bits - 1)
 
+A channel of 0 bits has no codes: the range alone says the group's mean, and all its codes are 0.
+
 Packing goes along the tokens, so any number of channels fits without padding. Channels stay the innermost dimension:
 packing and unpacking are few operations on long rows, whatever the width. Codes of 3 and of 6 bits are two planes,
 since 3 bits do not divide a byte.
@@ -24,7 +26,7 @@ import torch
 
 
 # Bits of the planes that codes of a width are packed in, lowest first. Each divides a byte.
-PLANES = {8: (8,), 6: (4, 2), 4: (4,), 3: (2, 1), 2: (2,), 1: (1,)}
+PLANES = {8: (8,), 6: (4, 2), 4: (4,), 3: (2, 1), 2: (2,), 1: (1,), 0: ()}
 # Bytes of a channel's half range and centre in each group.
 RANGE_BYTES = 2
 # Half ranges are from 4e-6 to 2e7, in steps of 12 %. For four bits or fewer the nearest is taken, else the next.
@@ -63,11 +65,14 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
         fields = (codes & (2**width - 1)).unflatten(-2, (8 // width, -1)) << _field_shifts(width, codes.device)
         planes.append(fields.sum(-3, dtype=torch.uint8))
         codes = codes >> width if width < 8 else codes
-    return torch.cat(planes, dim=-2)
+    return torch.cat(planes, dim=-2) if planes else codes[..., :0, :]
 
 
 def unpack(packed: torch.Tensor, bits: int, out: torch.Tensor) -> None:
     """Write the codes of `pack`'s `[..., g * bits / 8, C]` to `[..., g, C]` in uint8."""
+    if bits == 0:
+        out.zero_()
+        return
     rows, place = packed.shape[-2] // bits, 0  # rows of a plane of one bit
     for width, plane in zip(PLANES[bits], packed.split([rows * width for width in PLANES[bits]], dim=-2), strict=True):
         if width == 8:
@@ -103,8 +108,10 @@ def quantize_channels(entries: torch.Tensor, bits: int) -> tuple[torch.Tensor, t
     Returns:
         Codes `[..., g, C]` in uint8, and bytes of half ranges and centres `[..., 2, C]`.
     """
-    entries, top = entries.float(), 2**bits - 1
+    entries, top = entries.float(), highest_code(bits)
     lowest, highest = entries.amin(-2, keepdim=True), entries.amax(-2, keepdim=True)
+    if bits == 0:
+        lowest = highest = entries.mean(-2, keepdim=True)
     if bits in CLIPPED_RANGE:
         lowest, highest = _fit_range(entries, lowest, highest - lowest, bits)
     half, centre = (highest - lowest) / 2, lowest + (highest - lowest) / 2
@@ -114,15 +121,23 @@ def quantize_channels(entries: torch.Tensor, bits: int) -> tuple[torch.Tensor, t
         byte = byte.round()
     else:
         byte = (byte - RANGES_PER_OCTAVE * math.log2(1 - CENTRE_ROUNDING)).ceil()
-    least = (centre.abs() / FARTHEST_CENTRE).log2() * RANGES_PER_OCTAVE - LOWEST_OCTAVE * RANGES_PER_OCTAVE
+    farthest = FARTHEST_CENTRE - 1 if bits == 0 else FARTHEST_CENTRE
+    least = (centre.abs() / farthest).log2() * RANGES_PER_OCTAVE - LOWEST_OCTAVE * RANGES_PER_OCTAVE
     byte = torch.maximum(byte, least.ceil()).clamp(0, NOT_FINITE)
     ranges = torch.where(torch.isfinite(centre), byte, NOT_FINITE)
     half = _half_ranges(entries.device)[ranges.int()]
+    if bits == 0:
+        centre = centre + half  # code 0 stands for the mean
     centres = (centre / half * CENTRES_PER_RANGE).round().clamp(-127, 127) + CENTRE_OFFSET
     stored = torch.cat((ranges, centres.nan_to_num(CENTRE_OFFSET)), dim=-2).to(torch.uint8)
     steps, starts = steps_and_starts(stored, top)
-    codes = ((entries - starts) / steps).round_().nan_to_num_(0).clamp_(0, top).to(torch.uint8)
+    codes = ((entries - starts) / steps).round_().nan_to_num_(0).clamp_(0, top if bits else 0).to(torch.uint8)
     return codes, stored
+
+
+def highest_code(bits: int) -> int:
+    """Return the code that stands for the upper end of a range."""
+    return max(1, 2**bits - 1)
 
 
 def steps_and_starts(stored: torch.Tensor, top: torch.Tensor | int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -181,8 +196,9 @@ def unpack_runs(packed: torch.Tensor, runs: Sequence[tuple[int, int]], group_tok
     codes = torch.empty(shape, dtype=torch.uint8, device=packed.device)
     start, first = 0, 0
     for bits, count in runs:
-        end = start + group_tokens * bits // 8 * count
-        unpack(packed[..., start:end].unflatten(-1, (-1, count)), bits, codes[..., first : first + count])
+        rows = group_tokens * bits // 8
+        end = start + rows * count
+        unpack(packed[..., start:end].unflatten(-1, (rows, count)), bits, codes[..., first : first + count])
         start, first = end, first + count
     return codes
 
@@ -191,7 +207,8 @@ def unpack_runs(packed: torch.Tensor, runs: Sequence[tuple[int, int]], group_tok
 @torch.inference_mode(False)
 def _highest_codes(runs: tuple[tuple[int, int], ...], device: torch.device) -> torch.Tensor:
     """Highest code of each channel, `[C]` in fp32."""
-    return torch.tensor([2.0**bits - 1 for bits, count in runs for _ in range(count)]).to(device, torch.float32)
+    highest = [float(highest_code(bits)) for bits, count in runs for _ in range(count)]
+    return torch.tensor(highest).to(device, torch.float32)
 
 
 def unpack_ranges(ranges: torch.Tensor, runs: tuple[tuple[int, int], ...]) -> tuple[torch.Tensor, torch.Tensor]:

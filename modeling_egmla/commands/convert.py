@@ -139,7 +139,7 @@ def _add_budget(table, budget: dict, first: bool) -> None:
     table.add_row("cache" if first else "or", f"{long} of the bytes at 32,768 tokens, {short} at 2,048")
     if first:
         counts = ", ".join(f"{count:,} of {bits}" for bits, count in budget["channels"].items())
-        table.add_row("bits of its numbers, all layers", counts)
+        table.add_row("bits of its numbers, all layers (0: a group's mean)", counts)
 
 
 def _print_report(report: dict, title: str) -> None:

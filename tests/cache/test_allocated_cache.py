@@ -373,7 +373,10 @@ def test_models_read_what_a_dense_cache_of_rounded_entries_holds(case, monkeypat
 
 @torch.no_grad()
 def test_eager_attention_and_left_padding(case):
-    """Weights come back; a padded row gives what it gives alone."""
+    """Weights come back; both kinds of attention agree, on a padded row as far as its groups do.
+
+    What a padding token holds is another in eager attention, and its group shares a range with the row's first tokens.
+    """
     ids, bits = token_ids(2, 9), allocation_for(tiny_config(case))
     bits["first_tokens"] = 0  # padding is before a row's first tokens
     mask = torch.ones_like(ids)
@@ -386,7 +389,8 @@ def test_eager_attention_and_left_padding(case):
         for t in (8, 9):
             out = model(ids[:, t - 1 : t], attention_mask=mask[:, :t], past_key_values=cache)
         logits[implementation] = out.logits
-    assert difference(logits["sdpa"], logits["eager"]) <= FLIP_TOLERANCE
+    assert difference(logits["sdpa"][:1], logits["eager"][:1]) <= 1e-4
+    assert difference(logits["sdpa"][1:], logits["eager"][1:]) <= 2 * FLIP_TOLERANCE
     out = model(ids[:, :1], past_key_values=cache, output_attentions=True)
     assert out.attentions[0].shape == (2, 4, 1, 10)
 
@@ -536,8 +540,11 @@ def layers(**changes):
         ({**BITS, "layers": 3}, "3 in layers, and the model has 2"),
         (layers(latent=[[4, 13]]), r"13 latent channels in layers\[0\]\['latent'\], and the layer has 12: .* another"),
         (layers(rope=[[4, 3]]), r"3 rotary pairs in layers\[0\]\['rope'\], and the layer has 2: .* another model"),
-        (layers(latent=[[5, 2]]), r"\[5, 2\] in layers\[0\]\['latent'\]: bits must be one of 8, 6, 4, 3, 2, 1, for"),
-        (layers(latent=[[0, 2]]), r"\[0, 2\] in .* leave those without bits out"),
+        (
+            layers(latent=[[5, 2]]),
+            r"\[5, 2\] in layers\[0\]\['latent'\]: bits must be one of 8, 6, 4, 3, 2, 1, 0, for",
+        ),
+        (layers(latent=[[-1, 2]]), r"\[-1, 2\] in .* leave those that are not stored out"),
         (layers(latent=[[4, 0]]), r"\[4, 0\] in layers\[0\]\['latent'\]: bits must be one of .* for 1 or more latent"),
         (layers(latent=[[2, 3], [4, 3]]), "bits must fall from run to run, since latent channels are sorted by"),
         (layers(latent=[[4, 3], [4, 3]]), "bits must fall from run to run"),

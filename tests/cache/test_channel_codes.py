@@ -8,6 +8,7 @@ from egmla.channel_codes_egmla import (
     PLANES,
     dequantize_channels,
     encode,
+    highest_code,
     pack,
     quantize_channels,
     steps_and_starts,
@@ -17,13 +18,13 @@ from egmla.channel_codes_egmla import (
 )
 
 
-RUNS = ((8, 3), (6, 4), (4, 5), (3, 7), (2, 3), (1, 2))
+RUNS = ((8, 3), (6, 4), (4, 5), (3, 7), (2, 2), (1, 1), (0, 2))
 WIDTHS = sorted(PLANES)
 
 
 def dequantized(entries, bits):
     codes, stored = quantize_channels(entries, bits)
-    steps, starts = steps_and_starts(stored, 2**bits - 1)
+    steps, starts = steps_and_starts(stored, highest_code(bits))
     return codes.double() * steps.double() + starts.double()
 
 
@@ -70,7 +71,7 @@ def test_no_runs_are_no_bytes():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("bits", sorted(set(PLANES) - set(CLIPPED_RANGE)))
+@pytest.mark.parametrize("bits", sorted(set(PLANES) - set(CLIPPED_RANGE) - {0}))
 def test_wide_codes_are_within_half_a_scale(bits, dtype):
     """Everywhere, and a step is at most a fifth wider than the range divided; wider where the mean is very far."""
     entries = torch.randn(50, 64, 12) * torch.logspace(-2, 2, 12) + 3 * torch.arange(-25, 25).view(-1, 1, 1)
@@ -85,6 +86,21 @@ def test_wide_codes_are_within_half_a_scale(bits, dtype):
     far = (lowest + highest).abs() / 15.5
     assert (steps <= 1.2 * torch.maximum(highest - lowest, far) / (2**bits - 1)).all()
     assert (steps >= (highest - lowest) / (2**bits - 1)).all()
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-3, 1.0, 1e4])
+def test_without_bits_a_group_is_its_mean(size):
+    """Within half a percent, wherever it is, in two bytes a channel."""
+    entries = torch.randn(50, 64, 12) + size * torch.randn(50, 1, 12)
+    codes, stored = quantize_channels(entries, 0)
+    assert not codes.any() and pack(codes, 0).numel() == 0 and stored.shape == (50, 2, 12)
+    steps, starts = steps_and_starts(stored, highest_code(0))
+    assert steps.isfinite().all()
+    means = entries.double().mean(1, keepdim=True)
+    assert ((starts - means).abs() <= 0.005 * means.abs() + 1e-6).all()
+    assert torch.equal(dequantized(torch.zeros(1, 64, 1), 0), torch.zeros(1, 64, 1, dtype=torch.double))
+    entries[3, 5, 7] = torch.nan
+    assert torch.equal(dequantized(entries, 0).isfinite().all(1), entries.isfinite().all(1))
 
 
 @pytest.mark.parametrize("bits", sorted(CLIPPED_RANGE))
@@ -114,7 +130,7 @@ def test_equal_elements_stay_equal(value, bits):
     """As near as the half range that such a mean needs, a fifteenth of it, divided by the codes."""
     entries = torch.full((2, 16, 3), value)
     given = dequantized(entries, bits)
-    assert (given - entries).abs().max() <= 1.13 * max(abs(value) / 15.5, 2**-18) / (2**bits - 1)
+    assert (given - entries).abs().max() <= 1.13 * max(abs(value) / 15.5, 2**-18) / highest_code(bits)
     assert (given == given[:, :1]).all()
 
 

@@ -42,7 +42,9 @@ def check(calls, layer, query, seen=None, threads=1, tolerance=5e-5):
 def test_every_width_of_codes(calls, bits, channels, pairs, threads):
     """Runs shorter than a vector, of whole vectors, and with a rest."""
     layer = allocated_layer(40, 24, latent=((bits, channels),), pairs=((bits, pairs),))
-    check(calls, fill(layer, 700), torch.randn(1, 9, 1, 64), threads=threads)
+    # Without codes a group's tokens are alike, so what is attended to is several times larger.
+    tolerance = 2e-4 if bits == 0 else 5e-5
+    check(calls, fill(layer, 700), torch.randn(1, 9, 1, 64), threads=threads, tolerance=tolerance)
 
 
 @torch.no_grad()

@@ -5,15 +5,15 @@ import torch
 from egmla import EGMLACache
 from egmla.bit_allocation_egmla import BitAllocation
 from egmla.cache_layers_egmla import GrowingLatentLayer
-from egmla.channel_codes_egmla import quantize_channels, steps_and_starts
+from egmla.channel_codes_egmla import highest_code, quantize_channels, steps_and_starts
 from egmla.entries_egmla import DenseEntries
 
 
 GROUP, FIRST = 8, 3
 
 
-def allocation_for(config, shares=(0.5, 0.3, 0.1), bits=(8, 4, 3), rope_bits=(6, 2)) -> dict:
-    """Allocation of a model of any shape: so large a part of the latent at each of `bits`, the rest without any."""
+def allocation_for(config, shares=(0.5, 0.3, 0.1), bits=(8, 3, 0), rope_bits=(6, 2)) -> dict:
+    """Allocation of a model of any shape: so large a part of the latent at each of `bits`, the rest not stored."""
     layers = []
     for rank in config.layer_kv_lora_ranks:
         latent = [[width, max(1, int(share * rank))] for width, share in zip(bits, shares, strict=True)]
@@ -64,7 +64,7 @@ class PlainLayer:
             group = self.values[:, start : start + self.group]
             for bits, channels in self.runs:
                 codes, stored = quantize_channels(group[..., channels], bits)
-                steps, starts = steps_and_starts(stored, 2**bits - 1)
+                steps, starts = steps_and_starts(stored, highest_code(bits))
                 rounded = torch.addcmul(starts, codes.float(), steps)
                 self.values[:, start : start + self.group, channels] = rounded.to(self.values.dtype)
             self.grouped += self.group

@@ -100,7 +100,7 @@ struct ChannelCodes {
     for (int64_t i = 0; i < channels; i++) steps[i] = table[bytes[i]];
     for (int64_t i = 0; i < channels; i++) starts[i] = (bytes[channels + i] - 128) * (steps[i] / 8) - steps[i];
     for (const ChannelRun& run : runs) {
-      const float factor = 2.0f / static_cast<float>((1 << run.bits) - 1);
+      const float factor = 2.0f / static_cast<float>(std::max<int64_t>(1, (1 << run.bits) - 1));
       for (int64_t i = run.channel; i < run.channel + run.count; i++) steps[i] *= factor;
     }
   }
@@ -112,6 +112,9 @@ struct ChannelCodes {
       const auto unpack = [&]<int64_t BITS>() {
         unpack_run<BITS>(packed, tokens, run.count, run_steps, run_starts, rows + run.column, width);
       };
+      for (int64_t token = 0; run.bits == 0 && token < tokens.count; token++) {  // a group's means, without codes
+        std::copy_n(run_starts, run.count, rows + token * width + run.column);
+      }
       if (run.bits == 1) unpack.template operator()<1>();
       if (run.bits == 2) unpack.template operator()<2>();
       if (run.bits == 3) unpack.template operator()<3>();

@@ -332,14 +332,14 @@ std::vector<ChannelRun> read_runs(at::IntArrayRef runs, int64_t channels, int64_
   bool reaches_latents = latents == 0, known = runs.size() % 2 == 0;
   for (size_t i = 0; i + 1 < runs.size(); i += 2) {
     const int64_t bits = runs[i], count = runs[i + 1];
-    known = known && count > 0 && (bits == 8 || bits == 6 || (1 <= bits && bits <= 4));
+    known = known && count > 0 && (bits == 8 || bits == 6 || (0 <= bits && bits <= 4));
     all.push_back({bits, count, channel < latents ? channel : values + channel - latents, channel});
     channel += count;
     reaches_latents = reaches_latents || channel == latents;
   }
   TORCH_CHECK(
       known && reaches_latents && channel == channels,
-      "egmla: runs must be bits (1, 2, 3, 4, 6 or 8) and channels, those of the latent first, all that are stored");
+      "egmla: runs must be bits (0 to 4, 6 or 8) and channels, those of the latent first, all that are stored");
   return all;
 }
 
