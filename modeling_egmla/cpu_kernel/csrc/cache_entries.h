@@ -24,7 +24,8 @@ struct GroupScales {
 };
 
 // Sources of entries. `read` returns `count` tokens from `start` on as fp32 rows: in `space`, or where they lie
-// already. `address` is where a token's bytes are, for prefetching; tokens are contiguous.
+// already. `read_at_once` says how many of `count` tokens to read together. `address` is where a token's bytes are, for
+// prefetching; tokens are contiguous.
 
 template <typename T>
 struct Dense {
@@ -43,6 +44,7 @@ struct Dense {
       return space;
     }
   }
+  int64_t read_at_once(int64_t, int64_t count) const { return count; }
   static constexpr bool quantised = false;
   uintptr_t address(int64_t sequence, int64_t token) const {
     return reinterpret_cast<uintptr_t>(entries) + (sequence * sequence_stride + token * width) * sizeof(T);
@@ -74,6 +76,7 @@ struct ElementGroups {
     return space;
   }
 
+  int64_t read_at_once(int64_t, int64_t count) const { return count; }
   static constexpr bool quantised = true, scales_by_token = true;
   int64_t element_groups() const { return groups; }
   // Whether a value consists of whole groups, and a group of whole vectors.
@@ -151,6 +154,7 @@ struct TokenGroups {
     return space;
   }
 
+  int64_t read_at_once(int64_t, int64_t count) const { return count; }
   static constexpr bool quantised = true, scales_by_token = false;
   int64_t element_groups() const { return 1; }
   // Smaller groups are faster as fp32.

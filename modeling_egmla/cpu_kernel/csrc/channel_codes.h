@@ -125,6 +125,14 @@ struct ChannelCodes {
     }
   }
 
+  // Up to the end of an eighth of a group, or of the first tokens.
+  int64_t read_at_once(int64_t start, int64_t count) const {
+    const int64_t place = start - first, whole = (place + count) / (size / 8) * (size / 8) - place;
+    if (place < 0) return std::min(count, -place);
+    return whole > 0 && place < grouped ? whole : count;
+  }
+
+  // `space` is zero, or has what this function wrote before.
   const float* read(int64_t sequence, int64_t start, int64_t count, float* space, GroupScales& scales) const {
     const int64_t rope = channels - latents, eighths = size / 8;
     for (int64_t done = 0, some; done < count; done += some) {
@@ -132,9 +140,9 @@ struct ChannelCodes {
       const int64_t token = start + done, place = token - first;
       const bool in_group = 0 <= place && place < grouped;
       some = in_group ? std::min(count - done, eighths - place % eighths) : 1;
+      // Zeros behind the latents, which are written afterwards. Those behind the rotary key were never anything else.
       for (float* row = rows; row < rows + some * width; row += width) {
-        std::fill(row + latents, row + values, 0.0f);
-        std::fill(row + values + rope, row + width, 0.0f);
+        for (int64_t i = values - LANES; i + LANES > latents; i -= LANES) store(row + i, Vector{});
       }
       if (in_group) {
         const int64_t group = place / size, in_eighths = place % size / eighths;

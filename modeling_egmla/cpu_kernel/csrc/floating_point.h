@@ -16,7 +16,8 @@
 
 namespace {
 
-// Queries of a sequence: a head per lane [vectors, W, LANES], and in tiles. A layout that is not needed is empty.
+// Queries of a sequence: a head per lane [vectors, W, LANES], a single head in the last vector [W], and in tiles. A
+// layout that is not needed is empty.
 template <typename T>
 struct Queries {
   const float* by_lane;
@@ -42,9 +43,9 @@ void attend(
   // the matmul, and half of the lines are left to the steps after scoring.
   constexpr int64_t elements_per_line = CACHE_LINE * 8 / Source::bits * (as_cached ? 2 : 1);
 
-  for (int64_t start = begin; start < end; start += block_tokens) {
-    const int64_t valid = std::min(block_tokens, end - start),
-                  count = use_tiles ? (valid + STEP_TOKENS - 1) / STEP_TOKENS * STEP_TOKENS : valid;
+  for (int64_t start = begin, valid; start < end; start += valid) {
+    valid = source.read_at_once(start, std::min(block_tokens, end - start));
+    const int64_t count = use_tiles ? (valid + STEP_TOKENS - 1) / STEP_TOKENS * STEP_TOKENS : valid;
     const bool* visible =
         mask.visible ? mask.visible + sequence * mask.sequence_stride + start * mask.token_stride : nullptr;
     if (visible && all_masked(visible, mask.token_stride, valid)) continue;

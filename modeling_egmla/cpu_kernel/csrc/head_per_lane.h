@@ -4,6 +4,7 @@
 
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "online_softmax.h"
@@ -59,6 +60,9 @@ void add_values(
         width, count, prefetcher);
   };
   int64_t element = 0;
+  if constexpr (TOKENS == 1) {
+    for (; rows == 1 && element + 4 * LANES <= rank; element += 4 * LANES) add.template operator()<1, 4>(0, element);
+  }
   for (; element + COLUMNS * LANES <= rank; element += COLUMNS * LANES) {
     for (int64_t row = 0; row < rows;) {
       const int64_t remaining = rows - row;
@@ -107,13 +111,42 @@ void score_step(const float* query, const float* entries, int64_t width, Prefetc
   for (int64_t j = 0; j < STEP_TOKENS; j++) store(scores + j * LANES, sum[j]);
 }
 
-// Adds a block to the sums of `rows` heads, one lane each. Prefetches a line per `ELEMENTS_PER_LINE` scored elements
-// (0: never).
+// Scores [tokens, LANES] of one head, whose query is [W]: lanes have elements here, so none is idle while they are
+// multiplied. The head's scores are in the first lane.
+inline void score_single_head(const float* query, const float* entries, int64_t width, int64_t count, float* scores) {
+  constexpr int64_t TOKENS = 4;
+  for (int64_t token = 0; token < count; token += TOKENS) {
+    const float* rows[TOKENS];
+    for (int64_t j = 0; j < TOKENS; j++) rows[j] = entries + std::min(token + j, count - 1) * width;
+    Vector sum[TOKENS] = {};
+    int64_t element = 0;
+    for (; element + LANES <= width; element += LANES) {
+      const Vector part = load(query + element);
+#pragma GCC unroll 4
+      for (int64_t j = 0; j < TOKENS; j++) sum[j] += part * load(rows[j] + element);
+    }
+    for (int64_t j = 0; j < std::min(TOKENS, count - token); j++) {
+      float score = 0;
+      for (int64_t i = element; i < width; i++) score += query[i] * rows[j][i];
+      for (int64_t lane = 0; lane < LANES; lane++) score += sum[j][lane];
+      Vector lanes = {};
+      lanes[0] = score;
+      store(scores + (token + j) * LANES, lanes);
+    }
+  }
+}
+
+// Adds a block to the sums of `rows` heads, one lane each. The query of a single head is [W], not [W, LANES].
+// Prefetches a line per `ELEMENTS_PER_LINE` scored elements (0: never).
 template <int64_t ELEMENTS_PER_LINE>
 void add_block(
     const Block<float>& block, const float* query, float scaling, int64_t rows, int64_t width, int64_t rank,
     const Sums& sums, Prefetcher& prefetcher) {
   int64_t token = 0;
+  if (rows == 1) {
+    score_single_head(query, block.entries, width, block.count, block.scores);
+    token = block.count;
+  }
   for (; token + STEP_TOKENS <= block.count; token += STEP_TOKENS) {
     score_step<ELEMENTS_PER_LINE / STEP_TOKENS>(
         query, block.entries + token * width, width, prefetcher, block.scores + token * LANES);

@@ -62,6 +62,7 @@ void run(
   const int64_t split_tokens = ((tokens + splits - 1) / splits + STEP_TOKENS - 1) / STEP_TOKENS * STEP_TOKENS;
   const int64_t lanes = (rows + LANES - 1) / LANES * LANES;
   const bool use_tiles = fits_tiles<T>(width, rank);
+  const bool single_head = rows % LANES == 1 && !use_tiles;  // in the last vector, whose query stays as it is
   const bool has_integers =
       MULTIPLIES_INTEGERS && Source::quantised && fits_tiles<float>(width, rank) && width % 16 == 0;
   bool needs_tiles = use_tiles, needs_lanes = !use_tiles;
@@ -88,8 +89,9 @@ void run(
       const float* sequence_query = query + sequence * rows * width;
       const bool other = sequence != std::exchange(current, sequence);
       for (int64_t row = 0; other && needs_lanes && row < rows; row++) {
+        const int64_t stride = row == rows - 1 && single_head ? 1 : LANES;
         float* to = by_lane.data() + row / LANES * LANES * width + row % LANES;
-        for (int64_t i = 0; i < width; i++) to[i * LANES] = sequence_query[row * width + i];
+        for (int64_t i = 0; i < width; i++) to[i * stride] = sequence_query[row * width + i];
       }
       if (other && needs_tiles) pack_queries(sequence_query, rows, width, tiled.data());
       if constexpr (MULTIPLIES_INTEGERS && Source::quantised) {
