@@ -12,6 +12,7 @@ from .recipes import Recipe
 
 
 LEAST_SHARE = 0.05  # of the source's bytes that a cache with bits can be asked for
+NARROW_ROPE_BELOW = 0.11  # such a share, for which the rotary key is narrower
 
 
 @dataclass(frozen=True)
@@ -100,9 +101,11 @@ def plan_bits(
     """
     check_share_of_bytes(cache)
     if qk_rope_head_dim is None:
-        # Two thirds of all keys that rotate lose nothing, and what is weak in them gets few bits (LOG, 2026-11-30).
+        # Two thirds of all keys that rotate lose nothing, and what is weak in them gets few bits. Where few bits are
+        # left for anything, a narrow rotary key that loses something is better (LOG, 2026-11-30).
+        thirds = 1 if cache < NARROW_ROPE_BELOW else 2
         widths = recipe.rope_widths(shape)
-        qk_rope_head_dim = max(width for width in widths if width <= max(2 * shape.rope_width // 3, widths[0]))
+        qk_rope_head_dim = max(width for width in widths if width <= max(thirds * shape.rope_width // 3, widths[0]))
     rank = 2 * shape.kv_width - qk_rope_head_dim
     return plan_conversion(config, shape, False, rank, qk_rope_head_dim, None, recipe)
 

@@ -24,6 +24,7 @@ def register() -> None:
 
     architectures.MODEL_ARCH_CONFIG_CONVERTORS["egmla"] = EGMLAConvertor
     # For `--model-impl transformers`: vLLM looks for the class in Transformers' own module.
-    transformers.EGMLAForCausalLM = EGMLAForCausalLM
+    stock: Any = transformers
+    stock.EGMLAForCausalLM = EGMLAForCausalLM
     # By name: the class is imported in the process that runs the model, after that process has set up its devices.
     ModelRegistry.register_model("EGMLAForCausalLM", "egmla.serving.vllm_model:EGMLAForCausalLM")

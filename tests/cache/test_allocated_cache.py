@@ -542,7 +542,7 @@ def layers(**changes):
         (layers(rope=[[4, 3]]), r"3 rotary pairs in layers\[0\]\['rope'\], and the layer has 2: .* another model"),
         (
             layers(latent=[[5, 2]]),
-            r"\[5, 2\] in layers\[0\]\['latent'\]: bits must be one of 8, 6, 4, 3, 2, 1, 0, for",
+            r"\[5, 2\] in layers\[0\]\['latent'\]: bits must be one of 8, .* 1, 0, for",
         ),
         (layers(latent=[[-1, 2]]), r"\[-1, 2\] in .* leave those that are not stored out"),
         (layers(latent=[[4, 0]]), r"\[4, 0\] in layers\[0\]\['latent'\]: bits must be one of .* for 1 or more latent"),
