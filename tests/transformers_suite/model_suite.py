@@ -104,10 +104,9 @@ class EGMLAModelTest(
     GenerationTesterMixin,
     TrainingTesterMixin,
     TensorParallelTesterMixin,
-    FSDPTesterMixin,
     unittest.TestCase,
 ):
-    """The default model: each gate reads the input embedding."""
+    """The default model: each gate reads the input embedding. Sharded training is tested with the other one."""
 
     all_model_classes = EGMLAModelTester.all_model_classes
     model_tester = None  # abstract in two of the mixins; made anew for each test
@@ -142,7 +141,7 @@ class EGMLAModelTest(
         self.config_tester.run_common_tests()
 
 
-class EGMLAGateTableModelTest(EGMLAModelTest):
+class EGMLAGateTableModelTest(FSDPTesterMixin, EGMLAModelTest):
     """Everything optional: gate tables, a rank per layer, low-rank queries, biases, Llama's rotary order, no tying."""
 
     config_kwargs = {
