@@ -135,7 +135,7 @@ def check_settings(settings: ConversionSettings) -> CheckedSettings:
 
 
 def _calibration_texts(settings: ConversionSettings, cache_dtype: str | None) -> tuple[Path, ...]:
-    """Return the texts to calibrate with: what ships with the package, where bits are dealt out, and what is given."""
+    """Return the texts to calibrate with: what ships with the package, where bits are allocated, and what is given."""
     given = settings.calibration
     texts = () if given is None else (given,) if isinstance(given, str | Path) else tuple(given)
     shipped = (sample_path("calibration"),) if cache_dtype == BITS and settings.shipped_text else ()

@@ -129,7 +129,7 @@ def open_calibration(
     length: int,
     evaluation: EvaluationText | None,
 ) -> tuple[torch.Tensor, dict[str, Any]]:
-    """Read the sequences of calibration texts, equally many of each, the texts by turns.
+    """Read the sequences of calibration texts, equally many of each, interleaved.
 
     Args:
         source (`Source`): gives the tokenizer and the context.
@@ -154,7 +154,7 @@ def open_calibration(
     each = tokens // len(calibration)
     read = [_read_calibration(source, path, each, length, least, evaluation) for path in calibration]
     count = min(len(sequences) for sequences, _ in read)
-    # The texts by turns: the first sequences, which gradients are of, have all domains.
+    # Interleaved: the first sequences, which gradients are of, have all domains.
     sequences = torch.stack([sequences[:count] for sequences, _ in read], dim=1).flatten(0, 1)
     check_token_ids(sequences, source.config)
     hashes = [sha256 for _, sha256 in read]
