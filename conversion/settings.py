@@ -14,6 +14,7 @@ from egmla.utils.provenance import public_name
 from .deepseek_export import check_layout
 from .recipes import Recipe, find_recipe, nearest_recipe, recipe_options, refinement_options
 from .refinement import Refinement
+from .texts import text_paths
 
 
 BITS, RANK_ONLY = "bits", "bf16"  # values of `cache_dtype`
@@ -136,10 +137,8 @@ def check_settings(settings: ConversionSettings) -> CheckedSettings:
 
 def _calibration_texts(settings: ConversionSettings, cache_dtype: str | None) -> tuple[Path, ...]:
     """Return the texts to calibrate with: what ships with the package, where bits are allocated, and what is given."""
-    given = settings.calibration
-    texts = () if given is None else (given,) if isinstance(given, str | Path) else tuple(given)
     shipped = (sample_path("calibration"),) if cache_dtype == BITS and settings.shipped_text else ()
-    return (*shipped, *(path for path in map(Path, texts) if path not in shipped))
+    return (*shipped, *(path for path in text_paths(settings.calibration) if path not in shipped))
 
 
 def _checked_cache_dtype(settings: ConversionSettings, own_recipe: bool, recipe: Recipe) -> str | None:

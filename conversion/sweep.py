@@ -10,17 +10,25 @@ from typing import Any
 
 from egmla.utils.files import read_json, write_json
 from egmla.utils.plotting import COLOURS, check_matplotlib
+from egmla.utils.progress import Progress, with_name
 from egmla.utils.provenance import CONVERSION_REPORT, public_name, software_versions, source_commit
 
 from .convert import convert_checkpoint
 from .job import calibration_tokens as most_calibration_tokens
 from .recipes import find_recipe
 from .refinement import Refinement
-from .report import Progress, converted_perplexity, source_perplexity, write_report
+from .report import converted_perplexity, source_perplexity, write_report
 from .settings import RANK_ONLY
 from .source import Source
 from .sources import open_source
-from .texts import MAX_CHARACTERS_PER_TOKEN, EvaluationText, open_evaluation, read_text
+from .texts import (
+    MAX_CHARACTERS_PER_TOKEN,
+    EvaluationText,
+    describe_texts,
+    open_evaluation,
+    read_text,
+    text_paths,
+)
 
 
 SWEEP_REPORT, SWEEP_FIGURE = "sweep.json", "sweep.png"
@@ -155,13 +163,9 @@ def identify_source(opened: Source) -> dict[str, Any]:
 
 def describe_calibration(calibration: str | Path | Sequence[str | Path], tokens: int | None) -> dict[str, Any]:
     """Return what `sweep.json` keeps of the calibration texts: their names and the hash of what may be read."""
-    texts = [calibration] if isinstance(calibration, str | Path) else calibration
-    most = MAX_CHARACTERS_PER_TOKEN * most_calibration_tokens(tokens, refined=True)
-    read = [read_text(Path(text), "Calibration", most) for text in texts]
-    hashes = [hashlib.sha256(text.encode()).hexdigest() for text in read]
+    paths, most = text_paths(calibration), MAX_CHARACTERS_PER_TOKEN * most_calibration_tokens(tokens, refined=True)
     return {
-        "file": ", ".join(Path(text).name for text in texts),
-        "sha256": hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest(),
+        **describe_texts(paths, [read_text(path, "Calibration", most) for path in paths]),
         "tokens_asked": tokens,
     }
 
@@ -213,11 +217,6 @@ def start_report(target: Path, settings: dict[str, Any], resume: bool) -> dict[s
 def is_finished(folder: Path) -> bool:
     """Tell whether a folder of a sweep holds a whole model."""
     return (folder / "config.json").is_file() and (folder / CONVERSION_REPORT).is_file()
-
-
-def with_name(name: str, progress: Progress | None) -> Progress | None:
-    """Return a progress function whose stages are named after a model, too."""
-    return None if progress is None else lambda stage, done, total: progress(f"{name}: {stage}", done, total)
 
 
 def _row(folder: Path, cache: float, made: Mapping[str, Any]) -> dict[str, Any]:

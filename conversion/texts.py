@@ -153,29 +153,36 @@ def open_calibration(
     least = math.ceil(MIN_SEQUENCES / len(calibration))
     each = tokens // len(calibration)
     read = [_read_calibration(source, path, each, length, least, evaluation) for path in calibration]
-    count = min(len(sequences) for sequences, _ in read)
+    count = min(len(ids) for ids, _ in read)
     # Interleaved: the first sequences, which gradients are of, have all domains.
-    sequences = torch.stack([sequences[:count] for sequences, _ in read], dim=1).flatten(0, 1)
+    sequences = torch.stack([ids[:count] for ids, _ in read], dim=1).flatten(0, 1)
     check_token_ids(sequences, source.config)
-    hashes = [sha256 for _, sha256 in read]
+    texts = [text for _, text in read]
     return sequences, {
-        "file": _names(calibration),
-        "files": [{"file": path.name, "sha256": sha256} for path, sha256 in zip(calibration, hashes, strict=True)],
+        **describe_texts(calibration, texts),
+        "files": [describe_texts([path], [text]) for path, text in zip(calibration, texts, strict=True)],
         "tokens_asked": tokens,
-        "sha256": hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest(),
         "sequences": len(sequences),
         "sequence_length": length,
     }
 
 
-def _names(paths: Sequence[Path]) -> str:
-    return ", ".join(path.name for path in paths)
+def text_paths(given: str | Path | Sequence[str | Path] | None) -> tuple[Path, ...]:
+    """Return the paths of one text, of several or of none."""
+    texts = () if given is None else (given,) if isinstance(given, str | Path) else given
+    return tuple(map(Path, texts))
+
+
+def describe_texts(paths: Sequence[Path], texts: Sequence[str]) -> dict[str, str]:
+    """Return what a report says of texts: the names of their files, and the SHA-256 of all that was read of them."""
+    sha256 = hashlib.sha256("".join(texts).encode()).hexdigest()
+    return {"file": ", ".join(path.name for path in paths), "sha256": sha256}
 
 
 def _read_calibration(
     source: Source, path: Path, tokens: int, length: int, least: int, evaluation: EvaluationText | None
 ) -> tuple[torch.Tensor, str]:
-    """Read the sequences `[sequences, length]` of one text, at least `least`, and the SHA-256 of what was read."""
+    """Read the sequences `[sequences, length]` of one text, at least `least`, and what was read of it."""
     text = read_text(path, "Calibration", MAX_CHARACTERS_PER_TOKEN * tokens)
     tokenizer = source.needed_tokenizer("calibration")
     check_calibration_text(path, text, evaluation)
@@ -194,7 +201,7 @@ def _read_calibration(
     sequences = ids[: count * own].view(count, own)
     if first:
         sequences = torch.cat((torch.full((count, 1), first[0]), sequences), dim=1)
-    return sequences, hashlib.sha256(text.encode()).hexdigest()
+    return sequences, text
 
 
 def check_token_ids(ids: torch.Tensor, config: PreTrainedConfig) -> None:

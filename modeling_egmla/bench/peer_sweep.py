@@ -27,7 +27,6 @@ from egmla.conversion.sweep import (
     identify_source,
     is_finished,
     start_report,
-    with_name,
 )
 from egmla.conversion.texts import (
     MAX_CHARACTERS_PER_TOKEN,
@@ -39,7 +38,7 @@ from egmla.conversion.texts import (
 from egmla.utils.files import write_json
 from egmla.utils.perplexity import cached_losses
 from egmla.utils.plotting import check_matplotlib
-from egmla.utils.progress import Progress, Say, stage_progress
+from egmla.utils.progress import Progress, Say, stage_progress, with_name
 from egmla.utils.retrieval import Passage, make_passages, measure_retrieval, summarise, token_counter
 from egmla.utils.timing import Timer
 

@@ -11,6 +11,7 @@ from transformers.cache_utils import Cache
 
 from egmla.utils.perplexity import cached_losses, token_windows
 from egmla.utils.plotting import COLOURS, check_matplotlib
+from egmla.utils.progress import Progress, stage_progress
 from egmla.utils.retrieval import make_passages, measure_retrieval, summarise, token_counter
 
 from .decode import CacheMaker, time_decode
@@ -88,7 +89,7 @@ def compare(
     tokenizer,
     text: str,
     sizes: Sizes,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> list[ComparisonRow]:
     """Measure contestants that share a tokenizer.
 
@@ -107,15 +108,15 @@ def compare(
     passages = make_passages(text, sizes.passage, sizes.passages, sizes.questions, count_tokens=count)
     rows = []
     for name, contestant in contestants.items():
-        stage = _of_stage(progress, f"Perplexity, {name}")
+        stage = stage_progress(f"Perplexity, {name}", progress)
         losses = cached_losses(contestant.model, windows, contestant.make_cache, progress=stage)
-        stage = _of_stage(progress, f"Retrieval, {name}")
+        stage = stage_progress(f"Retrieval, {name}", progress)
         hits = measure_retrieval(contestant.model, tokenizer, passages, contestant.make_cache, progress=stage)
         found = summarise(passages, hits)
         perplexity = math.exp(float(losses.mean()))
         counts = found["hits"], found["questions"], found["interval"]
         rows.append(ComparisonRow(name, contestant.share, perplexity, *counts))
-    _time(contestants, rows, sizes, _of_stage(progress, "Decode speed, interleaved"))
+    _time(contestants, rows, sizes, stage_progress("Decode speed, interleaved", progress))
     return rows
 
 
@@ -142,12 +143,6 @@ def _time(contestants: Mapping[str, Contestant], rows: Sequence[ComparisonRow], 
             row.decode_ms_median, row.decode_ms_p10, row.decode_ms_p90 = (
                 1e3 * seconds for seconds in (timing.median, timing.p10, timing.p90)
             )
-
-
-def _of_stage(progress: Callable[[str, int, int], None] | None, stage: str) -> Callable[[int, int], None] | None:
-    if progress is None:
-        return None
-    return lambda done, total: progress(stage, done, total)
 
 
 def measurement_notes(contestants: Mapping[str, Contestant], sizes: Sizes) -> dict:

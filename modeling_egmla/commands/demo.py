@@ -81,6 +81,7 @@ def _obtain_contestants(source: str, target: Path, device: str, progress) -> tup
     from egmla.bench.side_by_side import Contestant
     from egmla.conversion import convert_checkpoint, load_source
     from egmla.utils.kivi_style import KiviStyleCache, kivi_style_share
+    from egmla.utils.progress import with_name
     from egmla.utils.streaming import load_model
 
     if not (target / "config.json").is_file():
@@ -90,7 +91,7 @@ def _obtain_contestants(source: str, target: Path, device: str, progress) -> tup
             cache=SHARE,
             dtype="float32",
             device=device,
-            progress=lambda stage, done, total: progress(f"Conversion: {stage}", done, total),
+            progress=with_name("Conversion", progress),
         )
     model, tokenizer = load_source(source)
     model = model.to(device)

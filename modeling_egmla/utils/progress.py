@@ -14,3 +14,8 @@ Say = Callable[[str], None]
 def stage_progress(name: str, progress: Progress | None) -> StageProgress | None:
     """Return the progress of one stage, or `None` where nobody listens."""
     return None if progress is None else lambda done, total: progress(name, done, total)
+
+
+def with_name(name: str, progress: Progress | None) -> Progress | None:
+    """Return a progress whose stages are named after a piece of work, too, or `None` where nobody listens."""
+    return None if progress is None else lambda stage, done, total: progress(f"{name}: {stage}", done, total)
