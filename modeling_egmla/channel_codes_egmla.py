@@ -108,10 +108,11 @@ def quantize_channels(entries: torch.Tensor, bits: int) -> tuple[torch.Tensor, t
     Returns:
         Codes `[..., g, C]` in uint8, and bytes of half ranges and centres `[..., 2, C]`.
     """
-    entries, top = entries.float(), highest_code(bits)
-    lowest, highest = entries.amin(-2, keepdim=True), entries.amax(-2, keepdim=True)
+    entries = entries.float()
     if bits == 0:
         lowest = highest = entries.mean(-2, keepdim=True)
+    else:
+        lowest, highest = entries.amin(-2, keepdim=True), entries.amax(-2, keepdim=True)
     if bits in CLIPPED_RANGE:
         lowest, highest = _fit_range(entries, lowest, highest - lowest, bits)
     half, centre = (highest - lowest) / 2, lowest + (highest - lowest) / 2
@@ -130,13 +131,13 @@ def quantize_channels(entries: torch.Tensor, bits: int) -> tuple[torch.Tensor, t
         centre = centre + half  # code 0 stands for the mean
     centres = (centre / half * CENTRES_PER_RANGE).round().clamp(-127, 127) + CENTRE_OFFSET
     stored = torch.cat((ranges, centres.nan_to_num(CENTRE_OFFSET)), dim=-2).to(torch.uint8)
-    steps, starts = steps_and_starts(stored, top)
-    codes = ((entries - starts) / steps).round_().nan_to_num_(0).clamp_(0, top if bits else 0).to(torch.uint8)
+    steps, starts = steps_and_starts(stored, highest_code(bits))
+    codes = ((entries - starts) / steps).round_().nan_to_num_(0).clamp_(0, 2**bits - 1).to(torch.uint8)
     return codes, stored
 
 
 def highest_code(bits: int) -> int:
-    """Return the code that stands for the upper end of a range."""
+    """Return the code that would stand for the upper end of a range; codes of 0 bits are all 0, below it."""
     return max(1, 2**bits - 1)
 
 

@@ -5,6 +5,8 @@ A peer for comparisons. Entries go to integers and back at once, and stay in the
 as with a quantised cache. Its bytes are counted by formula, and its speed says nothing.
 """
 
+from typing import Any
+
 import torch
 from transformers import PreTrainedConfig
 from transformers.cache_utils import DynamicCache, DynamicLayer
@@ -59,13 +61,18 @@ class KiviStyleCache(DynamicCache):
         self.layers = [KiviStyleLayer(bits) for _ in range(config.num_hidden_layers)]
 
 
+def head_width(config: Any) -> int:
+    """Return the width of a head's keys and values."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
 def kivi_style_share(config: PreTrainedConfig, bits: int, tokens: int = 32768) -> float:
     """Return the bytes of a `KiviStyleCache` of one sequence as a share of the same cache in bf16.
 
     Codes, scales, zero points and exact tokens are counted.
     """
     groups = max(0, tokens - FIRST_TOKENS - RECENT_TOKENS) // GROUP
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    width = head_width(config)
     scales_of_keys, scales_of_values = width, GROUP * -(-width // GROUP)  # of a group of tokens, a head
     held = groups * (2 * GROUP * width * bits / 8 + (scales_of_keys + scales_of_values) * SCALE_BYTES)
     exact = (tokens - groups * GROUP) * 2 * width * 2

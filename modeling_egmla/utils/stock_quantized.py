@@ -11,6 +11,8 @@ from transformers import PreTrainedConfig, QuantizedCache
 from transformers.cache_utils import HQQQuantizedLayer
 from transformers.utils import is_hqq_available, is_optimum_quanto_available
 
+from .kivi_style import head_width
+
 
 GROUP = 64  # numbers of a token and head that share a scale and a zero point, Transformers' default
 TOKENS_PACKED = 4  # whose numbers HQQ packs into the same bytes, at the lowest of our bits
@@ -66,7 +68,7 @@ class StockQuantizedCache(QuantizedCache):
     """
 
     def __init__(self, config: PreTrainedConfig, backend: str, bits: int):
-        axis, group = BACKENDS[backend].axis, math.gcd(GROUP, _head_width(config))
+        axis, group = BACKENDS[backend].axis, math.gcd(GROUP, head_width(config))
         super().__init__(backend, config, nbits=bits, axis_key=axis, axis_value=axis, q_group_size=group)
         if backend == "hqq":
             self.layers = [_PaddedHQQLayer(bits, axis, axis, group) for _ in self.layers]
@@ -76,10 +78,6 @@ class StockQuantizedCache(QuantizedCache):
         copied = copy.copy(self)
         copied.layers = [copy.copy(layer) for layer in self.layers]
         return copied
-
-
-def _head_width(config: Any) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 @torch.no_grad()
@@ -93,7 +91,7 @@ def stock_quantized_share(config: PreTrainedConfig, backend: str, bits: int, tok
         tokens (`int`): tokens in the cache, more than 64.
     """
     layer: Any = StockQuantizedCache(config, backend, bits).layers[0]
-    width = _head_width(config)
+    width = head_width(config)
     generator = torch.Generator().manual_seed(0)
     for count in (tokens - RECENT_TOKENS, RECENT_TOKENS):
         entries = torch.randn((1, 1, count, width), generator=generator).to(torch.bfloat16)

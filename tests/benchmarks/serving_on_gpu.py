@@ -21,6 +21,7 @@ LENGTHS = (5, 17, 40, 3)
 # Latent and rotary widths of a layer: DeepSeek's own, and conversions to a half and an eighth of a Llama's cache.
 WIDTHS = ((512, 64), (256, 64), (96, 32), (24, 16))
 PAGE, SPLITS = 16, 4
+STEPS = 50  # timed together
 
 
 def check_case(case: str, tolerance: float, **options) -> None:
@@ -49,6 +50,8 @@ def time_kernel(rank: int, rope: int, options) -> str:
     import torch
     from vllm.v1.attention.ops.triton_decode_attention import decode_attention_fwd
 
+    from egmla.utils.timing import Timer
+
     batch, heads, tokens = options.batch, options.heads, options.context
     place = {"device": "cuda", "dtype": torch.bfloat16}
     pages = batch * tokens // PAGE
@@ -70,13 +73,8 @@ def time_kernel(rank: int, rope: int, options) -> str:
     error = float((output[0].float() - right).abs().max())
     if error > 0.02:
         raise ValueError(f"the kernel at R={rank}, P={rope} is off by {error:.3f}")
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    for _ in range(50):
-        step()
-    end.record()
-    torch.cuda.synchronize()
-    milliseconds = start.elapsed_time(end) / 50
+    _, seconds = Timer("cuda").measure(lambda: [step() for _ in range(STEPS)])
+    milliseconds = 1e3 * seconds / STEPS
     return f"| {rank} | {rope} | {milliseconds:.3f} | {cache.numel() * 2 / milliseconds / 1e6:.0f} | {error:.4f} |"
 
 
