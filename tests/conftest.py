@@ -21,6 +21,7 @@ import pytest
 import torch
 from cases import MODEL_CASES, make_tokenizer
 from filelock import FileLock
+from loaded_python import LoadedPython
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
@@ -141,6 +142,22 @@ def clean_python(tmp_path_factory) -> Path:
     purelib = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     Path(purelib, "packages.pth").write_text(f"{packages}\n")
     return python
+
+
+@pytest.fixture(scope="session")
+def loaded_python():
+    """Processes of their own that need not import Transformers (`helpers/loaded_python.py`)."""
+    server = LoadedPython()
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def loaded_clean_python(clean_python):
+    """The same of `clean_python`."""
+    server = LoadedPython(clean_python)
+    yield server
+    server.close()
 
 
 @pytest.fixture(scope="session")

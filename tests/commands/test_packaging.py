@@ -67,14 +67,12 @@ def test_wheel_holds_the_package_alone(archives, tracked):
         assert line in metadata
 
 
-def test_wheel_works_alone(archives, clean_python, tmp_path):
+def test_wheel_works_alone(archives, loaded_clean_python, tmp_path):
     with zipfile.ZipFile(archives["wheel"]) as archive:
         archive.extractall(tmp_path / "installed")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "installed")}
     code = "from egmla_command import main; main()"
     for arguments, shown in ((["--help"], "convert"), (["presets"], "egmla-kv64-120m")):
-        result = subprocess.run(
-            [clean_python, "-c", code, *arguments], capture_output=True, text=True, env=environment, cwd=tmp_path
-        )
+        result = loaded_clean_python.run(code, *arguments, env=environment, cwd=tmp_path)
         assert result.returncode == 0, result.stderr
         assert shown in result.stdout

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.long  # in front, see conftest.py
 make_source = conversions.make_source  # the fixture
 
 
-def test_full_disk_leaves_nothing(make_source, tmp_path):
+def test_full_disk_leaves_nothing(make_source, loaded_python, tmp_path):
     """A file-size limit in a child process stands for a disk that fills up half way."""
     _, folder = make_source("llama-mha")
     script = (
@@ -33,8 +33,7 @@ def test_full_disk_leaves_nothing(make_source, tmp_path):
         "resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000))\n"
         "convert_checkpoint(sys.argv[1], sys.argv[2], exact=True)\n"
     )
-    command = [sys.executable, "-c", script, str(folder), str(tmp_path / "t")]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = loaded_python.run(script, folder, tmp_path / "t")
     assert done.returncode != 0
     assert "nothing was left there" in done.stderr
     assert list(tmp_path.iterdir()) == []
@@ -53,14 +52,11 @@ RESUMED = (
 
 
 @pytest.mark.parametrize("share", [0.6, 0.85])
-def test_killed_conversion_resumes_to_the_same_bytes(make_source, calibration, tmp_path, share):
+def test_killed_conversion_resumes_to_the_same_bytes(make_source, calibration, loaded_python, tmp_path, share):
     """Killed in the second layer: in its calibration, and in its refinement."""
     _, folder = make_source("llama-gqa-tied")
     target = tmp_path / "t"
-    command = [sys.executable, "-c", RESUMED, str(folder), str(target), str(calibration), str(share)]
-    # One thread, as here: sums in another order are other numbers.
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    child = loaded_python.start(RESUMED, folder, target, calibration, share)
     assert child.stdout is not None and child.stdout.readline() == "there\n"
     child.kill()
     child.wait()
@@ -118,7 +114,7 @@ def test_peak_memory_does_not_grow_with_depth(calibration, tmp_path):
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
-def test_interruption_leaves_nothing_like_a_model(make_source, calibration, tmp_path, how):
+def test_interruption_leaves_nothing_like_a_model(make_source, calibration, loaded_python, tmp_path, how):
     _, folder = make_source("llama-mha")
     script = (
         "import signal, sys, time\n"
@@ -131,14 +127,13 @@ def test_interruption_leaves_nothing_like_a_model(make_source, calibration, tmp_
         "convert_checkpoint(sys.argv[1], sys.argv[2], kv_lora_rank=8, qk_rope_head_dim=4, calibration=sys.argv[3],"
         " progress=progress)\n"
     )
-    command = [sys.executable, "-c", script, str(folder), str(tmp_path / "t"), str(calibration)]
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=os.environ)
+    child = loaded_python.start(script, folder, tmp_path / "t", calibration)
     assert child.stdout is not None and child.stdout.readline() == "working\n"
     time.sleep(0.3)
     child.send_signal(how)
     with contextlib.suppress(subprocess.TimeoutExpired):
         child.wait(timeout=30)
-    if child.poll() is None:  # Python drops an interrupt that meets it in a finaliser; a user presses again
+    if child.returncode is None:  # Python drops an interrupt that meets it in a finaliser; a user presses again
         child.send_signal(how)
     assert child.wait(timeout=60) != 0
     assert not (tmp_path / "t").exists()

@@ -1,8 +1,6 @@
 """Layout deepseek_v3: Transformers' own class computes what the EG-MLA model would, or the conversion is refused."""
 
 import json
-import subprocess
-import sys
 
 import conversions
 import pytest
@@ -85,7 +83,7 @@ def test_latent_sources(make_source, tmp_path, name):
     assert_same_function(*both_layouts(folder, tmp_path, exact=True))
 
 
-def test_loads_without_this_package(make_source, tmp_path):
+def test_loads_without_this_package(make_source, loaded_clean_python, tmp_path):
     _, folder = make_source("deepseek_v3")
     convert_checkpoint(folder, tmp_path / "t", exact=True, layout="deepseek_v3")
     config = json.loads((tmp_path / "t/config.json").read_text())
@@ -95,7 +93,7 @@ def test_loads_without_this_package(make_source, tmp_path):
         "import sys; from transformers import AutoModelForCausalLM as A; m = A.from_pretrained(sys.argv[1]);"
         "assert 'egmla' not in sys.modules; print(type(m).__name__)"
     )
-    done = subprocess.run([sys.executable, "-c", code, tmp_path / "t"], capture_output=True, text=True, check=True)
+    done = loaded_clean_python.run(code, tmp_path / "t", check=True)
     assert done.stdout.strip() == "DeepseekV3ForCausalLM"
 
 

@@ -59,14 +59,14 @@ def test_no_folder_to_compile_into(folder, tmp_path, monkeypatch, place):
         build.compiled_library()
 
 
-def test_a_damaged_library_is_named(folder, tmp_path, monkeypatch):
+def test_a_damaged_library_is_named(folder, loaded_python, tmp_path):
     """In a process that has not loaded the library. The message says to delete it."""
     (library,) = folder.iterdir()
     (tmp_path / "egmla").mkdir()
     (tmp_path / "egmla" / library.name).write_bytes(b"not a library")
     code = "from egmla import load_cpu_kernel; load_cpu_kernel()"
     environment = {"TORCH_EXTENSIONS_DIR": str(tmp_path), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    done = loaded_python.run(code, env=environment)
     assert "ImportError" in done.stderr and f"{library.name} cannot be loaded" in done.stderr
     assert "Delete it and try again" in done.stderr
 

@@ -482,5 +482,6 @@ def test_imports_stay_light():
     code = "import sys, egmla, egmla.commands, egmla.evaluation.harness, egmla.evaluation.compare; " + (
         "print(sorted({'lm_eval', 'datasets', 'matplotlib'} & set(sys.modules)))"
     )
+    # A process that has loaded nothing.
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr

@@ -193,8 +193,7 @@ def test_the_code_needs_only_what_a_checkpoint_may_ask_for():
                 assert node.module.partition(".")[0] in allowed
 
 
-def test_importing_is_light():
+def test_importing_is_light(loaded_python):
     """No command-line, plotting or evaluation library comes with `import egmla`."""
     code = "import sys, egmla; print([m for m in ('typer', 'matplotlib', 'lm_eval', 'gguf') if m in sys.modules])"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "[]"
+    assert loaded_python.run(code, check=True).stdout.strip() == "[]"

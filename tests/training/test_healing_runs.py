@@ -337,7 +337,7 @@ def test_adapters_are_not_sharded(models, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_healed_models_load_without_the_package(healed, clean_python):
+def test_healed_models_load_without_the_package(healed, loaded_clean_python):
     folder = str(healed[0])
     script = (
         "import sys, torch; from transformers import AutoModelForCausalLM as A, AutoTokenizer as T; "
@@ -345,7 +345,7 @@ def test_healed_models_load_without_the_package(healed, clean_python):
         f"T.from_pretrained({folder!r}); "
         "print(m(torch.arange(5)[None]).logits.double().sum().item(), 'egmla' in sys.modules)"
     )
-    done = subprocess.run([clean_python, "-c", script], capture_output=True, text=True, timeout=600)
+    done = loaded_clean_python.run(script)
     assert done.returncode == 0, done.stderr
     total, imported = done.stdout.split()[-2:]
     model = EGMLAForCausalLM.from_pretrained(folder)

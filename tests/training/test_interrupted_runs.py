@@ -4,8 +4,6 @@ import errno
 import json
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -46,7 +44,7 @@ heal(Path({models!r}), Path({target!r}), **{changes!r})
 
 
 @pytest.mark.parametrize("changes", [{}, {"lora_rank": 3, "micro_batch_size": 2}], ids=["weights", "adapters"])
-def test_a_killed_run_resumes_bit_for_bit(models, healed, tmp_path, changes):
+def test_a_killed_run_resumes_bit_for_bit(models, healed, loaded_python, tmp_path, changes):
     uninterrupted, whole = healed
     if changes:
         uninterrupted = tmp_path / "whole"
@@ -59,7 +57,7 @@ def test_a_killed_run_resumes_bit_for_bit(models, healed, tmp_path, changes):
         changes=changes,
         step=10,
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=600)
+    done = loaded_python.run(script)
     assert done.returncode == -signal.SIGKILL, done.stderr
     work = tmp_path / "killed.checkpoints"
     assert not target.exists()
