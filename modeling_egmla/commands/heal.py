@@ -38,6 +38,9 @@ def heal(
     lora_rank: Annotated[
         int | None, typer.Option(metavar="R", help="Train LoRA adapters of this rank, and merge them at the end.")
     ] = None,
+    rounding: Annotated[
+        bool, typer.Option(help="Train through the rounding of the model's cache, if its bits are allocated.")
+    ] = True,
     eval_data: options.EvalData = None,
     eval_share: options.EvalShare = 0.02,
     eval_tokens: options.EvalTokens = 65536,

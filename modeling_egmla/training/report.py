@@ -29,7 +29,8 @@ def command_line(
         default = item.default if item.default_factory is MISSING else item.default_factory()
         if value == default or item.name in leave_out:
             continue
-        option = f"--{item.name.replace('_', '-')}"
+        name = item.name.replace("_", "-")
+        option = f"--no-{name}" if value is False else f"--{name}"
         if item.name == "arguments":
             line += [word for name, text in _public_arguments(value).items() for word in ("--set", f"{name}={text}")]
         elif isinstance(value, bool):

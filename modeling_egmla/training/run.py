@@ -36,6 +36,7 @@ from egmla.utils.provenance import peak_bytes
 from .data import PackedDataset, TextSource, read_sequences
 from .estimates import run_plan
 from .report import provenance, public_settings, training_curve
+from .rounded_entries import RoundedEntries
 from .run_folders import (
     EVAL_NAME,
     RUN_NAME,
@@ -323,9 +324,20 @@ def _make_trainer(
         temperature=settings.temperature,
         gate_learning_rate=settings.gate_learning_rate or rate * job.defaults.get("gate_factor", 1.0),
         chunk=settings.chunk,
+        rounded=_rounded_entries(model, settings),
     )
     trainer.remove_callback(PrinterCallback)
     return trainer, kept
+
+
+def _rounded_entries(model: Any, settings: TrainingSettings) -> RoundedEntries | None:
+    """Return the entries to train through; `None` where the model's cache holds them exact."""
+    allocation = getattr(model.config, "bit_allocation", lambda: None)()  # Llamas of the reproduction have none
+    if allocation is None or not settings.rounding:
+        return None
+    for layer in model.model.layers:
+        layer._can_checkpoint_with_cache = True  # nothing is stored, so a layer may run twice
+    return RoundedEntries(allocation)
 
 
 def _train(trainer: DistillationTrainer, last: Path | None, folders: RunFolders) -> None:
@@ -371,6 +383,7 @@ def _report(
             "schedule": str(getattr(arguments.lr_scheduler_type, "value", arguments.lr_scheduler_type)),
             "processes": arguments.world_size,
             "threads": torch.get_num_threads(),
+            "rounding": trainer.rounded is not None,
         },
         "plan": run.plan,
         "data": tokens.record["data"],

@@ -71,6 +71,7 @@ class TrainingSettings:
         kl_weight, ce_weight, temperature: parameters of the loss, see `distillation_loss`.
         lora_rank: width of LoRA adapters; `None` trains the weights themselves.
         bf16: compute in bf16, weights and optimiser in fp32.
+        rounding: train and evaluate through entries as the model's cache rounds them, where its bits are allocated.
         gradient_checkpointing: recompute activations in the backward pass.
         seed: random seed of the order of the data and of new weights.
         save_every: optimiser steps between checkpoints; `None` is a twentieth of the run.
@@ -100,6 +101,7 @@ class TrainingSettings:
     temperature: float = 1.0
     lora_rank: int | None = None
     bf16: bool = False
+    rounding: bool = True
     gradient_checkpointing: bool = False
     seed: int = 0
     save_every: int | None = None

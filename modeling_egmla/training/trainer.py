@@ -13,6 +13,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from egmla.utils.head import loss_in_place_of_logits, states_for_head
 
 from .losses import CHUNK, distillation_loss
+from .rounded_entries import RoundedEntries
 from .stages import parameter_groups
 
 
@@ -35,6 +36,7 @@ class DistillationTrainer(Trainer):
         gate_learning_rate (`float`, *optional*): learning rate of the gates, on the same schedule;
             `args.learning_rate` by default.
         chunk (`int`): positions whose logits exist at one time.
+        rounded (`RoundedEntries`, *optional*): entries as the model's cache will have rounded them; exact by default.
         *arguments, **more: passed to `transformers.Trainer`.
 
     Raises:
@@ -50,9 +52,11 @@ class DistillationTrainer(Trainer):
         temperature: float = 1.0,
         gate_learning_rate: float | None = None,
         chunk: int = CHUNK,
+        rounded: RoundedEntries | None = None,
         **more: Any,
     ) -> None:
         super().__init__(*arguments, **more)
+        self.rounded = rounded
         check_weights(kl_weight, ce_weight, temperature)
         if kl_weight and teacher is None:
             raise ValueError("A KL term needs a teacher; pass one, or kl_weight=0 and ce_weight=1 for cross entropy.")
@@ -106,10 +110,16 @@ class DistillationTrainer(Trainer):
             return total * share
 
         with loss_in_place_of_logits(head, loss_of) as exact:
-            # A cache would not be used.
-            loss = model(**given, use_cache=False).logits.float()
+            loss = model(**given, **self.cache_arguments(labels)).logits.float()
         loss = loss + (exact[0] - loss.detach())  # FSDP rounds outputs to the dtype of mixed precision
         return (loss, {"loss": loss}) if return_outputs else loss
+
+    def cache_arguments(self, labels: torch.Tensor) -> dict[str, Any]:
+        """Return what the model is told about caches, for sequences without padding `[B, T]`."""
+        if self.rounded is None:
+            return {"use_cache": False}  # a cache would not be used
+        mask = self.rounded.mask(labels.shape[1], labels.device)
+        return {"use_cache": True, "past_key_values": self.rounded, "attention_mask": mask}
 
     def training_step(self, *arguments, **more):
         """Do the step of `Trainer`, but stop at a loss that is not finite, before it reaches the weights.

@@ -1,0 +1,75 @@
+"""Training with the cache in the loop: attention sees entries as a cache with allocated bits rounds them."""
+
+import torch
+
+from egmla.bit_allocation_egmla import BitAllocation, LayerBits
+from egmla.channel_codes_egmla import dequantize_channels, encode, unpack_ranges, unpack_runs
+from egmla.entries_egmla import Entries, PairedEntries
+
+
+class RoundedEntries:
+    """Give a whole sequence the entries that decoding it token by token would see. It stands in place of a cache.
+
+    At each token, `EGMLACache` has rounded the groups before the last tokens, and holds the first and last ones exact.
+    So `append` returns the rounded groups followed by all tokens exact, `S = G + T` entries for `T` tokens, and `mask`
+    shows each query the ones of its time. Rounding is straight-through: the gradient is that of exact entries.
+
+    Nothing is stored from call to call, so gradient checkpointing may call a layer again.
+
+    Args:
+        allocation (`BitAllocation`): bits of all layers, as `EGMLAConfig.bit_allocation()` returns them.
+    """
+
+    # What the model asks of a cache, see `holds_latents` in cache_egmla.py.
+    holds_latents = True
+
+    def __init__(self, allocation: BitAllocation):
+        self.allocation = allocation
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Return the tokens before this call: none, it is for whole sequences."""
+        return 0
+
+    def grouped_tokens(self, tokens: int | torch.Tensor):
+        """Return how many tokens are rounded once `tokens` have been appended."""
+        allocation = self.allocation
+        past = tokens - allocation.first_tokens - allocation.recent_tokens
+        past = past.clamp(min=0) if isinstance(past, torch.Tensor) else max(0, past)
+        return past // allocation.group_tokens * allocation.group_tokens
+
+    def append(self, latents: torch.Tensor, rope_keys: torch.Tensor, layer_idx: int) -> Entries:
+        """Return the entries `[B, 1, G + T, R + P]` of latents `[B, 1, T, R]` and rotary keys `[B, 1, T, P]`."""
+        bits, first = self.allocation.layers[layer_idx], self.allocation.first_tokens
+        entries = torch.cat((latents, rope_keys), dim=-1)
+        grouped = entries[:, :, first : first + self.grouped_tokens(entries.shape[2])]
+        rounded = round_trip(grouped.detach(), bits, self.allocation.group_tokens)
+        stored = torch.zeros(entries.shape[-1], dtype=torch.bool, device=entries.device)
+        stored[bits.channels[: bits.stored_channels]] = True
+        grouped = torch.where(stored, grouped + (rounded - grouped.detach()), 0)
+        later = torch.where(stored, entries[:, :, first:], 0)
+        both = torch.cat((grouped, entries[:, :, :first], later), dim=2)
+        return PairedEntries(*both.split([latents.shape[-1], rope_keys.shape[-1]], dim=-1))
+
+    def mask(self, tokens: int, device: torch.device) -> torch.Tensor:
+        """Return which of the `S` entries each of `T` tokens sees, `[1, 1, T, S]`, boolean."""
+        query = torch.arange(tokens, device=device)[:, None]
+        first, rounded = self.allocation.first_tokens, self.grouped_tokens(query + 1)
+        group = torch.arange(self.grouped_tokens(tokens), device=device) < rounded
+        exact = torch.arange(tokens, device=device)
+        exact = (exact <= query) & ((exact < first) | (exact >= first + rounded))
+        return torch.cat((group, exact), dim=-1)[None, None]
+
+
+def round_trip(entries: torch.Tensor, bits: LayerBits, group_tokens: int) -> torch.Tensor:
+    """Return whole groups of entries `[B, 1, G, R + P]` as a cache gives them back, in their dtype."""
+    channels = torch.tensor(bits.channels[: bits.stored_channels], device=entries.device)
+    result = torch.zeros_like(entries)
+    if not entries.shape[2] or not channels.numel():
+        return result
+    groups = entries.index_select(-1, channels).unflatten(2, (-1, group_tokens))
+    codes, ranges = encode(groups, bits.runs)
+    unpacked = unpack_runs(codes, bits.runs, group_tokens)
+    values = torch.empty(unpacked.shape, dtype=torch.float32, device=entries.device)
+    dequantize_channels(unpacked, *unpack_ranges(ranges, bits.runs), values)
+    result[..., channels] = values.flatten(2, 3).to(entries.dtype)
+    return result
