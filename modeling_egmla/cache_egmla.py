@@ -12,6 +12,7 @@ from .bit_allocation_egmla import UNQUANTIZED_BITS, find_allocation
 from .cache_layers_egmla import FixedLatentLayer, GrowingLatentLayer, LatentLayer
 from .configuration_egmla import EGMLAConfig
 from .entries_egmla import Entries
+from .left_padding_egmla import LeftPadding
 from .quantized_cache_egmla import QUANTIZED_LAYERS
 
 
@@ -114,6 +115,8 @@ class EGMLACache(Cache):
             if isinstance(layers[-1], GrowingLatentLayer):
                 layers[-1].expected_tokens = expected_tokens or 0
         super().__init__(layers=layers, offloading=offloading)
+        # Of the batch that is held, where layers keep first tokens exact.
+        self.padding: LeftPadding | None = None
         # Ids of the cached tokens: entries of one element, in int32, beside the layers.
         self.token_ids: Any = None
         if config.cache_id_bytes_per_token and max_cache_len is None:
@@ -188,7 +191,29 @@ class EGMLACache(Cache):
                 f"Layer {layer_idx} does not exist in this cache of {len(self.layers)} layers, built for another "
                 "config; build it with EGMLACache(model.config)."
             )
+        if self.padding is not None and not self.layers[layer_idx].seen:
+            key_states, value_states = map(self.padding.order_entries, (key_states, value_states))
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def place_padding(self, attention_mask: Any, causal_mask: Any) -> Any:
+        """Note a prompt's left padding before its entries come, and return the mask as layers are to use it.
+
+        Args:
+            attention_mask: of all tokens so far, `[B, S]`; other forms say nothing about padding.
+            causal_mask: of the new tokens, `[B or 1, 1, T, S]`; block masks and those of FlashAttention stay as they
+                are.
+
+        Returns:
+            The mask over the entries in the order in which they are stored.
+        """
+        if not isinstance(causal_mask, torch.Tensor) or causal_mask.ndim != 4:
+            return causal_mask
+        # Token ids, for a gate on expanded entries, lie in the order of columns.
+        first = 0 if self.token_ids is not None else getattr(self.layers[0], "first_tokens", 0)
+        padded = isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2 and first
+        if padded and not self.layers[0].seen and not is_torchdynamo_compiling():
+            self.padding = LeftPadding.of(attention_mask, first)
+        return causal_mask if self.padding is None else self.padding.order_mask(causal_mask)
 
     def early_initialization(self, batch_size: int, num_heads=None, head_dim=None, dtype=None, device=None):
         """Allocates all layers now. The widths come from the config, so `num_heads` and `head_dim` are not needed."""
@@ -204,22 +229,32 @@ class EGMLACache(Cache):
         return self.layers if self.token_ids is None else [*self.layers, self.token_ids]
 
     def crop(self, tokens_to_remove: int) -> None:
+        left = self.get_seq_length() + min(0, tokens_to_remove)
+        if self.padding is not None and 0 < left < self.padding.columns:
+            raise ValueError(
+                f"crop({tokens_to_remove}) would leave {left} of {self.get_seq_length()} tokens, and the first tokens "
+                f"of a row that is padded on the left end at {self.padding.columns}: leave as many, or none."
+            )
         for holder in self._holders:
             holder.crop(tokens_to_remove)
 
     def reset(self) -> None:
+        self.padding = None
         for holder in self._holders:
             holder.reset()
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self.padding = None if self.padding is None else self.padding.select(beam_idx)
         for holder in self._holders:
             holder.reorder_cache(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
+        self.padding = None if self.padding is None else self.padding.repeat(repeats)
         for holder in self._holders:
             holder.batch_repeat_interleave(repeats)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self.padding = None if self.padding is None else self.padding.select(indices)
         for holder in self._holders:
             holder.batch_select_indices(indices)
 

@@ -289,6 +289,8 @@ class EGMLAModel(EGMLAPreTrainedModel):
                 past_key_values=past_key_values,
                 position_ids=position_ids,
             )
+        if holds_latents(past_key_values):
+            causal_mask = past_key_values.place_padding(attention_mask, causal_mask)
         absorb = absorb and (causal_mask is None or isinstance(causal_mask, torch.Tensor))
 
         position_embeddings = self.embed_positions(inputs_embeds, position_ids)

@@ -137,6 +137,7 @@ CODE_FILES = {
         "entries",
         "expanded_gate",
         "generation",
+        "left_padding",
         "modeling",
         "quantization",
         "quantized_cache",

@@ -30,6 +30,10 @@ class RoundedEntries:
         """Return the tokens before this call: none, it is for whole sequences."""
         return 0
 
+    def place_padding(self, attention_mask: torch.Tensor, causal_mask: torch.Tensor) -> torch.Tensor:
+        """Return the mask as it is: sequences have no padding."""
+        return causal_mask
+
     def grouped_tokens(self, tokens: int | torch.Tensor):
         """Return how many tokens are rounded once `tokens` have been appended."""
         allocation = self.allocation

@@ -373,12 +373,8 @@ def test_models_read_what_a_dense_cache_of_rounded_entries_holds(case, monkeypat
 
 @torch.no_grad()
 def test_eager_attention_and_left_padding(case):
-    """Weights come back; both kinds of attention agree, on a padded row as far as its groups do.
-
-    What a padding token holds is another in eager attention, and its group shares a range with the row's first tokens.
-    """
+    """Weights come back; both kinds of attention agree, though padding holds something else in eager attention."""
     ids, bits = token_ids(2, 9), allocation_for(tiny_config(case))
-    bits["first_tokens"] = 0  # padding is before a row's first tokens
     mask = torch.ones_like(ids)
     mask[1, :4] = 0
     logits = {}
@@ -389,8 +385,7 @@ def test_eager_attention_and_left_padding(case):
         for t in (8, 9):
             out = model(ids[:, t - 1 : t], attention_mask=mask[:, :t], past_key_values=cache)
         logits[implementation] = out.logits
-    assert difference(logits["sdpa"][:1], logits["eager"][:1]) <= 1e-4
-    assert difference(logits["sdpa"][1:], logits["eager"][1:]) <= 2 * FLIP_TOLERANCE
+    assert difference(logits["sdpa"], logits["eager"]) <= 1e-4
     out = model(ids[:, :1], past_key_values=cache, output_attentions=True)
     assert out.attentions[0].shape == (2, 4, 1, 10)
 
