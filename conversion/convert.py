@@ -88,7 +88,7 @@ def convert_checkpoint(
         return dry_report(job)
     report = planned_report(job)
     if unmeasured is not None:
-        _check_same_conversion(target, unmeasured, report)
+        check_same_conversion(target, unmeasured, report)
         report = unmeasured | {"command": report["command"]}
     else:
         report = _write(job, target, report, started, progress)
@@ -174,17 +174,22 @@ def _write_layers(job: Job, folder: Path, journal: Journal, progress: Progress |
     return writer
 
 
-def _unmeasured_report(target: Path) -> dict[str, Any] | None:
-    """The report of a finished conversion whose perplexity was not measured, if that is what `target` holds."""
+def finished_report(target: Path) -> dict[str, Any] | None:
+    """Return the report of a finished conversion, `None` where `target` holds none."""
     path = target / CONVERSION_REPORT
     if not path.is_file() or not (target / "config.json").is_file() or (staging_path(target) / JOURNAL).is_file():
         return None
-    report = read_json(path, "choose another target or remove it")
-    return None if "evaluation" in report else report
+    return read_json(path, "choose another target or remove it")
 
 
-def _check_same_conversion(target: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Raises `FileExistsError` where a finished conversion is not the one that is asked for."""
+def _unmeasured_report(target: Path) -> dict[str, Any] | None:
+    """Return the report of a finished conversion whose perplexity was not measured, if `target` holds one."""
+    report = finished_report(target)
+    return None if report is None or "evaluation" in report else report
+
+
+def check_same_conversion(target: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Raise `FileExistsError` where a finished conversion is not the one that is asked for."""
     wanted = json.loads(json.dumps(wanted))
     if wanted["recipe"] and wanted["recipe"]["ranks"] == "energy":  # dealt out once it has begun
         wanted["plan"]["ranks"] = found["plan"]["ranks"]
@@ -213,17 +218,41 @@ def _add_evaluation(
     device: str | None,
 ) -> dict[str, Any]:
     """The report of a written model with perplexities before and after, which is written too."""
+    report = report | {"evaluation": measured(report, source, target, evaluation, progress, device)}
+    write_report(target, report)
+    return report
+
+
+def measured(
+    report: Mapping[str, Any],
+    source: str | Path,
+    folder: Path,
+    evaluation: EvaluationText,
+    progress: Progress | None = None,
+    device: str | None = None,
+) -> dict[str, Any]:
+    """Measure a converted model, which may have been healed since, beside its source: through its caches with bits.
+
+    Args:
+        report (`Mapping`): its conversion report.
+        source (`str` or `Path`): the checkpoint that was converted.
+        folder (`Path`): the model.
+        evaluation (`EvaluationText`): the text.
+        progress (*optional*): called with (stage, done, total).
+        device (`str`, *optional*): the CPU by default.
+
+    Returns:
+        `dict`: what the text is, and the figures.
+    """
     if "cache" in report:
         shares = [budget["share"] for budget in report["cache"]["budgets"]]
-        figures = through_caches(source, target, evaluation, shares[:EVALUATED_CACHES], progress, device)
+        figures = through_caches(source, folder, evaluation, shares[:EVALUATED_CACHES], progress, device)
     else:
         figures = {
             "source": source_perplexity(source, evaluation, progress, device),
-            "converted": converted_perplexity(target, evaluation, progress, device),
+            "converted": converted_perplexity(folder, evaluation, progress, device),
         }
-    report = report | {"evaluation": evaluation.describe() | figures}
-    write_report(target, report)
-    return report
+    return evaluation.describe() | figures
 
 
 def _write_companions(folder: Path, config: Any, source: Source, writer: ShardWriter) -> None:

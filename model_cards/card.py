@@ -153,7 +153,7 @@ def render_card(
             "licence": converted.licence(license, license_name, base_model or origin["label"]),
             "trained": "Healing",
         }
-        perplexity = converted.perplexity(conversion, training is not None)
+        perplexity = converted.perplexity(conversion, training)
     perplexities = [score_table(results, source_results, comparison, perplexity=True), perplexity]
     if training is not None and not any(perplexities):
         perplexities = [

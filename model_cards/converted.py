@@ -35,19 +35,32 @@ def summary(config: EGMLAConfig, conversion: dict, base_model: str | None, train
     )
 
 
-def perplexity(conversion: dict, trained: bool) -> str:
-    """The result of `egmla convert --evaluate`; empty without one."""
-    evaluation = conversion.get("evaluation")
+def perplexity(conversion: dict, training: dict | None) -> str:
+    """Render what `egmla convert --evaluate` measured; empty where it was not asked for."""
+    evaluation, when = conversion.get("evaluation"), "when it was converted"
+    name = "this model" if training is None else "converted, not yet trained"
+    if training is not None and "measured" in training:
+        evaluation, name, when = training["measured"], "this model", "after it was trained"
     if evaluation is None:
         return ""
-    name = "converted, not yet trained" if trained else "this model"
-    lines = ["| | perplexity |", "| --- | ---: |", f"| source | {evaluation['source']:.3f} |"]
-    lines += [f"| {name} | {evaluation['converted']:.3f} |", ""]
-    lines.append(
-        f"Measured when it was converted, in float32, on {evaluation['windows']:,} windows of "
-        f"{evaluation['window']:,} tokens of `{evaluation['file']}` (SHA-256 of the text read "
-        f"`{evaluation['sha256']}`)."
+    text = (
+        f"in float32, on {evaluation['windows']:,} windows of {evaluation['window']:,} tokens of "
+        f"`{evaluation['file']}` (SHA-256 of the text read `{evaluation['sha256']}`)."
     )
+    if "caches" not in evaluation:
+        lines = ["| | perplexity |", "| --- | ---: |", f"| source | {evaluation['source']:.3f} |"]
+        lines += [f"| {name} | {evaluation['converted']:.3f} |", "", f"Measured {when}, {text}"]
+        return "\n".join(lines)
+    questions = evaluation["questions"]
+    lines = ["| cache | perplexity | times the source's | facts retrieved |", "| --- | ---: | ---: | ---: |"]
+    for cache, row in evaluation["caches"].items():
+        label = "source" if cache == "source" else f"{name}, {float(cache):.3g} of the bytes"
+        error = "" if not row["ratio_error"] else f" ± {row['ratio_error']:.4f}"
+        found = "" if row["retrieved"] is None else f"{row['retrieved']} of {questions}"
+        lines.append(f"| {label} | {row['perplexity']:.3f} | {row['ratio']:.4f}{error} | {found} |")
+    lines += ["", f"Measured {when}, read through its caches 64 tokens at a time, {text}"]
+    if questions:
+        lines[-1] += f" Facts are hidden in passages of {evaluation['passage_tokens']:,} tokens of it."
     return "\n".join(lines)
 
 

@@ -2,7 +2,7 @@
 
 import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -47,6 +47,12 @@ def convert(
         Path | None, typer.Option(metavar="FILE", help="Other plain text, to measure perplexity on before and after.")
     ] = None,
     evaluation_windows: Annotated[int, typer.Option(min=1, help="Windows of it, 2,048 tokens each, at most.")] = 9,
+    heal: Annotated[
+        str | None, typer.Option(metavar="TOKENS", help="Then train it towards its source on so many tokens: 300K.")
+    ] = None,
+    heal_data: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help="Text to heal on; the calibration texts by default.")
+    ] = None,
     recipe: Annotated[
         str,
         typer.Option(metavar="NAME", help="Recipe: default, transmla-like or mha2mla-like."),
@@ -71,42 +77,90 @@ def convert(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and the sizes; write nothing.")] = False,
 ) -> None:
     """Convert a model with multi-head, grouped-query or latent attention to EG-MLA."""
-    from egmla.conversion import convert_checkpoint, find_recipe
+    from egmla.conversion import ConversionSettings, find_recipe
     from egmla.conversion.recipes import find_refinement, split_choices
 
-    from .common import chosen_device, console, interruption_says, progress_bars, quiet_transformers, read_settings
+    from .common import chosen_device, quiet_transformers, read_settings
 
     quiet_transformers()
     of_recipe, of_refinement = split_choices(read_settings(choices or ()))
-    with interruption_says(lambda: _kept(target) if resume else None), progress_bars() as progress:
-        report = convert_checkpoint(
-            source,
-            target,
-            exact=exact,
-            kv_lora_rank=_ranks(kv_lora_rank),
-            qk_rope_head_dim=qk_rope_head_dim,
-            cache=cache,
-            cache_dtype=cache_dtype,
-            max_rank=max_rank,
-            calibration=calibration,
-            shipped_text=shipped_text,
-            calibration_tokens=calibration_tokens,
-            refinement=find_refinement(refine_steps, refine_gate, of_refinement),
-            evaluate=evaluate,
-            evaluation_windows=evaluation_windows,
-            recipe=find_recipe(recipe, of_recipe),
-            latent_norm=latent_norm,
-            layout=layout,
-            dtype=None if dtype is DType.auto else dtype.value,
-            device=chosen_device(device),
-            resume=resume,
-            dry_run=dry_run,
-            progress=progress,
-        )
-    _print_report(report, "Plan (nothing was written)" if dry_run else f"Converted to {target}")
-    if not dry_run and layout == "egmla":
+    settings = ConversionSettings(
+        exact=exact,
+        kv_lora_rank=_ranks(kv_lora_rank),
+        qk_rope_head_dim=qk_rope_head_dim,
+        cache=cache,
+        cache_dtype=cache_dtype,
+        max_rank=max_rank,
+        calibration=calibration,
+        shipped_text=shipped_text,
+        calibration_tokens=calibration_tokens,
+        refinement=find_refinement(refine_steps, refine_gate, of_refinement),
+        evaluate=evaluate,
+        evaluation_windows=evaluation_windows,
+        recipe=find_recipe(recipe, of_recipe),
+        latent_norm=latent_norm,
+        layout=layout,
+        dtype=None if dtype is DType.auto else dtype.value,
+        device=chosen_device(device),
+        resume=resume,
+        dry_run=dry_run,
+    )
+    if heal is not None:
+        _convert_and_heal(source, target, settings, heal, heal_data)
+    else:
+        _convert(source, target, settings, heal_data)
+
+
+def _convert(source: str, target: Path, settings: Any, heal_data: list[str] | None) -> None:
+    from egmla.conversion import convert_checkpoint
+
+    from .common import console, interruption_says, progress_bars
+
+    if heal_data:
+        raise ValueError("--heal-data without --heal: nothing is healed; say on how many tokens (--heal 300K).")
+    with interruption_says(lambda: _kept(target) if settings.resume else None), progress_bars() as progress:
+        report = convert_checkpoint(source, target, settings, progress=progress)
+    _print_report(report, "Plan (nothing was written)" if settings.dry_run else f"Converted to {target}")
+    if not settings.dry_run and settings.layout == "egmla":
         command = f"egmla generate {shlex.quote(str(target))} --prompt 'What is the capital of France?'"
         console().print(f"Try it: {command}", style="dim", markup=False)
+
+
+def _convert_and_heal(source: str, target: Path, conversion: Any, tokens: str, data: list[str] | None) -> None:
+    """Convert, heal, measure, and write the card; each step shows what it found."""
+    from rich.console import Console
+
+    from egmla.conversion.settings import check_settings
+    from egmla.model_cards import write_card
+    from egmla.training import convert_and_heal
+    from egmla.training.conversion_and_healing import MEASURED, healing_settings
+    from egmla.training.settings import parse_count
+
+    from .common import interruption_says, progress_bars
+    from .training import print_plan as print_training_plan
+    from .training import print_report as print_training
+
+    stderr = Console(stderr=True, soft_wrap=True, highlight=False)
+    texts = data or [str(path) for path in check_settings(conversion).calibration]
+    healing = healing_settings(texts, parse_count(tokens), conversion)
+    kept = "What is finished is kept, and the same command goes on from there." if conversion.resume else None
+    with interruption_says(lambda: kept), progress_bars() as progress:
+        report = convert_and_heal(
+            source,
+            target,
+            conversion,
+            healing,
+            progress=progress,
+            say=lambda text: stderr.print(text, markup=False),
+        )
+    if conversion.dry_run:
+        _print_report(report["conversion"], "Plan (nothing was written)")
+        print_training_plan(report["healing"])
+        return
+    _print_report(report["conversion"] | {"evaluation": report.get(MEASURED)}, f"Converted to {target}")
+    print_training(report, target)
+    for path in write_card(target):
+        stderr.print(f"Wrote {path}", markup=False)
 
 
 def _kept(target: Path) -> str | None:

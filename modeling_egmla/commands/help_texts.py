@@ -4,9 +4,10 @@
 GROUPS = {
     "What to make": "--kv-lora-rank --qk-rope-head-dim --cache --cache-dtype --max-rank --exact --latent-norm "
     "--layout --recipe",
-    "Calibration and refinement": "--calibration --shipped-text --calibration-tokens --refine-steps --refine-gate",
+    "Calibration and refinement": "--calibration --shipped-text --calibration-tokens --refine-steps --refine-gate "
+    "--heal --heal-data",
     "Data": "--data --tokens --text-field --tokenizer --new-tokenizer --sequence-length",
-    "Teacher and loss": "--teacher --stage --kl-weight --ce-weight --lora-rank",
+    "Teacher and loss": "--teacher --stage --kl-weight --ce-weight --lora-rank --rounding",
     "Training": "--batch-size --micro-batch-size --learning-rate --gate-learning-rate --weight-decay --warmup-share "
     "--gradient-checkpointing --bf16 --chunk",
     "Prompt": "--prompt --system --chat --question",

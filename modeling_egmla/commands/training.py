@@ -101,9 +101,9 @@ def run_shown(start, target: Path, **arguments: Any) -> None:
             **arguments,
         )
     if arguments.get("dry_run"):
-        _print_plan(report)
+        print_plan(report)
     elif is_first():
-        _print_report(report, target)
+        print_report(report, target)
 
 
 def is_first() -> bool:
@@ -134,7 +134,7 @@ def rough_time(seconds: float) -> str:
     return "under a minute"
 
 
-def _print_plan(plan: dict) -> None:
+def print_plan(plan: dict) -> None:
     from rich.table import Table
 
     from .common import console, in_bytes, in_units
@@ -157,7 +157,7 @@ def _print_plan(plan: dict) -> None:
     console().print(table)
 
 
-def _print_report(report: dict, target: Path) -> None:
+def print_report(report: dict, target: Path) -> None:
     from rich.table import Table
     from rich.text import Text
 

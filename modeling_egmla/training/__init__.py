@@ -1,5 +1,6 @@
 """Training: healing of converted models by self-distillation, and training from scratch, on Transformers' Trainer."""
 
+from .conversion_and_healing import convert_and_heal
 from .from_scratch import scratch_settings, train_from_scratch
 from .healing import heal_checkpoint
 from .losses import distillation_loss
@@ -14,6 +15,7 @@ __all__ = [
     "DivergedError",
     "TrainingSettings",
     "add_lora",
+    "convert_and_heal",
     "distillation_loss",
     "heal_checkpoint",
     "lora_targets",
