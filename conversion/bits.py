@@ -8,7 +8,8 @@ The model's function does not change here, only the numbers that its cache holds
    number of bits grows with (Hadamard's inequality). The mean goes into the output's bias.
 3. Channels and rotary pairs are sorted by importance, and bits allocated over all layers (`allocation.py`).
 
-Channels that are not stored stay in the weights: a prompt and the first tokens are read with all channels.
+Behind a trained gate the basis stays, and channels change places with their gates. Channels that are not stored stay
+in the weights: a prompt and the first tokens are read with all channels.
 """
 
 from collections.abc import Mapping, Sequence
@@ -35,6 +36,8 @@ SENSITIVITY_TOKENS = 8192  # calibration tokens that gradients are of
 SMALLER_SHARES = (0.5, 0.25, 0.1875, 0.125, 0.09375, 0.0625)
 # Information overrates errors of rotary keys, which reach the output through a softmax alone (LOG, 2026-11-30).
 PAIR_WEIGHT = 0.15
+# What has a number, or a row, for each channel of the latent.
+CHANNEL_BY_CHANNEL = {"kv_a_layernorm.weight", "kv_gate_proj.weight", "kv_gate_norm.weight", "kv_gate_norm.bias"}
 DAMPING = 0.01  # share of the mean eigenvalue added to Fisher's information, which it saw too little text of
 
 
@@ -101,20 +104,40 @@ def cheapest_basis(found: Sensitivity, rank: int, damping: float = DAMPING) -> B
         down @ found.spread[:rank, :rank] @ down.T
     ).diagonal()
     order = importance.argsort(descending=True)
+    pair_order, pairs = _pairs_by_importance(found, rank)
+    return Basis(down[order], up[:, order], found.mean[:rank], pair_order, importance[order].clamp_min(0), pairs)
+
+
+def permuted_basis(found: Sensitivity, rank: int) -> Basis:
+    """Return the channels of a layer's latent, and its rotary pairs, by importance: for latents behind a gate.
+
+    A gate multiplies each channel by a number of its own, so channels may change places, and nothing else.
+    """
+    importance = (found.gradient.diagonal() * found.spread.diagonal())[:rank].clamp_min(0)
+    order = importance.argsort(descending=True)
+    down = torch.eye(rank, dtype=found.gradient.dtype)[order]
+    pair_order, pairs = _pairs_by_importance(found, rank)
+    return Basis(down, down.T, torch.zeros_like(found.mean[:rank]), pair_order, importance[order], pairs)
+
+
+def _pairs_by_importance(found: Sensitivity, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return old numbers of the rotary pairs, most important first, and their importance."""
     pairs = PAIR_WEIGHT * (found.gradient.diagonal() * found.spread.diagonal())[rank:].view(2, -1).sum(dim=0)
-    pair_order = pairs.argsort(descending=True)
-    return Basis(
-        down[order], up[:, order], found.mean[:rank], pair_order, importance[order].clamp_min(0), pairs[pair_order]
-    )
+    order = pairs.argsort(descending=True)
+    return order, pairs[order]
 
 
-def layer_in_basis(tensors: Mapping[str, torch.Tensor], basis: Basis, config: EGMLAConfig) -> dict[str, torch.Tensor]:
+def layer_in_basis(
+    tensors: Mapping[str, torch.Tensor], basis: Basis, config: EGMLAConfig, keeps_channels: bool = False
+) -> dict[str, torch.Tensor]:
     """Return a layer's attention tensors in a new basis, fp64; the layer's function stays.
 
     Args:
-        tensors (`Mapping[str, torch.Tensor]`): those of the layer before, with biases, the gate at identity.
+        tensors (`Mapping[str, torch.Tensor]`): those of the layer before: with biases and the gate at identity, unless
+            the basis only changes the places of channels (`permuted_basis`).
         basis (`Basis`): its new numbers.
         config (`EGMLAConfig`): of the model.
+        keeps_channels (`bool`): whether the basis is a permutation, which norms and gates follow.
     """
     heads, nope, rope = config.num_attention_heads, config.qk_nope_head_dim, config.qk_rope_head_dim
     rank, order = len(basis.mean), basis.pairs
@@ -123,13 +146,18 @@ def layer_in_basis(tensors: Mapping[str, torch.Tensor], basis: Basis, config: EG
     rows = torch.stack((2 * order, 2 * order + 1), dim=1).flatten() if config.rope_interleave else None
     rows = torch.cat((order, order + rope // 2)) if rows is None else rows
 
-    weight, bias = changed["kv_a_proj_with_mqa.weight"], changed["kv_a_proj_with_mqa.bias"]
+    weight, bias = changed["kv_a_proj_with_mqa.weight"], changed.get("kv_a_proj_with_mqa.bias")
     changed["kv_a_proj_with_mqa.weight"] = torch.cat((basis.down @ weight[:rank], weight[rank:][rows]))
-    changed["kv_a_proj_with_mqa.bias"] = torch.cat((basis.down @ (bias[:rank] - basis.mean), bias[rank:][rows]))
-    # A constant in all keys changes no softmax, and one in all values is one in the output.
-    values = changed["kv_b_proj.weight"].view(heads, -1, rank)[:, nope:] @ basis.mean
-    changed["o_proj.bias"] = changed["o_proj.bias"] + changed["o_proj.weight"] @ values.flatten()
+    if bias is not None:
+        changed["kv_a_proj_with_mqa.bias"] = torch.cat((basis.down @ (bias[:rank] - basis.mean), bias[rank:][rows]))
+    if basis.mean.any():
+        # A constant in all keys changes no softmax, and one in all values is one in the output.
+        values = changed["kv_b_proj.weight"].view(heads, -1, rank)[:, nope:] @ basis.mean
+        changed["o_proj.bias"] = changed["o_proj.bias"] + changed["o_proj.weight"] @ values.flatten()
     changed["kv_b_proj.weight"] = changed["kv_b_proj.weight"] @ basis.up
+    if keeps_channels:
+        for name in CHANNEL_BY_CHANNEL & changed.keys():
+            changed[name] = changed[name][basis.down.argmax(dim=1)]
     if "q_rope_scale" in changed:
         changed["q_rope_scale"] = changed["q_rope_scale"][:, order]
         return changed
@@ -147,17 +175,19 @@ def spend_bits(
     sequences: torch.Tensor,
     budget: Budget,
     storage: Storage | None = None,
+    keeps_channels: bool = False,
     device: str | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Give a checkpoint of (nearly) full rank a cache with allocated bits; rewrites its weights and configuration.
 
     Args:
-        folder (`Path`): the checkpoint, attention tensors with biases, the gate at identity. Weights are written in
-            the dtype that its configuration names.
+        folder (`Path`): the checkpoint, attention tensors with biases, the gate at identity unless `keeps_channels`.
+            Weights are written in the dtype that its configuration names.
         sequences (`torch.Tensor`): calibration ids `[sequences, T]`.
         budget (`Budget`): what the cache may take.
         storage (`Storage`, *optional*): how it lays out its tokens.
+        keeps_channels (`bool`): channels change places only, since their gates are trained.
         device (`str`, *optional*): where the gradients are computed, by default the GPU if there is one.
         progress (*optional*): called with (stage, done, total).
 
@@ -168,9 +198,10 @@ def spend_bits(
         ValueError: for a budget that no cache of this model meets.
     """
     storage = storage or Storage()
+    config = EGMLAConfig.from_pretrained(folder)  # the loaded model's names the dtype that it was loaded in
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
-    config, count = model.config, -(-SENSITIVITY_TOKENS // sequences.shape[1])
+    count = -(-SENSITIVITY_TOKENS // sequences.shape[1])
     with torch.enable_grad():
         found = measure_sensitivity(
             model,
@@ -181,9 +212,10 @@ def spend_bits(
         )
     ranks = config.layer_kv_lora_ranks
     del model
-    bases = [cheapest_basis(layer, rank) for layer, rank in zip(found, ranks, strict=True)]
+    find_basis = permuted_basis if keeps_channels else cheapest_basis
+    bases = [find_basis(layer, rank) for layer, rank in zip(found, ranks, strict=True)]
     allocations = {share: _allocation(bases, budget, share, storage) for share in (budget.share, *budget.smaller)}
-    _rewrite(folder, bases, config, as_config(allocations, storage))
+    _rewrite(folder, bases, config, as_config(allocations, storage), keeps_channels)
     return describe_cache(bases, allocations, budget, storage)
 
 
@@ -193,7 +225,9 @@ def _allocation(bases: Sequence[Basis], budget: Budget, share: float, storage: S
     return allocate_bits(latents, pairs, budget.bytes(share), BUDGET_TOKENS, storage, budget.max_rank)
 
 
-def _rewrite(folder: Path, bases: Sequence[Basis], config: EGMLAConfig, bits: dict[str, Any]) -> None:
+def _rewrite(
+    folder: Path, bases: Sequence[Basis], config: EGMLAConfig, bits: dict[str, Any], keeps_channels: bool
+) -> None:
     """Write the weights of a folder anew, in the new bases, and its configuration."""
     dtype = config_dtype(config)
     prefix = "model.layers.{}.self_attn."
@@ -203,7 +237,7 @@ def _rewrite(folder: Path, bases: Sequence[Basis], config: EGMLAConfig, bits: di
             own = prefix.format(layer_idx)
             before = {name.removeprefix(own): tensor for name, tensor in tensors.items() if name.startswith(own)}
             if before:  # a layer is in one shard whole
-                after = layer_in_basis(before, basis, config)
+                after = layer_in_basis(before, basis, config, keeps_channels)
                 tensors |= {f"{own}{name}": tensor.to(dtype).contiguous() for name, tensor in after.items()}
         save_tensors(tensors, path)
     slots = [config.layer_rope_slots(layer_idx) for layer_idx in range(len(bases))]

@@ -118,7 +118,12 @@ def _write(
         _write_companions(folder, config, job.source, writer)
         if job.settings.allocates_bits:
             report["cache"] = spend_bits(
-                folder, job.sequences, job.budget, device=job.settings.device, progress=progress
+                folder,
+                job.sequences,
+                job.budget,
+                keeps_channels=job.keeps_layers,
+                device=job.settings.device,
+                progress=progress,
             )
         report |= {
             "layers": journal.layers,
@@ -129,7 +134,7 @@ def _write(
             "commit": source_commit(),
             "weights_sha256": weights_sha256(folder),
         }
-        if not job.plan.exact:
+        if not job.plan.exact and not job.keeps_layers:
             report["slots_per_frequency"] = slots_per_frequency(
                 [layer["rope_slots"] for layer in journal.layers], job.family.shape(job.source.config).frequencies
             )

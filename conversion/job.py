@@ -1,5 +1,6 @@
 """A conversion that is checked and planned, before any long work."""
 
+import copy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,7 @@ class Job:
         calibration: what the report says of the calibration text.
         stored_dtype: dtype of the attention's tensors in the converted checkpoint.
         room: bytes on disk.
+        keeps_layers: whether bits are all that changes, since the gates are trained.
     """
 
     settings: CheckedSettings
@@ -78,6 +80,7 @@ class Job:
     calibration: dict[str, Any] | None
     stored_dtype: torch.dtype
     room: Disk
+    keeps_layers: bool = False
 
     @property
     def recipe(self) -> Recipe:
@@ -112,7 +115,9 @@ class Job:
     def final_config(self, layers: list[dict[str, Any]]) -> Any:
         """Return the configuration to write, with the rotary slots that the finished layers chose."""
         slots = [layer["rope_slots"] for layer in layers]
-        config: Any = target_config(self.source.config, self.family, self.plan, slots, self.recipe.latent_norm)
+        config: Any = copy.deepcopy(self.config)
+        if not self.keeps_layers:
+            config = target_config(self.source.config, self.family, self.plan, slots, self.recipe.latent_norm)
         if self.settings.layout == "deepseek_v3":
             config = export_config(config)
         # Transformers loads in the dtype that the configuration names, whatever the file stores.
@@ -131,7 +136,10 @@ def prepare(source: str | Path, settings: CheckedSettings) -> Job:
     settings, plan = _planned(opened.config, family, settings)
     recipe, refinement = settings.recipe, settings.refinement
     _check_recipe(opened.config, family, plan, settings)
-    own = _planned_config(opened.config, family, plan, recipe)
+    keeps_layers = settings.allocates_bits and family.has_trained_gate(opened)
+    own: Any = copy.deepcopy(opened.config)
+    if not keeps_layers:
+        own = _planned_config(opened.config, family, plan, recipe)
     written: Any = export_config(own) if settings.layout == "deepseek_v3" else own
     if plan.exact:
         _check_exact(settings)
@@ -148,11 +156,13 @@ def prepare(source: str | Path, settings: CheckedSettings) -> Job:
         )
         calibration["sequences_measured"] = measured_sequences(sequences, refined=refined)
     check_tensors(opened, family)
-    family.check_weights(opened)
+    if not keeps_layers:
+        family.check_weights(opened)
     stored = settings.output_dtype or opened.tensor(f"{family.layer_prefix(0)}self_attn.o_proj.weight").dtype
     states_shape = (0, 0, 0) if plan.exact else (*sequences.shape, opened.config.hidden_size)
     room = disk(wanted_shapes(meta_model(written)).values(), stored, states_shape, refinement)
-    return Job(settings, opened, family, plan, own, written, evaluation, sequences, calibration, stored, room)
+    texts = evaluation, sequences, calibration
+    return Job(settings, opened, family, plan, own, written, *texts, stored, room, keeps_layers)
 
 
 def planned_report(job: Job) -> dict[str, Any]:

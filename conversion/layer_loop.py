@@ -42,8 +42,23 @@ def allocate_ranks(job: Job, journal: Journal, progress: Progress | None) -> Pla
 
 def converted_layers(job: Job, journal: Journal, progress: Progress | None) -> Iterator[ConvertedLayer]:
     """Yield the layers in order, starting after those in the journal."""
+    if job.keeps_layers:
+        return _kept_layers(job, journal, progress)
     convert = _exact_layers if job.plan.exact else _low_rank_layers
     return convert(job, journal, progress)
+
+
+def _kept_layers(job: Job, journal: Journal, progress: Progress | None) -> Iterator[ConvertedLayer]:
+    """Yield the source's own layers: their gates are trained, so only the places of channels may change."""
+    source, family, count = job.source, job.family, len(job.plan.ranks)
+    for layer_idx in range(len(journal.layers), count):
+        prefix = f"{family.layer_prefix(layer_idx)}self_attn."
+        names = [*family.attention(source.config, layer_idx), *family.gate(source.config, layer_idx)]
+        tensors = {name.removeprefix(prefix): source.tensor(name) for name in names}
+        slots = source.config.layer_rope_slots(layer_idx) or list(range(source.config.qk_rope_head_dim // 2))
+        yield tensors, {"layer": layer_idx, "kv_lora_rank": job.plan.ranks[layer_idx], "rope_slots": slots}, {}
+        if progress is not None:
+            progress("convert", layer_idx + 1, count)
 
 
 def _exact_layers(job: Job, journal: Journal, progress: Progress | None) -> Iterator[ConvertedLayer]:

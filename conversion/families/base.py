@@ -217,6 +217,10 @@ class Family:
         """Names of the tensors of a layer's gate, which conversion leaves out; empty without a gate."""
         return ()
 
+    def has_trained_gate(self, source: Source) -> bool:
+        """Tell whether a layer's latent is gated. Its channels then keep their places: bits are all that changes."""
+        return False
+
     def check_weights(self, source: Source) -> None:
         """Raises `ValueError` for weights of a supported architecture that cannot be converted."""
 

@@ -17,7 +17,10 @@ from .normed import Olmo2
 
 
 class EGMLA(MLA):
-    """An EG-MLA checkpoint whose gate is at identity: its latent is made smaller, with a fresh gate."""
+    """An EG-MLA checkpoint: with its gate at identity its latent is made smaller, with a fresh gate.
+
+    With trained gates its channels get bits, and nothing else changes.
+    """
 
     def check(self, config: PreTrainedConfig) -> None:
         super().check(config)
@@ -25,25 +28,44 @@ class EGMLA(MLA):
             raise ValueError(
                 "This egmla checkpoint has no rotary key (qk_rope_head_dim=0), which conversion requires."
             )
+
+    def gate(self, config: PreTrainedConfig, layer_idx: int) -> tuple[str, ...]:
+        return tuple(name for name in self._names(config, layer_idx) if ".kv_gate_" in name)
+
+    def has_trained_gate(self, source: Source) -> bool:
+        if source.config.kv_gate != "latent" or self._trained_gate(source) is None:
+            return False
+        if source.config.qk_norm_dim is not None:
+            raise ValueError(
+                f"{source.label} has trained gates and normed rotary keys (qk_norm_dim={source.config.qk_norm_dim}): "
+                "its channels get bits in the order of their importance, and that norm fixes the places of rotary "
+                "pairs. Use quantization='int4' for its cache, or convert the checkpoint it was trained from."
+            )
+        return True
+
+    def check_weights(self, source: Source) -> None:
+        config: Any = source.config
         if config.kv_latent_norm and (config.kv_encoder_dim is not None or isinstance(config.kv_lora_rank, list)):
             raise ValueError(
                 f"This egmla checkpoint normalises latents (kv_latent_norm) with kv_lora_rank={config.kv_lora_rank}, "
                 f"kv_encoder_dim={config.kv_encoder_dim}. That norm would be in the encoder, which must not be there "
                 "already and has one width for all layers; convert the checkpoint it was made of instead."
             )
+        if (name := self._trained_gate(source)) is not None:
+            raise ValueError(
+                f"{source.label} has a trained gate ({name} is not at identity): another latent would have no such "
+                "gate. Give its channels bits and keep the latent (cache=0.25 alone, --cache 0.25), which gates on "
+                "the latent (kv_gate='latent') allow; or convert a checkpoint whose gate is at identity."
+            )
 
-    def gate(self, config: PreTrainedConfig, layer_idx: int) -> tuple[str, ...]:
-        return tuple(name for name in self._names(config, layer_idx) if ".kv_gate_" in name)
-
-    def check_weights(self, source: Source) -> None:
+    def _trained_gate(self, source: Source) -> str | None:
+        """Return the name of a norm that has moved from where gates start, if there is one."""
         for layer_idx in range(source.config.num_hidden_layers):
             for name in self.gate(source.config, layer_idx):
                 identity = {"kv_gate_norm.weight": 0, "kv_gate_norm.bias": 1}.get(name.partition("self_attn.")[2])
                 if identity is not None and not (source.tensor(name) == identity).all():
-                    raise ValueError(
-                        f"The gate of layer {layer_idx} of {source.label} is trained ({name} is not {identity}): a "
-                        "smaller latent would have no such gate. Convert a checkpoint whose gate is at identity."
-                    )
+                    return name
+        return None
 
     def attention(self, config: PreTrainedConfig, layer_idx: int) -> dict[str, TensorSlice]:
         return identity(*(name for name in self._names(config, layer_idx) if ".kv_gate_" not in name))

@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from egmla import EGMLACache
 from egmla.conversion import ConversionSettings, Refinement, convert_checkpoint
@@ -227,3 +227,16 @@ def test_the_shipped_text_is_enough_and_can_be_left_out(calibration):
     assert texts(calibration=calibration, cache_dtype="bf16") == (calibration,)
     settings = check_settings(ConversionSettings(cache=0.3, calibration=calibration, shipped_text=False))
     assert "--no-shipped-text" in command_line("source", settings, {"tokens_asked": 1}, None)
+
+
+@pytest.mark.parametrize("dtype", [None, "float16"])
+def test_weights_keep_the_dtype_of_the_source(llama_folder, options, tmp_path, dtype):
+    AutoModelForCausalLM.from_pretrained(llama_folder, dtype=torch.bfloat16).save_pretrained(tmp_path / "source")
+    AutoTokenizer.from_pretrained(llama_folder).save_pretrained(tmp_path / "source")
+    report = convert_checkpoint(tmp_path / "source", tmp_path / "target", cache=0.3, dtype=dtype, **options)
+    wanted = dtype or "bfloat16"
+    assert report["dtype"] == wanted
+    assert {tensor.dtype for tensor in load_file(tmp_path / "target" / "model.safetensors").values()} == {
+        getattr(torch, wanted)
+    }
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "target").dtype == getattr(torch, wanted)
