@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from egmla import EGMLACache
+from egmla.utils.continuations import continue_contexts, shown_ends, take_contexts
 from egmla.utils.perplexity import cached_losses, perplexity
 from egmla.utils.plotting import COLOURS, check_matplotlib
 from egmla.utils.progress import Progress, stage_progress
@@ -72,7 +73,8 @@ def through_caches(
         device (`str`, *optional*): the CPU by default.
 
     Returns:
-        `dict`: perplexity of source and conversion, its ratio by size with a standard error, and facts retrieved.
+        `dict`: perplexity of source and conversion, its ratio by size with a standard error, facts retrieved, and five
+            contexts as each continues them.
     """
     losses: dict[str, torch.Tensor] = {}
     retrieved: dict[str, int | None] = {}
@@ -80,6 +82,8 @@ def through_caches(
     converted: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     room = min(RETRIEVAL_TOKENS, original.config.max_position_embeddings - 64)
     passages = _passages(evaluation.text, room, tokenizer)
+    contexts = take_contexts(evaluation.windows)
+    written = [{"context": end} for end in shown_ends(tokenizer, contexts)]
     sizes: dict[str, Callable[[], Any]] = {"source": lambda: DynamicCache(config=original.config)}
     sizes |= {f"{share:g}": partial(EGMLACache, converted.config, bits=share) for share in shares}
     for name, make_cache in sizes.items():
@@ -88,6 +92,8 @@ def through_caches(
         losses[name] = cached_losses(model, evaluation.windows, make_cache, progress=stage)
         hits = measure_retrieval(model, tokenizer, passages, make_cache, chunk=64)
         retrieved[name] = sum(hits) if passages else None
+        for row, text in zip(written, continue_contexts(model, tokenizer, contexts, make_cache), strict=True):
+            row[name] = text
     found = {
         name: {
             "perplexity": float(loss.mean().exp()),
@@ -104,6 +110,8 @@ def through_caches(
         "caches": found,
         "questions": sum(len(passage.questions) for passage in passages),
         "passage_tokens": room,
+        "continuations": written,
+        "context_tokens": contexts.shape[1],
     }
 
 

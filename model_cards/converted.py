@@ -61,7 +61,26 @@ def perplexity(conversion: dict, training: dict | None) -> str:
     lines += ["", f"Measured {when}, read through its caches 64 tokens at a time, {text}"]
     if questions:
         lines[-1] += f" Facts are hidden in passages of {evaluation['passage_tokens']:,} tokens of it."
-    return "\n".join(lines)
+    return "\n".join([*lines, *_continuations(evaluation, name)])
+
+
+def _continuations(evaluation: dict, name: str) -> list[str]:
+    """Five contexts as source and caches continue them; none in reports of earlier versions."""
+    if not (rows := evaluation.get("continuations")):
+        return []
+    lines = ["", f"What each writes after {evaluation['context_tokens']:,} tokens of that text, greedily:", ""]
+    for row in rows:
+        lines.append(f"- … {_one_line(row['context'])}")
+        for cache, text in row.items():
+            if cache != "context":
+                label = "source" if cache == "source" else f"{name}, {float(cache):.3g} of the bytes"
+                lines.append(f"  - {label}: {_one_line(text)}")
+    return lines
+
+
+def _one_line(text: str) -> str:
+    """Return text as inline code, which no renderer takes for markup."""
+    return "`" + " ".join(text.replace("`", "'").split()) + "`"
 
 
 def made(conversion: dict, folder: Path) -> str:

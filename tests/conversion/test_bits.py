@@ -191,6 +191,8 @@ def test_a_conversion_with_bits_is_evaluated_through_its_caches(llama_folder, op
         assert size["ratio"] == pytest.approx(size["perplexity"] / found["source"], rel=1e-4)
         assert 0 <= size["retrieved"] <= found["questions"]
     assert found["questions"] > 0
+    assert len(found["continuations"]) == 1  # of one window
+    assert all(row.keys() == {"context", "source", "0.3", "0.25"} for row in found["continuations"])
 
 
 def test_a_card_says_what_a_cache_with_bits_takes(converted):

@@ -110,6 +110,7 @@ def test_command(models, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["t"]
     card = (tmp_path / "t" / "README.md").read_text()
     assert "after it was trained, read through its caches" in card
+    assert "What each writes after" in card and "  - this model, 0.3 of the bytes: `" in card
     assert "| this model, 0.3 of the bytes | " in card and "facts retrieved" in card
     wrong = run("convert", models / "source", tmp_path / "u", "--exact", "--heal-data", text)
     assert wrong.exit_code == 1 and "--heal-data without --heal" in wrong.output
