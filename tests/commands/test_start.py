@@ -89,10 +89,10 @@ def test_a_command_registers_the_model(form, tmp_path):
 
 
 @pytest.mark.parametrize("before", ["", "import egmla_command\n"], ids=["alone", "beside the entry point"])
-def test_import_registers_the_model(before):
+def test_import_registers_the_model(before, loaded_python):
     """A process started by the command line imports the entry point too; it runs no command and needs the model."""
     code = f"{before}import egmla, transformers\nprint(type(transformers.AutoConfig.for_model('egmla')).__name__)"
-    assert start("-c", code)[0].split() == ["EGMLAConfig"]
+    assert loaded_python.run(code, check=True).stdout.split() == ["EGMLAConfig"]
 
 
 def test_public_names_are_reached_from_the_command_line():

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
 from egmla import EGMLACache, EGMLAConfig
-from egmla.conversion import FAMILIES, Recipe, Refinement, convert_checkpoint, layer_loop
+from egmla.conversion import FAMILIES, Recipe, Refinement, bits, convert_checkpoint, layer_loop
 from egmla.conversion.calibration import SourceRun
 from egmla.conversion.closed_form import low_rank_attention
 from egmla.conversion.estimates import _mlp_weights
@@ -101,15 +101,15 @@ def test_full_width_closed_form_is_the_source(make_source, calibration, tmp_path
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_a_cache_with_all_the_bits_is_the_source(make_source, calibration, tmp_path, name):
+def test_a_cache_with_all_the_bits_is_the_source(make_source, calibration, tmp_path, name, monkeypatch):
     """Another basis of the latent changes nothing, and 8 bits a number change little."""
+    monkeypatch.setattr(bits, "SENSITIVITY_TOKENS", 1024)  # with bits enough, any basis does
     source, folder = make_source(name)
     rope = {key: value for key, value in widths(source.config, 1).items() if key == "qk_rope_head_dim"}
-    convert_checkpoint(
-        folder, tmp_path / "t", cache=1.0, **rope, calibration=calibration, calibration_tokens=4096, dtype="float32"
-    )
+    text = {"calibration": calibration, "calibration_tokens": 4096, "shipped_text": False}
+    convert_checkpoint(folder, tmp_path / "t", cache=1.0, **rope, **text, dtype="float32")
     converted = AutoModelForCausalLM.from_pretrained(tmp_path / "t").eval()
-    assert {bits for layer in converted.config.kv_cache_bits["layers"] for bits, _ in layer["latent"]} == {8}
+    assert {width for layer in converted.config.kv_cache_bits["layers"] for width, _ in layer["latent"]} == {8}
     # Some types change their frequencies at a length, and what is read in chunks before it keeps those it was given.
     changes = source.config.rope_parameters["rope_type"] in ("longrope", "dynamic")
     ids = tokenized(folder, calibration, 30 if changes else 200)

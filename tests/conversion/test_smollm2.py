@@ -72,7 +72,7 @@ def test_half_the_cache_keeps_the_language(source_path, source, tmp_path):
         kv_lora_rank=128,
         qk_rope_head_dim=64,
         calibration=sample_path("calibration"),
-        calibration_tokens=8192,
+        calibration_tokens=4096,
         refinement=Refinement(steps=0),
     )
     converted = AutoModelForCausalLM.from_pretrained(tmp_path / "half").eval()

@@ -2,7 +2,6 @@
 
 import importlib.util
 import subprocess
-import sys
 
 import pytest
 import torch
@@ -95,13 +94,14 @@ def copy_of_the_code():
     return copy
 
 
-def test_the_command_line_switches_the_kernel_on(folder, tmp_path):
+def test_the_command_line_switches_the_kernel_on(folder, loaded_python):
     """In a process of its own. Without a compiler the command fails before it does anything else."""
     environment = {"TORCH_EXTENSIONS_DIR": str(folder.parent), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"}
     environment |= {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "egmla", "--cpu-kernel", "presets"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    code = "import runpy; runpy.run_module('egmla', run_name='__main__', alter_sys=True)"
+    command = [code, "--cpu-kernel", "presets"]
+    done = loaded_python.run(*command, env=environment)
     assert done.returncode == 0, done.stderr
     environment |= {"CXX": "no-such-compiler"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = loaded_python.run(*command, env=environment)
     assert done.returncode and "no-such-compiler" in done.stderr and "Traceback" not in done.stderr
