@@ -38,7 +38,7 @@ def convert_and_heal(
     """Convert a checkpoint, train it towards its source, and measure it on the text to evaluate on.
 
     The conversion stands in `TARGET.converted` until the healed model is written. Called again after an interruption,
-    each of the three steps goes on where it was.
+    it resumes whichever of the three steps was interrupted.
 
     Args:
         source (`str` or `Path`): a local folder with safetensors, a Hub id, or a GGUF file.
@@ -68,7 +68,7 @@ def convert_and_heal(
             return plans
         say(estimate_line(plans))
         if not conversion.resume:
-            shutil.rmtree(converted, ignore_errors=True)
+            _remove_conversion(converted)
         if not _is_converted(converted, job):
             convert_checkpoint(source, converted, replace(conversion, evaluate=None), progress=progress)
         healed = heal_checkpoint(
@@ -78,7 +78,7 @@ def convert_and_heal(
         report = read_json(target / CONVERSION_REPORT)
         healed[MEASURED] = measured(report, source, target, job.evaluation, progress, conversion.device)
         write_json(target / TRAINING_REPORT, healed, default=str)
-    shutil.rmtree(converted, ignore_errors=True)
+    _remove_conversion(converted)
     return healed | {"conversion": read_json(target / CONVERSION_REPORT)}
 
 
@@ -110,6 +110,12 @@ def _plans(job: Job, healing: TrainingSettings) -> dict[str, Any]:
     }
 
 
+def _remove_conversion(folder: Path) -> None:
+    """Remove a finished conversion, and nothing else that may have this name."""
+    if finished_report(folder) is not None:
+        shutil.rmtree(folder)
+
+
 def _is_converted(folder: Path, job: Job) -> bool:
     """Tell whether an interrupted call has finished this conversion; another one in its place is refused."""
     found = finished_report(folder)
@@ -119,7 +125,7 @@ def _is_converted(folder: Path, job: Job) -> bool:
 
 
 def _healed_report(target: Path, job: Job) -> dict[str, Any] | None:
-    """Return the training report of a healed model that only waits to be measured; `None` where there is none."""
+    """Return the training report of a healed model that only waits to be measured, or `None`."""
     if job.evaluation is None or not (target / TRAINING_REPORT).is_file():
         return None
     report, conversion = (read_json(target / name) for name in (TRAINING_REPORT, CONVERSION_REPORT))

@@ -96,6 +96,14 @@ def test_another_conversion_in_its_place_is_refused(models, conversion, healing,
     assert sorted(path.name for path in tmp_path.iterdir()) == ["t"]
 
 
+def test_a_folder_of_somebody_else_is_not_removed(models, conversion, healing, tmp_path):
+    (tmp_path / "t.converted").mkdir()
+    (tmp_path / "t.converted" / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"t\.converted"):
+        convert_and_heal(models / "source", tmp_path / "t", replace(conversion, resume=False), healing)
+    assert (tmp_path / "t.converted" / "notes.txt").read_text() == "mine"
+
+
 def test_command(models, tmp_path):
     text, other = models / "text.txt", models / "other.txt"
     words = ["convert", models / "source", tmp_path / "t", "--cache", 0.3, "--calibration", text, "--heal", "2K"]
