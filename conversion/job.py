@@ -136,7 +136,7 @@ def prepare(source: str | Path, settings: CheckedSettings) -> Job:
     settings, plan = _planned(opened.config, family, settings)
     recipe, refinement = settings.recipe, settings.refinement
     _check_recipe(opened.config, family, plan, settings)
-    keeps_layers = settings.allocates_bits and family.has_trained_gate(opened)
+    keeps_layers = _keeps_layers(opened, family, settings)
     own: Any = copy.deepcopy(opened.config)
     if not keeps_layers:
         own = _planned_config(opened.config, family, plan, recipe)
@@ -163,6 +163,16 @@ def prepare(source: str | Path, settings: CheckedSettings) -> Job:
     room = disk(wanted_shapes(meta_model(written)).values(), stored, states_shape, refinement)
     texts = evaluation, sequences, calibration
     return Job(settings, opened, family, plan, own, written, *texts, stored, room, keeps_layers)
+
+
+def _keeps_layers(opened: Source, family: Family, settings: CheckedSettings) -> bool:
+    """Tell whether bits are all that changes. Otherwise check that layers can get another latent."""
+    if settings.allocates_bits:
+        check_tensors(opened, family)  # whose gates are read
+        if family.has_trained_gate(opened):
+            return True
+    family.check_new_latent(opened.config)
+    return False
 
 
 def planned_report(job: Job) -> dict[str, Any]:

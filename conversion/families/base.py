@@ -221,6 +221,9 @@ class Family:
         """Tell whether a layer's latent is gated. Its channels then keep their places: bits are all that changes."""
         return False
 
+    def check_new_latent(self, config: PreTrainedConfig) -> None:
+        """Raise `ValueError` for configurations whose layers cannot get another latent."""
+
     def check_weights(self, source: Source) -> None:
         """Raises `ValueError` for weights of a supported architecture that cannot be converted."""
 

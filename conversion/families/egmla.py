@@ -43,28 +43,30 @@ class EGMLA(MLA):
             )
         return True
 
-    def check_weights(self, source: Source) -> None:
-        config: Any = source.config
+    def check_new_latent(self, config: PreTrainedConfig) -> None:
         if config.kv_latent_norm and (config.kv_encoder_dim is not None or isinstance(config.kv_lora_rank, list)):
             raise ValueError(
                 f"This egmla checkpoint normalises latents (kv_latent_norm) with kv_lora_rank={config.kv_lora_rank}, "
                 f"kv_encoder_dim={config.kv_encoder_dim}. That norm would be in the encoder, which must not be there "
                 "already and has one width for all layers; convert the checkpoint it was made of instead."
             )
-        if (name := self._trained_gate(source)) is not None:
+
+    def check_weights(self, source: Source) -> None:
+        if (found := self._trained_gate(source)) is not None:
+            layer_idx, moved = found
             raise ValueError(
-                f"{source.label} has a trained gate ({name} is not at identity): another latent would have no such "
-                "gate. Give its channels bits and keep the latent (cache=0.25 alone, --cache 0.25), which gates on "
-                "the latent (kv_gate='latent') allow; or convert a checkpoint whose gate is at identity."
+                f"The gate of layer {layer_idx} of {source.label} is trained ({moved}): another latent would have no "
+                "such gate. Give its channels bits and keep the latent (cache=0.25 alone, --cache 0.25), which gates "
+                "on the latent (kv_gate='latent') allow; or convert a checkpoint whose gate is at identity."
             )
 
-    def _trained_gate(self, source: Source) -> str | None:
-        """Return the name of a norm that has moved from where gates start, if there is one."""
+    def _trained_gate(self, source: Source) -> tuple[int, str] | None:
+        """Return the first layer whose gate has moved from where gates start, and how one can tell."""
         for layer_idx in range(source.config.num_hidden_layers):
             for name in self.gate(source.config, layer_idx):
                 identity = {"kv_gate_norm.weight": 0, "kv_gate_norm.bias": 1}.get(name.partition("self_attn.")[2])
                 if identity is not None and not (source.tensor(name) == identity).all():
-                    return name
+                    return layer_idx, f"{name} is not {identity}"
         return None
 
     def attention(self, config: PreTrainedConfig, layer_idx: int) -> dict[str, TensorSlice]:
