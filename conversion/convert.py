@@ -49,7 +49,7 @@ def convert_checkpoint(
 ) -> dict[str, Any]:
     """Convert a checkpoint of a supported family (`families/registry.py`) into an EG-MLA checkpoint.
 
-    The gate of the result is at identity, unless the refinement trains it.
+    The gate of the result is at identity, unless the refinement trains it or the source's is trained.
 
     Args:
         source (`str` or `Path`): a local folder with safetensors, a Hub id, or a GGUF file.
@@ -193,10 +193,10 @@ def _unmeasured_report(target: Path) -> dict[str, Any] | None:
     return None if report is None or "evaluation" in report else report
 
 
-def check_same_conversion(target: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Raise `FileExistsError` where a finished conversion is not the one that is asked for."""
+def different_settings(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """Name what differs between a finished conversion's report and the planned report of one that is asked for."""
     wanted = json.loads(json.dumps(wanted))
-    if wanted["recipe"] and wanted["recipe"]["ranks"] == "energy":  # dealt out once it has begun
+    if wanted["recipe"] and wanted["recipe"]["ranks"] == "energy":  # allocated once it has begun
         wanted["plan"]["ranks"] = found["plan"]["ranks"]
     different = [
         name
@@ -205,6 +205,12 @@ def check_same_conversion(target: Path, found: dict[str, Any], wanted: dict[str,
     ]
     if found.get("settings", {}).get("dtype") != wanted["settings"]["dtype"]:
         different.append("dtype")
+    return different
+
+
+def check_same_conversion(target: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Raise `FileExistsError` where a finished conversion is not the one that is asked for."""
+    different = different_settings(found, wanted)
     if found.get("weights_sha256") != weights_sha256(target):
         different.append("weights")
     if different:

@@ -115,8 +115,10 @@ class Job:
     def final_config(self, layers: list[dict[str, Any]]) -> Any:
         """Return the configuration to write, with the rotary slots that the finished layers chose."""
         slots = [layer["rope_slots"] for layer in layers]
-        config: Any = copy.deepcopy(self.config)
-        if not self.keeps_layers:
+        config: Any
+        if self.keeps_layers:
+            config = copy.deepcopy(self.config)
+        else:
             config = target_config(self.source.config, self.family, self.plan, slots, self.recipe.latent_norm)
         if self.settings.layout == "deepseek_v3":
             config = export_config(config)
@@ -137,9 +139,7 @@ def prepare(source: str | Path, settings: CheckedSettings) -> Job:
     recipe, refinement = settings.recipe, settings.refinement
     _check_recipe(opened.config, family, plan, settings)
     keeps_layers = _keeps_layers(opened, family, settings)
-    own: Any = copy.deepcopy(opened.config)
-    if not keeps_layers:
-        own = _planned_config(opened.config, family, plan, recipe)
+    own: Any = opened.config if keeps_layers else _planned_config(opened.config, family, plan, recipe)
     written: Any = export_config(own) if settings.layout == "deepseek_v3" else own
     if plan.exact:
         _check_exact(settings)

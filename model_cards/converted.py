@@ -54,10 +54,11 @@ def perplexity(conversion: dict, training: dict | None) -> str:
     questions = evaluation["questions"]
     lines = ["| cache | perplexity | times the source's | facts retrieved |", "| --- | ---: | ---: | ---: |"]
     for cache, row in evaluation["caches"].items():
-        label = "source" if cache == "source" else f"{name}, {float(cache):.3g} of the bytes"
         error = "" if not row["ratio_error"] else f" ± {row['ratio_error']:.4f}"
         found = "" if row["retrieved"] is None else f"{row['retrieved']} of {questions}"
-        lines.append(f"| {label} | {row['perplexity']:.3f} | {row['ratio']:.4f}{error} | {found} |")
+        lines.append(
+            f"| {_cache_label(cache, name)} | {row['perplexity']:.3f} | {row['ratio']:.4f}{error} | {found} |"
+        )
     lines += ["", f"Measured {when}, read through its caches 64 tokens at a time, {text}"]
     if questions:
         lines[-1] += f" Facts are hidden in passages of {evaluation['passage_tokens']:,} tokens of it."
@@ -73,9 +74,12 @@ def _continuations(evaluation: dict, name: str) -> list[str]:
         lines.append(f"- … {_one_line(row['context'])}")
         for cache, text in row.items():
             if cache != "context":
-                label = "source" if cache == "source" else f"{name}, {float(cache):.3g} of the bytes"
-                lines.append(f"  - {label}: {_one_line(text)}")
+                lines.append(f"  - {_cache_label(cache, name)}: {_one_line(text)}")
     return lines
+
+
+def _cache_label(cache: str, name: str) -> str:
+    return "source" if cache == "source" else f"{name}, {float(cache):.3g} of the bytes"
 
 
 def _one_line(text: str) -> str:

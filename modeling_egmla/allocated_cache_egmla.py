@@ -25,7 +25,7 @@ BLOCK_ELEMENTS = 2**21
 
 @cache
 @torch.inference_mode(False)
-def _channel_order(bits: LayerBits, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def channel_order(bits: LayerBits, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Channels `[R + P]` in the order in which they are stored, and each channel's place in that order."""
     order = torch.tensor(bits.channels, dtype=torch.long)
     return order.to(device), order.argsort().to(device)
@@ -47,7 +47,7 @@ class AllocatedEntries(GroupedEntries):
         self.dropped = layer.dropped
 
     def operator_arguments(self) -> tuple[Any, ...]:
-        order = _channel_order(self.bits, self.device)[0]
+        order = channel_order(self.bits, self.device)[0]
         groups = self.first, self.codes, self.scales, self.groups, self.group_size
         runs = [number for run in self.bits.runs for number in run]
         return self.kept, self.dropped, order, *groups, runs, self.bits.latent_channels
@@ -71,7 +71,7 @@ class AllocatedEntries(GroupedEntries):
 
     def sections(self, rows: torch.Tensor) -> Iterator[tuple[torch.Tensor, Iterable[torch.Tensor], int]]:
         C, latents = self.bits.stored_channels, self.bits.latent_channels
-        rows = rows.index_select(-1, _channel_order(self.bits, self.device)[0])
+        rows = rows.index_select(-1, channel_order(self.bits, self.device)[0])
         if self.dropped.shape[2:].numel():
             # The first tokens have all channels.
             first = torch.cat((self.kept[:, 0, : self.first], self.dropped[:, 0]), dim=-1)
@@ -83,7 +83,7 @@ class AllocatedEntries(GroupedEntries):
     def rotate_back(self, rows: torch.Tensor) -> torch.Tensor:
         """Return mean latents `[..., R]` of those in the order in which channels are stored, whole or stored ones."""
         if rows.shape[-1] == sum(self.shape[3:]):
-            return rows.index_select(-1, _channel_order(self.bits, self.device)[1][: self.latent_width])
+            return rows.index_select(-1, channel_order(self.bits, self.device)[1][: self.latent_width])
         return pad(rows, (0, self.latent_width - rows.shape[-1]))
 
     def to_tensor(self) -> torch.Tensor:
@@ -93,7 +93,7 @@ class AllocatedEntries(GroupedEntries):
             ordered[:, 0, start : start + piece.shape[1], :C] = piece
             start += piece.shape[1]
         ordered[:, :, : self.dropped.shape[2], C:] = self.dropped
-        return ordered.index_select(-1, _channel_order(self.bits, self.device)[1])
+        return ordered.index_select(-1, channel_order(self.bits, self.device)[1])
 
 
 class AllocatedLatentLayer(TokenGroupLayer):
@@ -141,7 +141,7 @@ class AllocatedLatentLayer(TokenGroupLayer):
     def choose_channels(self, entries: torch.Tensor) -> torch.Tensor:
         """Return the stored channels `[B, 1, T, C]` of new entries, and keep the others of the first tokens."""
         C = self.bits.stored_channels
-        ordered = entries.index_select(-1, _channel_order(self.bits, entries.device)[0])
+        ordered = entries.index_select(-1, channel_order(self.bits, entries.device)[0])
         missing = self.first_tokens - self.dropped.shape[2]
         if missing > 0:
             self.dropped = torch.cat((self.dropped, ordered[:, :, :missing, C:]), dim=2)

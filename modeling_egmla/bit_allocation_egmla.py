@@ -113,6 +113,11 @@ class BitAllocation:
         best = max(fitting)
         return replace(self, layers=known[best], share=best, budgets={})
 
+    def grouped_tokens(self, tokens: int) -> int:
+        """Return how many of a sequence's tokens are in whole groups once `tokens` are cached, one at a time."""
+        past = max(0, tokens - self.first_tokens - self.recent_tokens)
+        return past // self.group_tokens * self.group_tokens
+
     def nbytes(self, tokens: int, bytes_per_element: int = 2) -> int:
         """Bytes in use for a sequence of `tokens`, all layers together; token ids of expanded gates not included.
 
@@ -120,9 +125,8 @@ class BitAllocation:
             tokens (`int`): tokens cached.
             bytes_per_element (`int`): of a token that is in no group; 2 for bf16.
         """
-        groups = max(0, tokens - self.first_tokens - self.recent_tokens) // self.group_tokens
-        first = min(tokens, self.first_tokens)
-        rest = tokens - first - groups * self.group_tokens
+        grouped, first = self.grouped_tokens(tokens), min(tokens, self.first_tokens)
+        groups, rest = grouped // self.group_tokens, tokens - first - grouped
         return sum(
             groups * bits.group_bytes(self.group_tokens)
             + bytes_per_element * (first * (bits.rank + bits.rope_dim) + rest * bits.stored_channels)

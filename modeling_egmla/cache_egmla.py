@@ -244,9 +244,7 @@ class EGMLACache(Cache):
             holder.reset()
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        self.padding = None if self.padding is None else self.padding.select(beam_idx)
-        for holder in self._holders:
-            holder.reorder_cache(beam_idx)
+        self.batch_select_indices(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         self.padding = None if self.padding is None else self.padding.repeat(repeats)

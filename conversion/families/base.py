@@ -218,7 +218,11 @@ class Family:
         return ()
 
     def has_trained_gate(self, source: Source) -> bool:
-        """Tell whether a layer's latent is gated. Its channels then keep their places: bits are all that changes."""
+        """Tell whether a gate on the latent is trained. Its channels may then change places and get bits, no more.
+
+        Raises:
+            ValueError: where not even that can be done.
+        """
         return False
 
     def check_new_latent(self, config: PreTrainedConfig) -> None:

@@ -1,25 +1,27 @@
 """A conversion and its healing as one run, measured at the end; the same call resumes it."""
 
-import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from egmla.conversion.convert import check_same_conversion, convert_checkpoint, finished_report, measured
+from egmla.conversion.convert import (
+    check_same_conversion,
+    convert_checkpoint,
+    different_settings,
+    finished_report,
+    measured,
+)
 from egmla.conversion.job import Job, dry_report, planned_report, prepare
 from egmla.conversion.settings import ConversionSettings, check_settings
 from egmla.utils.files import read_json, write_json
-from egmla.utils.models import meta_model
 from egmla.utils.progress import Progress, Say
 from egmla.utils.provenance import CONVERSION_REPORT, TRAINING_REPORT
 
-from .data import TextSource
-from .estimates import run_plan
 from .healing import DEFAULTS, heal_checkpoint
-from .run import check_job, prepare_model
-from .run_folders import RunFolders, check_files
-from .settings import TrainingSettings, micro_batch, training_arguments, world_size
+from .run import check_job, open_texts, plan
+from .run_folders import RunFolders
+from .settings import TrainingSettings, training_arguments
 
 
 # Entry of the training report: what `evaluate` says of the healed model.
@@ -84,30 +86,20 @@ def convert_and_heal(
 
 def estimate_line(plans: dict[str, Any]) -> str:
     """Say how long both parts may take."""
-    conversion, healing = (plans[name]["seconds"] for name in ("conversion_estimate", "healing_estimate"))
+    healing = plans["healing"]
+    converting = plans["conversion"].get("estimate", {"seconds": 0.0})["seconds"]  # exact ones have none
     return (
-        f"Converting takes roughly {conversion / 60:,.0f} minutes here, healing on {plans['healing']['tokens']:,} "
-        f"tokens {healing / 60:,.0f}."
+        f"Converting takes roughly {converting / 60:,.0f} minutes here, healing on {healing['tokens']:,} tokens "
+        f"{healing['estimated_seconds'] / 60:,.0f}."
     )
 
 
 def _plans(job: Job, healing: TrainingSettings) -> dict[str, Any]:
     """Check the healing before anything is converted, and estimate both parts."""
     check_job(healing, job.config)
-    sources = [[TextSource(name, healing.text_field) for name in names] for names in (healing.data, healing.eval_data)]
-    check_files(*sources)
+    open_texts(healing)
     arguments = training_arguments(healing, Path("unused.checkpoints"), DEFAULTS)
-    student = prepare_model(meta_model(job.config), healing)
-    teacher = meta_model(job.source.config)
-    processes = world_size()
-    plan = run_plan(student, healing, micro_batch(healing, processes), teacher, arguments.device, processes)
-    conversion = dry_report(job)
-    return {
-        "conversion": conversion,
-        "conversion_estimate": conversion.get("estimate", {"seconds": 0.0}),
-        "healing": plan,
-        "healing_estimate": {"seconds": plan["estimated_seconds"]},
-    }
+    return {"conversion": dry_report(job), "healing": plan(job.config, job.source.config, healing, arguments)}
 
 
 def _remove_conversion(folder: Path) -> None:
@@ -129,11 +121,7 @@ def _healed_report(target: Path, job: Job) -> dict[str, Any] | None:
     if job.evaluation is None or not (target / TRAINING_REPORT).is_file():
         return None
     report, conversion = (read_json(target / name) for name in (TRAINING_REPORT, CONVERSION_REPORT))
-    same = ("source", "layout", "plan", "recipe", "refinement", "calibration", "bits")
-    wanted = json.loads(json.dumps(planned_report(job)))
-    if MEASURED in report or any(conversion.get(name) != wanted.get(name) for name in same):
-        return None
-    return report
+    return None if MEASURED in report or different_settings(conversion, planned_report(job)) else report
 
 
 def healing_settings(data: list[str], tokens: int, conversion: ConversionSettings) -> TrainingSettings:

@@ -2,6 +2,7 @@
 
 import torch
 
+from egmla.allocated_cache_egmla import channel_order
 from egmla.bit_allocation_egmla import BitAllocation, LayerBits
 from egmla.channel_codes_egmla import dequantize_channels, encode, unpack_ranges, unpack_runs
 from egmla.entries_egmla import Entries, PairedEntries
@@ -34,21 +35,13 @@ class RoundedEntries:
         """Return the mask as it is: sequences have no padding."""
         return causal_mask
 
-    def grouped_tokens(self, tokens: int | torch.Tensor):
-        """Return how many tokens are rounded once `tokens` have been appended."""
-        allocation = self.allocation
-        past = tokens - allocation.first_tokens - allocation.recent_tokens
-        past = past.clamp(min=0) if isinstance(past, torch.Tensor) else max(0, past)
-        return past // allocation.group_tokens * allocation.group_tokens
-
     def append(self, latents: torch.Tensor, rope_keys: torch.Tensor, layer_idx: int) -> Entries:
         """Return the entries `[B, 1, G + T, R + P]` of latents `[B, 1, T, R]` and rotary keys `[B, 1, T, P]`."""
         bits, first = self.allocation.layers[layer_idx], self.allocation.first_tokens
         entries = torch.cat((latents, rope_keys), dim=-1)
-        grouped = entries[:, :, first : first + self.grouped_tokens(entries.shape[2])]
+        grouped = entries[:, :, first : first + self.allocation.grouped_tokens(entries.shape[2])]
         rounded = round_trip(grouped.detach(), bits, self.allocation.group_tokens)
-        stored = torch.zeros(entries.shape[-1], dtype=torch.bool, device=entries.device)
-        stored[bits.channels[: bits.stored_channels]] = True
+        stored = channel_order(bits, entries.device)[1] < bits.stored_channels
         grouped = torch.where(stored, grouped + (rounded - grouped.detach()), 0)
         later = torch.where(stored, entries[:, :, first:], 0)
         both = torch.cat((grouped, entries[:, :, :first], later), dim=2)
@@ -56,17 +49,19 @@ class RoundedEntries:
 
     def mask(self, tokens: int, device: torch.device) -> torch.Tensor:
         """Return which of the `S` entries each of `T` tokens sees, `[1, 1, T, S]`, boolean."""
-        query = torch.arange(tokens, device=device)[:, None]
-        first, rounded = self.allocation.first_tokens, self.grouped_tokens(query + 1)
-        group = torch.arange(self.grouped_tokens(tokens), device=device) < rounded
-        exact = torch.arange(tokens, device=device)
-        exact = (exact <= query) & ((exact < first) | (exact >= first + rounded))
+        first, place = self.allocation.first_tokens, torch.arange(tokens, device=device)
+        # Of each query, when its own entry is there.
+        grouped = torch.tensor(
+            [[self.allocation.grouped_tokens(seen)] for seen in range(1, tokens + 1)], device=device
+        )
+        group = place[: self.allocation.grouped_tokens(tokens)] < grouped
+        exact = (place <= place[:, None]) & ((place < first) | (place >= first + grouped))
         return torch.cat((group, exact), dim=-1)[None, None]
 
 
 def round_trip(entries: torch.Tensor, bits: LayerBits, group_tokens: int) -> torch.Tensor:
     """Return whole groups of entries `[B, 1, G, R + P]` as a cache gives them back, in their dtype."""
-    channels = torch.tensor(bits.channels[: bits.stored_channels], device=entries.device)
+    channels = channel_order(bits, entries.device)[0][: bits.stored_channels]
     result = torch.zeros_like(entries)
     if not entries.shape[2] or not channels.numel():
         return result

@@ -142,13 +142,21 @@ def prepare_model(model: Any, settings: TrainingSettings) -> Any:
     return model
 
 
-def plan(job: Job, settings: TrainingSettings, arguments: TrainingArguments) -> dict[str, Any]:
+def plan(config: Any, teacher_config: Any, settings: TrainingSettings, arguments: TrainingArguments) -> dict[str, Any]:
     """Return parameters, operations, memory and time of a run without loading a weight (see `run_plan`)."""
-    model = prepare_model(meta_model(job.config), settings)
-    teacher: Any = None if job.teacher_config is None else meta_model(job.teacher_config)
+    model = prepare_model(meta_model(config), settings)
+    teacher: Any = None if teacher_config is None else meta_model(teacher_config)
     if teacher is not None:
         teacher = teacher.to(_teacher_dtype(settings))
     return run_plan(model, settings, micro_batch(settings, world_size()), teacher, arguments.device, world_size())
+
+
+def open_texts(settings: TrainingSettings) -> tuple[list[TextSource], list[TextSource]]:
+    """Return the texts to train on and those to evaluate on; all of them are there."""
+    sources = [TextSource(name, settings.text_field) for name in settings.data]
+    eval_sources = [TextSource(name, settings.text_field) for name in settings.eval_data]
+    check_files(sources, eval_sources)
+    return sources, eval_sources
 
 
 def check_run(job: Job, folders: RunFolders, settings: TrainingSettings) -> CheckedRun:
@@ -159,9 +167,7 @@ def check_run(job: Job, folders: RunFolders, settings: TrainingSettings) -> Chec
         OSError: when the disk has no room for the run.
     """
     check_job(settings, job.config)
-    sources = [TextSource(name, settings.text_field) for name in settings.data]
-    eval_sources = [TextSource(name, settings.text_field) for name in settings.eval_data]
-    check_files(sources, eval_sources)
+    sources, eval_sources = open_texts(settings)
     last = folders.last
     arguments = training_arguments(settings, folders.work, job.defaults, resuming=last is not None)
     sharding = arguments.fsdp or arguments.deepspeed or any(map(parse_flag_from_env, SHARDING_FLAGS))
@@ -173,7 +179,7 @@ def check_run(job: Job, folders: RunFolders, settings: TrainingSettings) -> Chec
         )
     generation_config = job.generation_config or GenerationConfig.from_model_config(job.config)
     check_saves(job.config, generation_config, job.tokenizer)
-    planned = plan(job, settings, arguments)
+    planned = plan(job.config, job.teacher_config, settings, arguments)
     origin = {"kind": job.kind, "configuration": job.config.to_diff_dict(), **job.report.get("origin", {})}
     identity = run_identity(origin, settings, sources, eval_sources)
     if last is not None:

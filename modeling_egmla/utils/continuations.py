@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from .reading import read_in_chunks, write_greedily
+
 
 CONTEXTS = 5
 CONTEXT_TOKENS, NEW_TOKENS = 384, 32
@@ -41,14 +43,10 @@ def continue_contexts(
         `list[str]`: the continuations.
     """
     found = []
-    for context in contexts.to(model.device):
-        cache, ids, written = make_cache(), context[None], []
-        for part in ids.split(CHUNK, dim=1):
-            logits = model(part, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-        for _ in range(new_tokens):
-            written.append(int(logits[0, -1].argmax()))
-            step = torch.tensor([[written[-1]]], device=model.device)
-            logits = model(step, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+    for context in contexts[:, None].to(model.device):
+        cache = make_cache()
+        read_in_chunks(model, context[:, :-1], cache, CHUNK)
+        written = write_greedily(model, context[:, -1:], cache, new_tokens)
         found.append(tokenizer.decode(written, skip_special_tokens=True))
     return found
 

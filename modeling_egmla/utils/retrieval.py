@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from .reading import read_in_chunks, write_greedily
+
 
 PLACES = (
     *("Harbor", "Meadow", "Castle", "Valley", "Orchard", "Lantern", "Bridge", "Canyon", "Garden", "Temple"),
@@ -207,8 +209,7 @@ def measure_retrieval(
     for passage in passages:
         context = tokenizer(passage.context, return_tensors="pt", verbose=False)["input_ids"].to(model.device)
         filled = make_cache()
-        for part in context.split(chunk, dim=1):
-            model(part, past_key_values=filled, use_cache=True, logits_to_keep=1)
+        read_in_chunks(model, context, filled, chunk)
         for question in passage.questions:
             hits.append(question.is_hit(_continue(model, tokenizer, copy.deepcopy(filled), question)))
             if progress is not None:
@@ -220,11 +221,7 @@ def _continue(model, tokenizer, cache, question: Question) -> str:
     """Text that a model continues a question with, as many tokens as the answer has, and one more."""
     ids = tokenizer(question.prompt, add_special_tokens=False, return_tensors="pt")["input_ids"].to(model.device)
     steps = len(tokenizer(f" {question.answer}.", add_special_tokens=False)["input_ids"])
-    found = []
-    for _ in range(steps):
-        ids = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1:].argmax(-1)
-        found.append(int(ids))
-    return tokenizer.decode(found)
+    return tokenizer.decode(write_greedily(model, ids, cache, steps))
 
 
 def wilson_interval(hits: int, questions: int, z: float = 1.96) -> tuple[float, float]:

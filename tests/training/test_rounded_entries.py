@@ -66,7 +66,7 @@ def test_gradients_go_straight_through():
     both = rounded.append(*entries.split([bits.rank, bits.rope_dim], dim=-1), 0).to_tensor()
     weights = torch.randn_like(both)
     (both * weights).sum().backward()
-    groups = rounded.grouped_tokens(TOKENS)
+    groups = allocation.grouped_tokens(TOKENS)
     expected = weights[:, :, groups:].clone()
     expected[:, :, FIRST : FIRST + groups] += weights[:, :, :groups]
     dropped = bits.channels[bits.stored_channels :]
