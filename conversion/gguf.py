@@ -1,5 +1,8 @@
 """Opening a GGUF file, which Transformers reads and de-quantises."""
 
+import contextlib
+import functools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,26 +18,13 @@ def open_gguf(path: Path) -> Source:
         raise FileNotFoundError(f"{path} does not exist; give the path of a .gguf file.")
     reader = _reader(path)
     _check_rotation(path, reader)
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path.parent, gguf_file=path.name, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
-        )
-    except (ImportError, NotImplementedError, ValueError, KeyError) as error:
-        # An architecture or a format of numbers that its reader does not know, ...
-        raise ValueError(
-            f"Transformers cannot read {path} ({one_line(error)}); use the safetensors checkpoint that it was made of."
-        ) from error
-    model, info = loaded
-    if info["missing_keys"]:
-        raise ValueError(
-            f"{path} lacks {len(info['missing_keys'])} tensors of its architecture, first "
-            f"{min(info['missing_keys'])}; download it again."
-        )
+    with _parsed_once(reader):
+        model = _load(path)
+        tokenizer, without = read_tokenizer(path.parent, gguf_file=path.name)
     config = model.config
     # The weights are plain floats now; the note that they were quantised would stop every save.
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    tokenizer, without = read_tokenizer(path.parent, gguf_file=path.name)
     return Source(
         label=str(path),
         config=config,
@@ -60,6 +50,43 @@ def _reader(path: Path) -> Any:
             f"{path} is truncated, no GGUF file, or of a newer kind than the gguf package knows ({one_line(error)}); "
             "download it again."
         ) from error
+
+
+def _load(path: Path) -> Any:
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
+        )
+    except (ImportError, NotImplementedError, ValueError, KeyError) as error:
+        # An architecture or a format of numbers that its reader does not know, ...
+        raise ValueError(
+            f"Transformers cannot read {path} ({one_line(error)}); use the safetensors checkpoint that it was made of."
+        ) from error
+    if info["missing_keys"]:
+        raise ValueError(
+            f"{path} lacks {len(info['missing_keys'])} tensors of its architecture, first "
+            f"{min(info['missing_keys'])}; download it again."
+        )
+    return model
+
+
+@contextlib.contextmanager
+def _parsed_once(reader: Any) -> Iterator[None]:
+    """Let Transformers use what is parsed already.
+
+    Its reader of older architectures parses the file for the configuration, the weights and the tokenizer each, five
+    seconds a time for a vocabulary of 49,152 words, and derives the names of all tensors for every module of the
+    model.
+    """
+    import gguf
+
+    parse, name_map = gguf.GGUFReader, gguf.get_tensor_name_map
+    own: Any = gguf
+    own.GGUFReader, own.get_tensor_name_map = lambda path: reader, functools.cache(name_map)
+    try:
+        yield
+    finally:
+        own.GGUFReader, own.get_tensor_name_map = parse, name_map
 
 
 def _check_rotation(path: Path, reader: Any) -> None:
