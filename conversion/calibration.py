@@ -19,6 +19,7 @@ from .source import Source
 ROTATION_TOKENS = 24576
 # Second moments are of the first so many tokens where a refinement follows: it needs more text than they do.
 MEASURED_TOKENS = 65536
+ROWS = 256  # of an attention map that are computed at a time
 
 
 def measured_sequences(sequences: torch.Tensor, refined: bool) -> int:
@@ -85,19 +86,25 @@ def summing_attention(
         scaling (`float`): factor of the scores.
     """
     queries, keys, values = query[0] * scaling, key[0].mT, value[0]
-    group = len(queries) // len(values)
-    output = torch.empty(1, queries.shape[1], len(queries), values.shape[-1], device=query.device)
-    received = torch.zeros(queries.shape[1], device=query.device)
+    group, T = len(queries) // len(values), queries.shape[1]
+    output = torch.empty(1, T, len(queries), values.shape[-1], device=query.device)
+    received = torch.zeros(T, device=query.device)
     rotation: list[torch.Tensor] = []
     phases: Any = module.phases
+    angles = None if phases is None else torch.view_as_real(phases).flatten(1)
     for head, head_queries in enumerate(queries):
-        scores = torch.addmm(attention_mask[0, 0], head_queries, keys[head // group])
-        weights = torch.softmax(scores, dim=-1)
-        output[0, :, head] = weights @ values[head // group]
-        received += weights.sum(dim=0)
-        if phases is not None:
-            seen = torch.view_as_complex((weights @ torch.view_as_real(phases).flatten(1)).view(*phases.shape, 2))
-            rotation.append((phases * seen.conj()).sum(dim=0))
+        turned = 0.0
+        for start in range(0, T, ROWS):  # later tokens are masked: their scores need not be computed
+            rows, seen = slice(start, start + ROWS), slice(min(start + ROWS, T))
+            scores = torch.addmm(attention_mask[0, 0, rows, seen], head_queries[rows], keys[head // group, :, seen])
+            weights = torch.softmax(scores, dim=-1)
+            output[0, rows, head] = weights @ values[head // group, seen]
+            received[seen] += weights.sum(dim=0)
+            if angles is not None:
+                attended = torch.view_as_complex((weights @ angles[seen]).view(len(weights), -1, 2))
+                turned = turned + (phases[rows] * attended.conj()).sum(dim=0)
+        if angles is not None:
+            rotation.append(turned)
     return output, AttentionSums(received, torch.stack(rotation) if rotation else None)
 
 
