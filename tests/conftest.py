@@ -1,7 +1,9 @@
 """Fixtures of all tests: offline, one fixed seed, and uninitialised memory that cannot be mistaken for zeros."""
 
+import functools
 import gc
 import os
+import pickle
 import site
 import subprocess
 import sys
@@ -22,6 +24,7 @@ import torch
 from cases import MODEL_CASES, make_tokenizer
 from filelock import FileLock
 from loaded_python import LoadedPython
+from torch.utils import collect_env
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
@@ -59,8 +62,8 @@ def fixed_seed():
 
 
 @pytest.fixture(scope="session", autouse=True)
-def report_figures_drawn_once():
-    """Draw each kind of report figure once. Its layout takes half the time of a tiny conversion.
+def figures_drawn_once():
+    """Draw each kind of figure once. Its layout takes half the time of a tiny conversion.
 
     Later figures with the same file name and number of panels are a copy of the first.
     """
@@ -73,8 +76,6 @@ def report_figures_drawn_once():
 
     def savefig(figure, path, **options):
         kind = Path(str(path)).name, len(figure.axes)
-        if kind[0] not in ("conversion_report.png", "training_loss.png", "architecture.png"):
-            return save(figure, path, **options)
         if kind not in drawn:
             save(figure, path, **options)
             drawn[kind] = Path(path).read_bytes()
@@ -160,13 +161,18 @@ def loaded_clean_python(clean_python):
     server.close()
 
 
+def folder_of_all_workers(tmp_path_factory) -> Path:
+    """Return a temporary folder that the workers of pytest-xdist share."""
+    folder = tmp_path_factory.getbasetemp()
+    return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+
+
 @pytest.fixture(scope="session")
 def kernel_extensions(tmp_path_factory) -> Path:
     """Compile the CPU kernel once for all workers of pytest-xdist. Return PyTorch's folder of extensions."""
     from egmla.cpu_kernel.build import compiled_library
 
-    folder = tmp_path_factory.getbasetemp()
-    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "extensions"
+    folder = folder_of_all_workers(tmp_path_factory) / "extensions"
     with pytest.MonkeyPatch.context() as patch, FileLock(f"{folder}.lock"):
         patch.setenv("TORCH_EXTENSIONS_DIR", str(folder))
         compiled_library()
@@ -230,19 +236,32 @@ def healed(models, tmp_path_factory) -> tuple[Path, dict]:
 
 
 @pytest.fixture(scope="session")
-def one_task_index():
-    """Reads lm-eval's ten thousand task files, a quarter of a minute, once instead of for each manager."""
+def lm_eval_reads_once(tmp_path_factory):
+    """Read lm-eval's ten thousand task files, a quarter of a minute, once for all workers and managers.
+
+    And list installed packages once, which lm-eval does for each task scored, a second a time.
+    """
     index = pytest.importorskip("lm_eval.tasks._index").TaskIndex
     build, made = index.build, {}
+    shared = folder_of_all_workers(tmp_path_factory) / "tasks.pickle"
+
+    def of_lm_eval(path, options):
+        with FileLock(f"{shared}.lock"):
+            if not shared.exists():
+                shared.write_bytes(pickle.dumps(build([path], **options)))
+            return pickle.loads(shared.read_bytes())
 
     def cached(paths, **options):
         found = {}
         for path in paths:  # later ones win, as in lm-eval
             if path not in made:
-                made[path] = build([path], **options)
+                own = Path(path) == Path(lm_eval_tasks.__file__).parent
+                made[path] = of_lm_eval(path, options) if own else build([path], **options)
             found |= made[path]
         return found
 
+    lm_eval_tasks = sys.modules["lm_eval.tasks"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(index, "build", staticmethod(cached))
+        patch.setattr(collect_env, "get_pip_packages", functools.cache(collect_env.get_pip_packages))
         yield

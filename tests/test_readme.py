@@ -7,8 +7,6 @@ import importlib.util
 import re
 import runpy
 import shlex
-import subprocess
-import sys
 import tomllib
 from pathlib import Path
 
@@ -226,13 +224,6 @@ def half_cache(tmp_path_factory) -> Path:
     return folder
 
 
-def run_code(code: str, cwd: Path) -> str:
-    """Run code in a process of its own, so that the kernel stays out of this one, and return what it prints."""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=cwd, timeout=600)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done.stdout
-
-
 def quickstart(folder: Path) -> str:
     [code] = fenced(read("README.md"), "python")
     assert code.count('"egmla-demo/quarter-cache"') == 1
@@ -240,7 +231,7 @@ def quickstart(folder: Path) -> str:
 
 
 @needs_compiler
-def test_python_code_runs(half_cache, kernel_extensions, monkeypatch, tmp_path):
+def test_python_code_runs(half_cache, kernel_extensions, loaded_python, monkeypatch, tmp_path):
     """README's quickstart, then the blocks of the package's README and the table's lines, in one process."""
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(kernel_extensions))
     blocks = fenced(read("modeling_egmla/README.md"), "python")
@@ -260,7 +251,8 @@ def test_python_code_runs(half_cache, kernel_extensions, monkeypatch, tmp_path):
     lines = [cell for cell in cells if cell.startswith(("EGMLACache(", "model.", "egmla.")) and cell.endswith(")")]
     calls = [f"model.generate(**inputs, {cell})" for cell in cells if cell.startswith("cache_implementation=")]
     assert len(lines) == 10 and len(calls) == 3
-    printed = run_code("\n".join([quickstart(half_cache), *blocks, "import egmla", *lines, *calls]), tmp_path)
+    code = "\n".join([quickstart(half_cache), *blocks, "import egmla", *lines, *calls])
+    printed = loaded_python.run(code, cwd=tmp_path, check=True).stdout
     config = EGMLAConfig(**SHAPE)
     used, allocated = map(int, re.findall(r"(\d+) (\d+)\n", printed)[-1])
     assert used % (config.cache_elements_per_token * 4) == 0

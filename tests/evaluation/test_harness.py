@@ -32,7 +32,7 @@ from egmla.evaluation.local_tasks import GROUPS, EGMLATaskManager, find_file, re
 from egmla.evaluation.paired import paired_stderr
 
 
-pytestmark = [pytest.mark.long, pytest.mark.usefixtures("one_task_index")]
+pytestmark = [pytest.mark.long, pytest.mark.usefixtures("lm_eval_reads_once")]
 DATA = Path(__file__).parents[1] / "fixtures" / "lm_eval"
 # Whole data files in place of the fixtures' few rows, for the comparison of requests.
 WHOLE = Path(os.environ.get("EGMLA_LM_EVAL_DATA", DATA))
@@ -207,7 +207,7 @@ cli_evaluate()
 """
 
 
-def test_every_route_gives_the_same_scores(model, route_tasks, tmp_path, monkeypatch):
+def test_every_route_gives_the_same_scores(model, route_tasks, loaded_python, tmp_path, monkeypatch):
     names = list(ROUTE_TASKS)
     ours = figures(harness.evaluate(str(model), names, include_path=route_tasks, batch_size=2))
     assert set(ours) == set(names)
@@ -235,10 +235,7 @@ def test_every_route_gives_the_same_scores(model, route_tasks, tmp_path, monkeyp
     registered.main()
     assert written("egmla") == ours
     # A process that knows only the code of the checkpoint.
-    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
-    command = [sys.executable, "-c", LM_EVAL, *arguments("hf"), "--trust_remote_code"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-2000:]
+    loaded_python.run(LM_EVAL, *arguments("hf"), "--trust_remote_code", cwd=tmp_path, check=True)
     assert written("hf") == ours
 
 

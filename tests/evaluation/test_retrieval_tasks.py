@@ -9,7 +9,7 @@ pytest.importorskip("lm_eval")
 from egmla.evaluation.local_tasks import EGMLATaskManager
 
 
-def test_the_group_loads_and_asks_the_same_questions(one_task_index):
+def test_the_group_loads_and_asks_the_same_questions(lm_eval_reads_once):
     loaded = EGMLATaskManager().load(["egmla_retrieval"])["tasks"]
     assert set(loaded) == {f"egmla_retrieval_{length}" for length in (512, 2048, 8192)}
     for name, task in loaded.items():
@@ -25,7 +25,7 @@ def test_the_group_loads_and_asks_the_same_questions(one_task_index):
             assert task.process_results(document, [" something else"]) == {"acc": 0.0}
 
 
-def test_a_score_through_the_harness(one_task_index):
+def test_a_score_through_the_harness(lm_eval_reads_once):
     from lm_eval import simple_evaluate
     from lm_eval.models.dummy import DummyLM
 

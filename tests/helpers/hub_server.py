@@ -165,6 +165,7 @@ ROUTES = [
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # headers and body are two packets: the second would wait 40 ms for an answer
     server: HubServer
 
     def log_message(self, format, *args) -> None:

@@ -68,7 +68,10 @@ class LoadedPython:
     def __init__(self, python: str | Path = sys.executable):
         self.folder = tempfile.TemporaryDirectory(prefix="loaded-python-")
         self.path = os.path.join(self.folder.name, "socket")  # in a short folder: addresses have 108 bytes at most
-        self.server = subprocess.Popen([str(python), "-P", __file__, self.path], stdout=subprocess.PIPE, text=True)
+        # Transformers reads this when it is imported: code of checkpoints goes there, not to the user's cache.
+        environment = {**os.environ, "HF_MODULES_CACHE": os.path.join(self.folder.name, "modules")}
+        command = [str(python), "-P", __file__, self.path]
+        self.server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
         assert self.server.stdout is not None and self.server.stdout.readline() == "ready\n"
 
     def start(self, code: str, *arguments, **options) -> Child:

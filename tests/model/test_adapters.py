@@ -1,5 +1,8 @@
 """Adapters: whatever PEFT puts around a module, logits with a cache equal those without one."""
 
+import os
+from unittest import mock
+
 import pytest
 import torch
 from cases import difference, tiny_model, token_ids
@@ -43,6 +46,13 @@ TUNERS = {
     "tinylora": ("TinyLoraConfig", {"r": 2}),
     "modules to save": ("LoraConfig", {"r": 4, "target_modules": ["q_proj"], "modules_to_save": ["kv_b_proj"]}),
 }
+
+
+@pytest.fixture(autouse=True)
+def same_environment():
+    """PEFT's BOFT leaves another compiler in `CXX` where its CUDA code does not compile."""
+    with mock.patch.dict(os.environ):
+        yield
 
 
 def adapted(name: str, **overrides):

@@ -70,7 +70,7 @@ def trained(models, tmp_path_factory) -> tuple[Path, dict]:
     return folder, scratch(models, folder)
 
 
-def test_train_scores_at_the_end_on_request(models, tmp_path, one_task_index):
+def test_train_scores_at_the_end_on_request(models, tmp_path, lm_eval_reads_once):
     """lm-eval scores the result; wrong tasks are refused before training."""
     data = Path(__file__).parents[1] / "fixtures" / "lm_eval"
     fields = [word for key, value in TINY.items() for word in ("--config", f"{key}={value}")]

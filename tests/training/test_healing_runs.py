@@ -4,8 +4,10 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -291,43 +293,69 @@ FSDP2 = {
 }
 
 
-@pytest.mark.parametrize("sharding", [{}, FSDP2], ids=["DDP", "FSDP2"])
-def test_two_processes_train_as_one(models, tmp_path, sharding):
-    """`accelerate launch` with two gloo ranks: the same losses and weights within rounding."""
-    (tmp_path / "half").mkdir()
-    for file in (models / "half").iterdir():
-        (tmp_path / "half" / file.name).write_bytes(file.read_bytes())
-    config = json.loads((tmp_path / "half" / "config.json").read_text())
-    (tmp_path / "half" / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.0}))
-    # Five evaluation sequences, which two processes cannot share evenly.
-    changes = {"tokens": 20 * 128, "eval_tokens": 5 * 32}
-    one = heal(models, tmp_path / "one", model=str(tmp_path / "half"), **changes)
-    target = tmp_path / "two"
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    command = ["heal", tmp_path / "half", target, "--teacher", models / "source", "--data", models / "text.txt"]
-    for name, value in {**SMALL, **changes}.items():
-        command += [f"--{name.replace('_', '-')}", value]
-    done = subprocess.run(
-        [
-            *launch,
-            *([HELPERS / "fsdp_on_cpu.py"] if sharding else ["-m", "egmla"]),
-            *map(str, command),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **sharding},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert ("parameters are DTensor" in done.stderr) == bool(sharding)
-    two = json.loads((target / "training_report.json").read_text())
-    assert two["settings"]["processes"] == 2
-    assert [row["loss"] for row in two["losses"]] == pytest.approx([row["loss"] for row in one["losses"]], rel=1e-4)
-    for name in ("0 tokens", "trained"):
-        assert two["perplexity"][name] == pytest.approx(one["perplexity"][name], rel=1e-4)
-    left, right = weights(tmp_path / "one"), weights(target)
-    assert max(difference(tensor, right[name]) for name, tensor in left.items()) < 1e-4
+@pytest.fixture
+def assert_two_train_as_one(models, tmp_path):
+    """Heal in one process, then by the function given, which runs a command in two: the same losses and weights."""
+
+    def check(run_in_two) -> None:
+        (tmp_path / "half").mkdir()
+        for file in (models / "half").iterdir():
+            (tmp_path / "half" / file.name).write_bytes(file.read_bytes())
+        config = json.loads((tmp_path / "half" / "config.json").read_text())
+        (tmp_path / "half" / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.0}))
+        # Five evaluation sequences, which two processes cannot share evenly.
+        changes = {"tokens": 20 * 128, "eval_tokens": 5 * 32}
+        one = heal(models, tmp_path / "one", model=str(tmp_path / "half"), **changes)
+        target = tmp_path / "two"
+        command = ["heal", tmp_path / "half", target, "--teacher", models / "source", "--data", models / "text.txt"]
+        for name, value in {**SMALL, **changes}.items():
+            command += [f"--{name.replace('_', '-')}", value]
+        run_in_two([str(part) for part in command])
+        two = json.loads((target / "training_report.json").read_text())
+        assert two["settings"]["processes"] == 2
+        losses = [[row["loss"] for row in report["losses"]] for report in (one, two)]
+        assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+        for name in ("0 tokens", "trained"):
+            assert two["perplexity"][name] == pytest.approx(one["perplexity"][name], rel=1e-4)
+        left, right = weights(tmp_path / "one"), weights(target)
+        assert max(difference(tensor, right[name]) for name, tensor in left.items()) < 1e-4
+
+    return check
+
+
+def test_two_launched_processes_train_as_one(assert_two_train_as_one):
+    """`accelerate launch` with two gloo ranks."""
+
+    def launch(command: list[str]) -> None:
+        launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+        launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+        launcher += ["--main_process_port", "0", "-m", "egmla"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run([*launcher, *command], capture_output=True, text=True, timeout=600, env=environment)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert "parameters are DTensor" not in done.stderr
+
+    assert_two_train_as_one(launch)
+
+
+def test_two_sharded_processes_train_as_one(assert_two_train_as_one, loaded_python):
+    """FSDP2: two gloo ranks with the variables that `accelerate launch` gives its processes."""
+    code = f"import runpy; runpy.run_path({str(HELPERS / 'fsdp_on_cpu.py')!r}, run_name='__main__')"
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        ranks = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+
+    def fork(command: list[str]) -> None:
+        def run(rank: str):
+            environment = {**os.environ, **FSDP2, **ranks, "RANK": rank, "LOCAL_RANK": rank}
+            return loaded_python.run(code, *command, env=environment)
+
+        with ThreadPoolExecutor(2) as both:
+            for done in both.map(run, ("0", "1")):
+                assert done.returncode == 0, done.stderr[-3000:]
+                assert "parameters are DTensor" in done.stderr
+
+    assert_two_train_as_one(fork)
 
 
 def test_adapters_are_not_sharded(models, tmp_path, monkeypatch):
