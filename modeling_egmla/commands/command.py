@@ -25,9 +25,10 @@ def expected_errors() -> tuple[type[Exception], ...]:
     return (ValueError, TypeError, OSError, ImportError, StrictDataclassError, SafetensorError)
 
 
-def group_of(param) -> str:
-    """Return the group of an option in help; "Other" for one without."""
-    return next((GROUP_OF[name] for name in param.opts if name in GROUP_OF), "Other")
+def group_of(command: str | None, param) -> str:
+    """Return the group of a command's option in help; "Other" for one without."""
+    names = [*(f"{command}{name}" for name in param.opts), *param.opts]
+    return next((GROUP_OF[name] for name in names if name in GROUP_OF), "Other")
 
 
 class Command(typer.core.TyperCommand):
@@ -43,7 +44,7 @@ class Command(typer.core.TyperCommand):
         sections: dict[str, list[tuple[str, str]]] = {name: [] for name in ("Arguments", *GROUPS)}
         for param in self.get_params(ctx):
             if record := param.get_help_record(ctx):
-                section = "Arguments" if param.param_type_name == "argument" else group_of(param)
+                section = "Arguments" if param.param_type_name == "argument" else group_of(self.name, param)
                 sections[section].append((_plain_types(record[0]), record[1]))
         for section, records in sections.items():
             if records:

@@ -1,13 +1,14 @@
-"""Groups of options and examples, as `egmla COMMAND --help` shows them. An option is in one group in all commands."""
+"""Groups of options and examples, as `egmla COMMAND --help` shows them."""
 
-# The groups in the order in which help shows them, each with its options.
+# The groups in the order in which help shows them, each with its options. An option that is another one in one command
+# has the command's name in front.
 GROUPS = {
     "What to make": "--kv-lora-rank --qk-rope-head-dim --cache --cache-dtype --max-rank --exact --latent-norm "
     "--layout --recipe",
     "Calibration and refinement": "--calibration --shipped-text --calibration-tokens --refine-steps --refine-gate "
     "--heal --heal-data",
     "Data": "--data --tokens --text-field --tokenizer --new-tokenizer --sequence-length",
-    "Teacher and loss": "--teacher --stage --kl-weight --ce-weight --lora-rank --rounding",
+    "Teacher and loss": "--teacher --stage --kl-weight --ce-weight heal--temperature --lora-rank --rounding",
     "Training": "--batch-size --micro-batch-size --learning-rate --gate-learning-rate --weight-decay --warmup-share "
     "--gradient-checkpointing --bf16 --chunk",
     "Prompt": "--prompt --system --chat --question",

@@ -8,6 +8,7 @@ import typer
 from typer.testing import CliRunner
 
 from egmla.commands import app
+from egmla.commands.command import group_of
 from egmla.commands.help_texts import EXAMPLES, GROUP_OF
 
 
@@ -58,8 +59,15 @@ def test_options_are_in_groups(command):
     for param in options(command):
         groups = {GROUP_OF[name] for name in param.opts if name in GROUP_OF}
         assert len(groups) == 1, f"{param.opts} has no group in help_texts.py"
-        assert groups <= set(headings)
+        assert group_of(command, param) in headings
     assert "Options" not in headings and headings[-1] == "Examples"
+
+
+def test_an_option_that_is_another_one_in_a_command():
+    """`heal --temperature` divides the logits of the loss; nothing is generated."""
+    group = shown("heal").partition("Teacher and loss:")[2].partition("Training:")[0]
+    assert "--temperature" in group and "Generation:" not in shown("heal")
+    assert "--temperature" in shown("generate").partition("Generation:")[2]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
