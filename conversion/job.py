@@ -28,6 +28,7 @@ from .plan import (
     plan_bits,
     plan_conversion,
     plan_latent,
+    rank_note,
 )
 from .recipes import Recipe
 from .refinement import Refinement
@@ -202,6 +203,8 @@ def planned_report(job: Job) -> dict[str, Any]:
         report["bits"] = {"share": settings.cache, "max_rank": settings.max_rank}
     if (note := serving_note(job.written_config)) is not None:
         report["serving"] = note
+    if (note := rank_note(plan)) is not None:
+        report["rank"] = note
     return report
 
 

@@ -39,6 +39,16 @@ class Plan:
         return self.target_elements / self.source_elements
 
 
+def rank_note(plan: Plan) -> str | None:
+    """Return what to know of a plan whose cache is smaller by its rank, `None` for others."""
+    if plan.kept >= 1:
+        return None
+    return (
+        "This cache is smaller by its rank. Such a model finds few facts in its context (conversion/README.md has "
+        "figures). --cache SHARE without --cache-dtype bf16 keeps the rank and cuts bits."
+    )
+
+
 def plan_conversion(
     config: PreTrainedConfig,
     shape: AttentionShape,

@@ -235,5 +235,6 @@ def _print_report(report: dict, title: str) -> None:
         table.add_row("seconds", f"{report['seconds']:,}")
         table.add_row("peak of memory", f"{report['peak_bytes'] / 1e9:,.1f} GB")
     console().print(table)
-    if "serving" in report:
-        console().print(report["serving"], style="yellow", markup=False)
+    for name in ("rank", "serving"):
+        if name in report:
+            console().print(report[name], style="yellow", markup=False)

@@ -69,7 +69,11 @@ def test_exports_rotate_neighbours(llama_folder, calibration, tmp_path):
     }
     report = convert_checkpoint(source, tmp_path / "export", layout="deepseek_v3", **options)
     assert "vLLM with --model-impl transformers" in report["serving"]
-    assert "serving" not in convert_checkpoint(source, tmp_path / "own", **options)
+    own_report = convert_checkpoint(source, tmp_path / "own", **options)
+    assert "serving" not in own_report
+    assert "finds few facts in its context" in own_report["rank"]
+    assert "rank" not in convert_checkpoint(source, tmp_path / "exact", exact=True, dry_run=True)
+    assert "rank" not in convert_checkpoint(source, tmp_path / "bits", cache=0.5, dry_run=True)
     export, own = (AutoModelForCausalLM.from_pretrained(tmp_path / name).eval() for name in ("export", "own"))
     assert export.config.rope_interleave and not own.config.rope_interleave
     ids = torch.randint(2, 128, (1, 60))
