@@ -75,6 +75,8 @@ class EGMLAForCausalLM(nn.Module, SupportsLoRA):
     """The language model, for vLLM."""
 
     embedding_modules = {"embed_tokens": "input_embeddings", "lm_head": "output_embeddings"}
+    # vLLM takes adapters of what a packed module consists of. Of this one, which decoding absorbs, it takes none.
+    packed_modules_mapping = {"kv_b_proj": []}
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__()

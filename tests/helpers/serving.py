@@ -55,12 +55,13 @@ def engine(folder, **options):
         cleanup_dist_env_and_memory()
 
 
-def serve(served, given: list[list[int]], tokens: int = NEW_TOKENS):
+def serve(served, given: list[list[int]], tokens: int = NEW_TOKENS, lora_request=None):
     """Greedy ids, their log-probabilities and the number of prompt tokens found in the cache, for each prompt."""
     from vllm import SamplingParams
 
     sampling = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True, logprobs=1, detokenize=False)
-    answers = served.generate([{"prompt_token_ids": ids} for ids in given], sampling, use_tqdm=False)
+    prompts = [{"prompt_token_ids": ids} for ids in given]
+    answers = served.generate(prompts, sampling, use_tqdm=False, lora_request=lora_request)
     results = []
     for answer in answers:
         ids = list(answer.outputs[0].token_ids)
