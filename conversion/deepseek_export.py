@@ -17,6 +17,8 @@ from .refinement import Refinement
 
 
 LAYOUTS = ("egmla", "deepseek_v3")
+# The name under which engines run whatever Transformers runs.
+ANY_ARCHITECTURE = "TransformersForCausalLM"
 LATENT_NORM_EPS = 1e-6  # fixed in DeepSeek's class
 # Rope types whose frequencies are made one by one: those of every so many-th slot are those of a narrower table.
 ELEMENTWISE_ROPE = ("default", "linear", "llama3")
@@ -78,13 +80,16 @@ def deepseek_config(config: EGMLAConfig) -> DeepseekV3Config:
 def export_config(config: EGMLAConfig) -> DeepseekV3Config:
     """Return the configuration of an export, whose rotary pairs are always neighbours.
 
-    Engines such as vLLM assume neighbours and do not read `rope_interleave`.
+    Engines such as vLLM assume neighbours and do not read `rope_interleave`. Their own DeepSeek classes also leave out
+    attention biases and say nothing. Where there are some, the configuration names no such class.
 
     Raises:
         ValueError: as `deepseek_config`.
     """
     deepseek = deepseek_config(config)
     deepseek.rope_interleave = True
+    if deepseek.attention_bias:
+        deepseek.architectures = [ANY_ARCHITECTURE]
     return deepseek
 
 
@@ -120,8 +125,9 @@ def serving_note(config: PreTrainedConfig) -> str | None:
     if config.model_type != "deepseek_v3" or not getattr(config, "attention_bias", False):
         return None
     return (
-        "This export has attention biases (attention_bias). Serve it with an engine that reads them: Transformers, or "
-        "vLLM with --model-impl transformers. vLLM's own DeepSeek class drops them silently and gives wrong tokens."
+        f"This export has attention biases, which the DeepSeek classes of engines drop. So its config.json names "
+        f"{ANY_ARCHITECTURE}: vLLM serves it with Transformers' code (on a CPU with VLLM_MLA_DISABLE=1), and engines "
+        "without such a way refuse it. Saving the model anew with Transformers loses that name: set it again."
     )
 
 

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DeepseekV3ForCausalLM, pipeline
 
 from egmla.conversion import ConversionSettings, Recipe, Refinement, convert_checkpoint
 
@@ -68,7 +68,13 @@ def test_exports_rotate_neighbours(llama_folder, calibration, tmp_path):
         "calibration_tokens": 2048,
     }
     report = convert_checkpoint(source, tmp_path / "export", layout="deepseek_v3", **options)
-    assert "vLLM with --model-impl transformers" in report["serving"]
+    assert "config.json names TransformersForCausalLM" in report["serving"]
+    assert json.loads((tmp_path / "export" / "config.json").read_text())["architectures"] == [
+        "TransformersForCausalLM"
+    ]
+    # Transformers goes by the type of the model.
+    written = pipeline("text-generation", model=str(tmp_path / "export"))
+    assert type(written.model) is DeepseekV3ForCausalLM and written("abc", max_new_tokens=3)[0]["generated_text"]
     own_report = convert_checkpoint(source, tmp_path / "own", **options)
     assert "serving" not in own_report
     assert "finds few facts in its context" in own_report["rank"]

@@ -54,5 +54,5 @@ def test_what_is_absorbed_is_refused(tmp_path):
     model = saved_model(tmp_path / "model", "input-gate")
     save_adapter(tmp_path / "adapter", model, ["q_proj", "kv_b_proj"])
     request = LoRARequest("adapter", 1, str(tmp_path / "adapter"))
-    with engine(tmp_path / "model", **SERVED) as served, pytest.raises(ValueError, match="received.*kv_b_proj"):
+    with engine(tmp_path / "model", **SERVED) as served, pytest.raises(ValueError, match=r"received.*kv_b_proj"):
         serve(served, prompts(5), lora_request=request)
