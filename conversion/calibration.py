@@ -76,8 +76,9 @@ def summing_attention(
 ) -> tuple[torch.Tensor, AttentionSums]:
     """Attention of one sequence that gives sums over its maps in their place.
 
-    For Transformers' attention interface. One head at a time, so that a map stays in the processor's cache until it is
-    summed up. The stock eager attention carries all heads' maps through memory several times, at half the speed.
+    For Transformers' attention interface; a token sees none behind itself. One head at a time, so that a map stays in
+    the processor's cache until it is summed up. The stock eager attention carries all heads' maps through memory
+    several times, at half the speed.
 
     Args:
         module (`torch.nn.Module`): the attention; its `phases` are `e^{i theta t}` `[T, d / 2]` or `None`.
@@ -101,7 +102,7 @@ def summing_attention(
             output[0, rows, head] = weights @ values[head // group, seen]
             received[seen] += weights.sum(dim=0)
             if angles is not None:
-                attended = torch.view_as_complex((weights @ angles[seen]).view(len(weights), -1, 2))
+                attended = torch.view_as_complex((weights @ angles[seen]).view(len(weights), *phases.shape[1:], 2))
                 turned = turned + (phases[rows] * attended.conj()).sum(dim=0)
         if angles is not None:
             rotation.append(turned)

@@ -80,8 +80,8 @@ def deepseek_config(config: EGMLAConfig) -> DeepseekV3Config:
 def export_config(config: EGMLAConfig) -> DeepseekV3Config:
     """Return the configuration of an export, whose rotary pairs are always neighbours.
 
-    Engines such as vLLM assume neighbours and do not read `rope_interleave`. Their own DeepSeek classes also leave out
-    attention biases and say nothing. Where there are some, the configuration names no such class.
+    Engines such as vLLM assume neighbours and do not read `rope_interleave`. vLLM's own DeepSeek class also drops
+    attention biases silently, so a configuration with biases does not name it.
 
     Raises:
         ValueError: as `deepseek_config`.
@@ -126,8 +126,8 @@ def serving_note(config: PreTrainedConfig) -> str | None:
         return None
     return (
         f"This export has attention biases, which the DeepSeek classes of engines drop. So its config.json names "
-        f"{ANY_ARCHITECTURE}: vLLM serves it with Transformers' code (on a CPU with VLLM_MLA_DISABLE=1), and engines "
-        "without such a way refuse it. Saving the model anew with Transformers loses that name: set it again."
+        f"{ANY_ARCHITECTURE}: with VLLM_MLA_DISABLE=1 in the environment vLLM serves it by Transformers' code (tested "
+        "on a CPU). Saving the model anew with Transformers loses that name: set it again."
     )
 
 

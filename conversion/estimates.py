@@ -9,7 +9,7 @@ from egmla import EGMLAConfig
 from egmla.utils.matmul_speed import matmul_speed
 
 from .bits import SENSITIVITY_TOKENS
-from .calibration import measured_sequences
+from .calibration import ROWS, measured_sequences
 from .families.base import AttentionShape
 from .plan import Plan
 from .refinement import ERROR_SEQUENCES, Refinement
@@ -104,7 +104,8 @@ def estimate(
     scores = H * d * T  # multiplications per token with the keys, and the same with the values, half of them masked
 
     measured = measured_sequences(sequences, refined=bool(refinement.steps))
-    source = count * T * (attention + mlp + scores) + measured * T * (H * T * MAP_COST + D * D)
+    mapped = (T + min(ROWS, T)) / 2  # numbers in a row of a map, on average: it ends with its block
+    source = count * T * (attention + mlp + scores) + measured * T * (H * mapped * MAP_COST + D * D)
     trained = converted + H * (d + plan.rope_dim) * T
     refined = 3 * refinement.steps * refinement.batch_size * T * trained + count * T * (trained + mlp)
     seconds = source / matmul_speed(CPU, torch.float32)

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,15 @@ from .companions import one_line, read_tokenizer
 from .source import Source
 
 
+PATCHING = threading.Lock()
+
+
 def open_gguf(path: Path) -> Source:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; give the path of a .gguf file.")
     reader = _reader(path)
     _check_rotation(path, reader)
-    with _parsed_once(reader):
+    with _parsed_once(path, reader):
         model = _load(path)
         tokenizer, without = read_tokenizer(path.parent, gguf_file=path.name)
     config = model.config
@@ -71,7 +75,7 @@ def _load(path: Path) -> Any:
 
 
 @contextlib.contextmanager
-def _parsed_once(reader: Any) -> Iterator[None]:
+def _parsed_once(path: Path, reader: Any) -> Iterator[None]:
     """Let Transformers use what is parsed already.
 
     Its reader of older architectures parses the file for the configuration, the weights and the tokenizer each, five
@@ -80,13 +84,19 @@ def _parsed_once(reader: Any) -> Iterator[None]:
     """
     import gguf
 
-    parse, name_map = gguf.GGUFReader, gguf.get_tensor_name_map
-    own: Any = gguf
-    own.GGUFReader, own.get_tensor_name_map = lambda path: reader, functools.cache(name_map)
-    try:
-        yield
-    finally:
-        own.GGUFReader, own.get_tensor_name_map = parse, name_map
+    package: Any = gguf
+    with PATCHING:
+        parse, name_map = package.GGUFReader, package.get_tensor_name_map
+
+        def parsed(given: Any, *rest: Any, **options: Any) -> Any:
+            """Another thread may read another file meanwhile."""
+            return reader if Path(given) == path and not rest and not options else parse(given, *rest, **options)
+
+        package.GGUFReader, package.get_tensor_name_map = parsed, functools.cache(name_map)
+        try:
+            yield
+        finally:
+            package.GGUFReader, package.get_tensor_name_map = parse, name_map
 
 
 def _check_rotation(path: Path, reader: Any) -> None:

@@ -44,8 +44,8 @@ def rank_note(plan: Plan) -> str | None:
     if plan.kept >= 1:
         return None
     return (
-        "This cache is smaller by its rank. Such a model finds few facts in its context (conversion/README.md has "
-        "figures). --cache SHARE without --cache-dtype bf16 keeps the rank and cuts bits."
+        "This cache is smaller by its rank. Such a model may find few facts in its context: measure it (egmla eval "
+        "--tasks egmla_retrieval). egmla convert SOURCE TARGET --cache SHARE, without more, cuts bits instead."
     )
 
 

@@ -137,8 +137,8 @@ def limits(conversion: dict, results: dict | None, training: dict | None, change
             else "Nothing was trained after the conversion"
         )
         limits.append(f"{what}, so quality below the source's is to be expected.")
-        if "rank" in conversion:
-            limits.append("The cache is smaller by its rank: facts from far back in the context are mostly lost.")
+    if "rank" in conversion:
+        limits.append("The cache is smaller by its rank: facts from far back in the context may be lost.")
     if changed:
         limits.append("The weights have changed since they were last reported on, and nothing here says how.")
     elif training is None and refinement and refinement["gate"]:

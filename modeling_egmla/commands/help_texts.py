@@ -1,7 +1,7 @@
 """Groups of options and examples, as `egmla COMMAND --help` shows them."""
 
-# The groups in the order in which help shows them, each with its options. An option that is another one in one command
-# has the command's name in front.
+# The groups in the order in which help shows them, each with its options. `heal--temperature`: in heal the option of
+# that name means something else.
 GROUPS = {
     "What to make": "--kv-lora-rank --qk-rope-head-dim --cache --cache-dtype --max-rank --exact --latent-norm "
     "--layout --recipe",

@@ -75,11 +75,12 @@ class EGMLAForCausalLM(nn.Module, SupportsLoRA):
     """The language model, for vLLM."""
 
     embedding_modules = {"embed_tokens": "input_embeddings", "lm_head": "output_embeddings"}
-    # vLLM takes adapters of what a packed module consists of. Of this one, which decoding absorbs, it takes none.
-    packed_modules_mapping = {"kv_b_proj": []}
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__()
+        # A packed module without parts: vLLM refuses adapters of this layer, which decoding absorbs, by its name. Only
+        # adapters are loaded by the instance's mapping; quantisation reads the class's.
+        self.packed_modules_mapping = {"kv_b_proj": []}
         config: EGMLAConfig = vllm_config.model_config.hf_config
         check_config(config, vllm_config)
         if config.kv_cache_bits is not None:

@@ -1,6 +1,6 @@
 """`egmla` with accelerate's FSDP2 on CPU ranks, which accelerate itself shards on accelerators only.
 
-Started by `accelerate launch --multi_gpu` with accelerate's own environment variables of FSDP.
+Run by each rank, with accelerate's own environment variables of FSDP, and those of the rank and the address.
 """
 
 import sys

@@ -81,9 +81,14 @@ class LoadedPython:
             return Child(self._fork(code, arguments, stdout, stderr, **options), open(read))
 
     def run(self, code: str, *arguments, check: bool = False, **options) -> subprocess.CompletedProcess:
-        """Run code in a fork to its end. `env`, `cwd` and `check` are as in `subprocess.run`."""
+        """Run code in a fork to its end, 10 minutes at most. `env`, `cwd` and `check` are as in `subprocess.run`."""
         with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:
-            returncode = Child(self._fork(code, arguments, stdout, stderr, **options)).wait()
+            child = Child(self._fork(code, arguments, stdout, stderr, **options))
+            try:
+                returncode = child.wait(timeout=600)
+            except subprocess.TimeoutExpired:
+                child.kill()
+                raise
             printed = []
             for stream in (stdout, stderr):
                 stream.seek(0)

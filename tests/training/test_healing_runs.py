@@ -339,13 +339,14 @@ def test_two_launched_processes_train_as_one(assert_two_train_as_one):
 
 
 def test_two_sharded_processes_train_as_one(assert_two_train_as_one, loaded_python):
-    """FSDP2: two gloo ranks with the variables that `accelerate launch` gives its processes."""
+    """FSDP2: two gloo ranks."""
     code = f"import runpy; runpy.run_path({str(HELPERS / 'fsdp_on_cpu.py')!r}, run_name='__main__')"
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        ranks = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
 
     def fork(command: list[str]) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            ranks = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+
         def run(rank: str):
             environment = {**os.environ, **FSDP2, **ranks, "RANK": rank, "LOCAL_RANK": rank}
             return loaded_python.run(code, *command, env=environment)
