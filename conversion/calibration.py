@@ -94,7 +94,7 @@ def summing_attention(
     phases: Any = module.phases
     angles = None if phases is None else torch.view_as_real(phases).flatten(1)
     for head, head_queries in enumerate(queries):
-        turned = 0.0
+        turned: Any = 0.0
         for start in range(0, T, ROWS):  # later tokens are masked: their scores need not be computed
             rows, seen = slice(start, start + ROWS), slice(min(start + ROWS, T))
             scores = torch.addmm(attention_mask[0, 0, rows, seen], head_queries[rows], keys[head // group, :, seen])

@@ -58,7 +58,7 @@ def _reader(path: Path) -> Any:
 
 def _load(path: Path) -> Any:
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             path.parent, gguf_file=path.name, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
         )
     except (ImportError, NotImplementedError, ValueError, KeyError) as error:
@@ -66,6 +66,7 @@ def _load(path: Path) -> Any:
         raise ValueError(
             f"Transformers cannot read {path} ({one_line(error)}); use the safetensors checkpoint that it was made of."
         ) from error
+    model, info = loaded
     if info["missing_keys"]:
         raise ValueError(
             f"{path} lacks {len(info['missing_keys'])} tensors of its architecture, first "

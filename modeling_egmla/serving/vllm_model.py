@@ -80,7 +80,7 @@ class EGMLAForCausalLM(nn.Module, SupportsLoRA):
         super().__init__()
         # A packed module without parts: vLLM refuses adapters of this layer, which decoding absorbs, by its name. Only
         # adapters are loaded by the instance's mapping; quantisation reads the class's.
-        self.packed_modules_mapping = {"kv_b_proj": []}
+        self.packed_modules_mapping: dict[str, list[str]] = {"kv_b_proj": []}
         config: EGMLAConfig = vllm_config.model_config.hf_config
         check_config(config, vllm_config)
         if config.kv_cache_bits is not None:
