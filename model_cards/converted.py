@@ -138,7 +138,7 @@ def limits(conversion: dict, results: dict | None, training: dict | None, change
         )
         limits.append(f"{what}, so quality below the source's is to be expected.")
     if "rank" in conversion:
-        limits.append("The cache is smaller by its rank: facts from far back in the context may be lost.")
+        limits.append("The cache is smaller by its rank, which loses more than quantising it to the same bytes.")
     if changed:
         limits.append("The weights have changed since they were last reported on, and nothing here says how.")
     elif training is None and refinement and refinement["gate"]:

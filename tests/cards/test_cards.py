@@ -178,7 +178,7 @@ def test_refinement_is_stated(model):
     card = render_card(model)
     assert "- refinement: none, the closed form as it is" in card
     assert "Nothing was trained after the conversion" in card and "The gate is at identity" in card
-    assert "facts from far back in the context may be lost" in card
+    assert "smaller by its rank, which loses more" in card
 
 
 def test_scores_of_one_model(model, tmp_path):
