@@ -79,9 +79,9 @@ def _load(path: Path) -> Any:
 def _parsed_once(path: Path, reader: Any) -> Iterator[None]:
     """Let Transformers use what is parsed already.
 
-    Its reader of older architectures parses the file for the configuration, the weights and the tokenizer each, five
-    seconds a time for a vocabulary of 49,152 words, and derives the names of all tensors for every module of the
-    model.
+    Its reader of older architectures parses the file three times: for the configuration, the weights and the
+    tokenizer. That takes five seconds each for a vocabulary of 49,152 words. It also derives the names of all tensors
+    for every module of the model.
     """
     import gguf
 
