@@ -95,7 +95,7 @@ def test_peak_memory_does_not_grow_with_depth(calibration, tmp_path):
         "torch.set_num_threads(1)\n"
         "from egmla.conversion import Refinement, convert_checkpoint\n"
         "report = convert_checkpoint(sys.argv[1], sys.argv[2], kv_lora_rank=64, qk_rope_head_dim=16,"
-        " calibration=sys.argv[3], calibration_tokens=512, refinement=Refinement(steps=1))\n"
+        " calibration=sys.argv[3], calibration_tokens=1024, refinement=Refinement(steps=1))\n"
         "print(report['peak_bytes'])\n"
     )
     shape = {**SMALL, "hidden_size": 512, "intermediate_size": 3072, "num_attention_heads": 8}
