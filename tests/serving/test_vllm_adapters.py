@@ -51,6 +51,9 @@ def test_adapters(case, targets, tmp_path):
 def test_what_is_absorbed_is_refused(tmp_path):
     from vllm.lora.request import LoRARequest
 
+    from egmla.serving.vllm_model import EGMLAForCausalLM
+
+    assert not EGMLAForCausalLM.packed_modules_mapping  # which quantisation reads, and does not expect a list of none
     model = saved_model(tmp_path / "model", "input-gate")
     save_adapter(tmp_path / "adapter", model, ["q_proj", "kv_b_proj"])
     request = LoRARequest("adapter", 1, str(tmp_path / "adapter"))
