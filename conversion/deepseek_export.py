@@ -125,7 +125,7 @@ def serving_note(config: PreTrainedConfig) -> str | None:
     if config.model_type != "deepseek_v3" or not getattr(config, "attention_bias", False):
         return None
     return (
-        f"This export has attention biases, which the DeepSeek classes of engines drop. So its config.json names "
+        "This export has attention biases, which the DeepSeek classes of engines drop. So its config.json names "
         f"{ANY_ARCHITECTURE}: with VLLM_MLA_DISABLE=1 in the environment vLLM serves it by Transformers' code (tested "
         "on a CPU). Saving the model anew with Transformers loses that name: set it again."
     )

@@ -44,9 +44,8 @@ def rank_note(plan: Plan) -> str | None:
     if plan.kept >= 1:
         return None
     return (
-        "This cache is smaller by its rank, which costs more than bits do: half of SmolLM2's has 1.33 times the "
-        "source's perplexity, a quarter by bits 1.003. egmla convert SOURCE TARGET --cache SHARE, without more, cuts "
-        "bits."
+        "This cache is smaller by its rank, which cost SmolLM2 more perplexity than fewer bits did "
+        "(tests/benchmarks/LOG.md). egmla convert SOURCE TARGET --cache SHARE, without more, cuts bits."
     )
 
 

@@ -248,6 +248,7 @@ def lm_eval_reads_once(tmp_path_factory):
     And list installed packages once, which lm-eval does for each task scored, a second a time.
     """
     index = pytest.importorskip("lm_eval.tasks._index").TaskIndex
+    tasks_of_lm_eval = Path(sys.modules["lm_eval.tasks"].__file__).parent
     build, made = index.build, {}
     shared = folder_of_all_workers(tmp_path_factory) / "tasks.pickle"
 
@@ -261,12 +262,11 @@ def lm_eval_reads_once(tmp_path_factory):
         found = {}
         for path in paths:  # later ones win, as in lm-eval
             if path not in made:
-                own = Path(path) == Path(lm_eval_tasks.__file__).parent
+                own = Path(path) == tasks_of_lm_eval
                 made[path] = of_lm_eval(path, options) if own else build([path], **options)
             found |= made[path]
         return found
 
-    lm_eval_tasks = sys.modules["lm_eval.tasks"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(index, "build", staticmethod(cached))
         patch.setattr(collect_env, "get_pip_packages", functools.cache(collect_env.get_pip_packages))

@@ -6,7 +6,7 @@ import shutil
 import pytest
 from cases import make_tokenizer
 from safetensors.torch import load_file, save_file
-from serving import expected, prompts, serve_in_another_process
+from serving import assert_served_as_by_transformers, expected, prompts, serve_in_another_process
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from egmla.conversion import Recipe, Refinement, convert_checkpoint
@@ -41,18 +41,15 @@ def export(tmp_path_factory):
 NO_CUSTOM_OPERATORS = {"compilation_config": {"custom_ops": ["none"]}}
 
 
-def assert_served_alike(folder, tmp_path, alike: bool = True, **options) -> None:
-    """Log-probabilities of vLLM are those of Transformers, or far from them."""
+def served(folder, tmp_path, **options):
+    """The model, prompts, and what vLLM in a process of its own makes of them."""
     model, given = AutoModelForCausalLM.from_pretrained(folder).eval(), prompts(5, 40)
     (results,) = serve_in_another_process(tmp_path, [folder], given, {"VLLM_MLA_DISABLE": "1"}, **options)
-    for ids, (tokens, logprobs, _) in zip(given, results, strict=True):
-        right, right_logprobs = expected(model, ids, len(tokens))
-        error = float((logprobs - right_logprobs).abs().max())
-        assert (tokens == right and error <= 1e-4) if alike else error > 0.1
+    return model, given, results
 
 
 def test_biases_are_read(export, tmp_path):
-    assert_served_alike(export, tmp_path)
+    assert_served_as_by_transformers(*served(export, tmp_path))
 
 
 def in_vllms_own_class(export, folder):
@@ -64,7 +61,10 @@ def in_vllms_own_class(export, folder):
 
 def test_vllms_own_class_would_drop_them(export, tmp_path):
     """If this fails, vLLM reads biases now, and exports may name DeepSeek's class again."""
-    assert_served_alike(in_vllms_own_class(export, tmp_path / "own"), tmp_path, alike=False, **NO_CUSTOM_OPERATORS)
+    folder = in_vllms_own_class(export, tmp_path / "own")
+    model, given, results = served(folder, tmp_path, **NO_CUSTOM_OPERATORS)
+    for ids, (tokens, logprobs, _) in zip(given, results, strict=True):
+        assert float((logprobs - expected(model, ids, len(tokens))[1]).abs().max()) > 0.1
 
 
 def test_vllms_own_class_serves_exports_without_biases(export, tmp_path):
@@ -74,4 +74,4 @@ def test_vllms_own_class_serves_exports_without_biases(export, tmp_path):
         if name.endswith(".bias"):
             tensors[name].zero_()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    assert_served_alike(folder, tmp_path, **NO_CUSTOM_OPERATORS)
+    assert_served_as_by_transformers(*served(folder, tmp_path, **NO_CUSTOM_OPERATORS))
