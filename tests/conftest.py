@@ -67,16 +67,20 @@ def fixed_seed():
 
 @pytest.fixture(scope="session", autouse=True)
 def figures_drawn_once():
-    """Draw each kind of report figure once. Its layout takes half the time of a tiny conversion.
+    """Draw each kind of report figure once. Its axes and layout take half the time of a tiny conversion.
 
-    Later figures with the same file name and number of panels are a copy of the first.
+    Later figures with the same file name and number of panels are a copy of the first. Conversions with the same
+    panels and lines do not even make the axes.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError:  # an extra
         yield
         return
+    from egmla.conversion import convert
+
     save, drawn = Figure.savefig, {}
+    draw, reports = convert.draw_report, {}
 
     def savefig(figure, path, **options):
         kind = Path(str(path)).name, len(figure.axes)
@@ -87,8 +91,17 @@ def figures_drawn_once():
             drawn[kind] = Path(path).read_bytes()
         Path(path).write_bytes(drawn[kind])
 
+    def draw_report(folder, report):
+        kind = report["refinement"] is None, bool(report["slots_per_frequency"])
+        path = folder / "conversion_report.png"
+        if kind not in reports:
+            draw(folder, report)
+            reports[kind] = path.read_bytes()
+        path.write_bytes(reports[kind])
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Figure, "savefig", savefig)
+        patch.setattr(convert, "draw_report", draw_report)
         yield
 
 

@@ -1,5 +1,6 @@
 """Record how a result was made, for reports: versions, commit, hash of the weights, public names, peak memory."""
 
+import functools
 import hashlib
 import os
 import subprocess
@@ -21,13 +22,16 @@ PACKAGES = ("egmla", "torch", "transformers", "safetensors", "huggingface_hub")
 
 def software_versions(*more: str) -> dict[str, str]:
     """Versions of the packages that every result depends on, and of `more` if they are installed."""
-    versions = {}
-    for name in (*PACKAGES, *more):
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return versions
+    versions = {name: _version(name) for name in (*PACKAGES, *more)}
+    return {name: number for name, number in versions.items() if number is not None}
+
+
+@functools.cache  # each look-up reads all folders of installed packages
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
 
 
 def machine() -> dict[str, Any]:

@@ -106,7 +106,7 @@ def test_a_cache_with_all_the_bits_is_the_source(make_source, calibration, tmp_p
     monkeypatch.setattr(bits, "SENSITIVITY_TOKENS", 1024)  # with bits enough, any basis does
     source, folder = make_source(name)
     rope = {key: value for key, value in widths(source.config, 1).items() if key == "qk_rope_head_dim"}
-    text = {"calibration": calibration, "calibration_tokens": 4096, "shipped_text": False}
+    text = {"calibration": calibration, "calibration_tokens": 2048, "shipped_text": False}
     convert_checkpoint(folder, tmp_path / "t", cache=1.0, **rope, **text, dtype="float32")
     converted = AutoModelForCausalLM.from_pretrained(tmp_path / "t").eval()
     assert {width for layer in converted.config.kv_cache_bits["layers"] for width, _ in layer["latent"]} == {8}

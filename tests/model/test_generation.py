@@ -176,14 +176,14 @@ def test_chunked_prefill_of_embeddings_is_refused(name, options):
 
 
 def test_chunked_prefill_bounds_memory():
-    """32,768 tokens in a process of its own: no mask, no scores, no copies of the cache on the way (formula there)."""
+    """16,384 tokens in a process of its own: no mask, no scores, no copies of the cache on the way (formula there)."""
     config = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 1, "num_attention_heads": 4}
     config |= {"kv_lora_rank": 32, "qk_nope_head_dim": 32, "v_head_dim": 32, "qk_rope_head_dim": 16}
     script = Path(__file__).parents[1] / "benchmarks" / "chunked_prefill.py"
-    command = [sys.executable, str(script), "--chunk", "256", "--config", json.dumps(config)]
+    command = [sys.executable, str(script), "--tokens", "16384", "--chunk", "256", "--config", json.dumps(config)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     result = json.loads(done.stdout.splitlines()[-1])
-    assert result["tokens"] == 32768 and result["cache_bytes"] == 32768 * 48 * 4
+    assert result["tokens"] == 16384 and result["cache_bytes"] == 16384 * 48 * 4
     assert result["peak_over_budget"] < 1.3, result
 
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 import textwrap
 from pathlib import Path
@@ -34,16 +33,13 @@ assert "egmla" not in sys.modules
 
 
 @pytest.fixture
-def clean_process(clean_python, tmp_path):
-    """Runs code in a process of its own, module cache included; returns what it prints last, as JSON."""
+def clean_process(loaded_clean_python, tmp_path):
+    """Runs code in a process of its own; returns what it prints last, as JSON."""
 
     def run(code: str, *arguments) -> dict:
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "HF_"))}
-        environment |= {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-        script = PRELUDE + textwrap.dedent(code)
-        command = [str(clean_python), "-I", "-c", script, *map(str, arguments)]
-        result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=150)
-        assert result.returncode == 0, result.stderr[-4000:]
+        code = PRELUDE + textwrap.dedent(code)
+        result = loaded_clean_python.run(code, *arguments, env=environment, cwd=tmp_path, check=True)
         return json.loads(result.stdout.splitlines()[-1])
 
     return run
