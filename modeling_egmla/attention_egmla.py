@@ -117,9 +117,10 @@ def store(
         return PairedEntries(latent, rope_key), attention_mask
     if holds_latents(past_key_values):
         entries = past_key_values.append(latent, rope_key, module.layer_idx)
-    else:
-        entries = PairedEntries(*past_key_values.update(latent, rope_key, module.layer_idx))
-    # A fixed-size cache has masks as wide as it is, and returns only what is in use.
+        held = latent.shape[2], entries.shape[2]
+        return entries, past_key_values.fit_mask(attention_mask, module.layer_idx, *held)
+    entries = PairedEntries(*past_key_values.update(latent, rope_key, module.layer_idx))
+    # A static cache has masks as wide as it is.
     if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 4:
         attention_mask = attention_mask[..., : entries.shape[2]]
     return entries, attention_mask

@@ -12,6 +12,7 @@ from .bit_allocation_egmla import UNQUANTIZED_BITS, find_allocation
 from .cache_layers_egmla import FixedLatentLayer, GrowingLatentLayer, LatentLayer
 from .configuration_egmla import EGMLAConfig
 from .entries_egmla import Entries
+from .eviction_egmla import fit_mask
 from .left_padding_egmla import LeftPadding
 from .quantized_cache_egmla import QUANTIZED_LAYERS
 
@@ -205,7 +206,16 @@ class EGMLACache(Cache):
 
         Returns:
             The mask over the entries in the order in which they are stored.
+
+        Raises:
+            ValueError: for tokens that are hidden, once entries were evicted: nobody knows where they are.
         """
+        if self.evicted and isinstance(attention_mask, torch.Tensor) and not is_torchdynamo_compiling():
+            if attention_mask.ndim != 2 or not attention_mask.all():
+                raise ValueError(
+                    "attention_mask hides tokens, and entries were evicted from this cache, so that columns are no "
+                    "longer entries; leave attention_mask out, or use a new cache."
+                )
         if not isinstance(causal_mask, torch.Tensor) or causal_mask.ndim != 4:
             return causal_mask
         # Token ids, for a gate on expanded entries, lie in the order of columns.
@@ -214,6 +224,25 @@ class EGMLACache(Cache):
         if padded and not self.layers[0].seen and not is_torchdynamo_compiling():
             self.padding = LeftPadding.of(attention_mask, first)
         return causal_mask if self.padding is None else self.padding.order_mask(causal_mask)
+
+    @property
+    def evicted(self) -> bool:
+        """Whether entries were dropped from any layer."""
+        return any(layer.evicted for layer in self.layers)
+
+    def fit_mask(self, mask: Any, layer_idx: int, new_tokens: int, held: int) -> Any:
+        """Return the mask of all layers as one layer is to use it.
+
+        Args:
+            mask: over the entries of the first layer, `[B or 1, 1, T, S]`; other forms stay as they are.
+            layer_idx (`int`): the layer.
+            new_tokens (`int`): `T`.
+            held (`int`): entries that the layer holds, the new ones among them.
+        """
+        if self.layers[layer_idx].evicted:
+            return fit_mask(mask, new_tokens, held)
+        # A fixed-size cache has masks as wide as it is, and returns only what is in use.
+        return mask[..., :held] if isinstance(mask, torch.Tensor) and mask.ndim == 4 else mask
 
     def early_initialization(self, batch_size: int, num_heads=None, head_dim=None, dtype=None, device=None):
         """Allocates all layers now. The widths come from the config, so `num_heads` and `head_dim` are not needed."""
@@ -235,6 +264,8 @@ class EGMLACache(Cache):
                 f"crop({tokens_to_remove}) would leave {left} of {self.get_seq_length()} tokens, and the first tokens "
                 f"of a row that is padded on the left end at {self.padding.columns}: leave as many, or none."
             )
+        for holder in self._holders:
+            holder.check_crop(tokens_to_remove)  # of all layers before any is cropped
         for holder in self._holders:
             holder.crop(tokens_to_remove)
 

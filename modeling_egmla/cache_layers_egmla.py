@@ -55,6 +55,8 @@ class LatentLayer(CacheLayerMixin):
     stored: Any  # entries held
     seen: Any  # tokens so far, of which the next one's position is counted
     storage_names = ("buffer",)
+    evicted = False  # whether entries were dropped, see `eviction_egmla.py`
+    first_whole = 0  # from this entry on there is no gap
     dtype: torch.dtype
     device: torch.device
 
@@ -160,12 +162,18 @@ class LatentLayer(CacheLayerMixin):
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         self.replace_storages(lambda storage: storage.index_select(0, indices.to(storage.device)))
 
-    def _check_crop(self, tokens_to_remove: int) -> int:
+    def check_crop(self, tokens_to_remove: int) -> int:
+        """Return how many entries `crop(tokens_to_remove)` removes; raises `ValueError` where it cannot."""
         if tokens_to_remove > 0:
             raise ValueError(
                 f"crop({tokens_to_remove}): the argument is the number of tokens to remove, written as 0 or a "
                 f"negative number, as in Transformers 5; use crop({-tokens_to_remove}) to remove {tokens_to_remove} "
                 "tokens."
+            )
+        if self.evicted and self.stored + tokens_to_remove < self.first_whole:
+            raise ValueError(
+                f"crop({tokens_to_remove}) reaches entries that were evicted: layer {self.layer_idx} holds the newest "
+                f"{self.stored - self.first_whole} tokens without a gap. Crop no more, or reset() the cache."
             )
         return min(-tokens_to_remove, int(self.stored))
 
@@ -231,9 +239,10 @@ class GrowingLatentLayer(LatentLayer):
     def reset(self) -> None:
         self.buffer, self.is_initialized = None, False
         self.stored = self.seen = 0
+        self.evicted, self.first_whole = False, 0
 
     def crop(self, tokens_to_remove: int) -> None:
-        self.count(-self._check_crop(tokens_to_remove))
+        self.count(-self.check_crop(tokens_to_remove))
 
 
 class FixedLatentLayer(LatentLayer):
@@ -320,4 +329,4 @@ class FixedLatentLayer(LatentLayer):
 
     def crop(self, tokens_to_remove: int) -> None:
         self._thaw()
-        self.cumulative_length.sub_(self._check_crop(tokens_to_remove))
+        self.cumulative_length.sub_(self.check_crop(tokens_to_remove))

@@ -163,7 +163,7 @@ class TokenGroupLayer(QuantizedLatentLayer):
         self.kept, self.groups = None, 0
 
     def crop(self, tokens_to_remove: int) -> None:
-        removed = self._check_crop(tokens_to_remove)
+        removed = self.check_crop(tokens_to_remove)
         if not removed:
             return
         remaining = self.stored - removed

@@ -135,6 +135,7 @@ CODE_FILES = {
         "converted_attention",
         "cpu",
         "entries",
+        "eviction",
         "expanded_gate",
         "generation",
         "left_padding",

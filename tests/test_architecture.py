@@ -33,6 +33,7 @@ ARROWS = {
     "utils": {"hub", "package"},
     "configuration": GROUND,
     "samples": GROUND,
+    "compression": GROUND,
     "conversion": GROUND | {"samples"},
     "evaluation": GROUND | {"samples"},
     "bench": GROUND | {"conversion", "configuration"},

@@ -1,0 +1,180 @@
+# Copyright 2026 The egmla authors. Licensed under the Apache License, Version 2.0.
+"""The eviction gate: a linear map per layer that predicts reconstruction scores of tokens from their hidden states.
+
+It reads the prompt once. It is fitted by ridge regression, without a backward pass, and saved beside the weights.
+
+Source: KVzap (arXiv 2601.07891), the linear form, on the scores of KVzip; Fast KVzip (arXiv 2601.17668) has gates of
+the same kind with sinks.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from .press import Press, Reading
+from .reconstruction import reconstruction_scores
+
+
+GATE_FILE = "eviction_gate.safetensors"
+RIDGE = 1e-2  # of the mean variance of the inputs, added to each
+LEAST_SCORE = 1e-6  # below it a token is not looked at, and its logarithm would say by how much
+
+
+@dataclass(frozen=True)
+class EvictionGate:
+    """A linear map per layer from normed inputs to log scores.
+
+    Attributes:
+        weight (`torch.Tensor`): `[layers, D]`, fp32.
+        bias (`torch.Tensor`): `[layers]`.
+        shares (`torch.Tensor`): of the tokens that each layer keeps when half of all are kept by one threshold,
+            `[layers]`, measured while it was fitted.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+    shares: torch.Tensor
+
+    def __call__(self, layer_idx: int, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Return log scores `[B, T]` of normed inputs `[B, T, D]`."""
+        weight, bias = (each[layer_idx].to(hidden_states.device) for each in (self.weight, self.bias))
+        return hidden_states.float() @ weight + bias
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the gate beside a model's weights, and return the file's path."""
+        path = Path(folder) / GATE_FILE
+        save_file({"weight": self.weight, "bias": self.bias, "shares": self.shares}, path)
+        return path
+
+    @classmethod
+    def load(cls, folder: str | Path, config: Any) -> "EvictionGate":
+        """Read the gate of a model's folder.
+
+        Args:
+            folder (`str` or `Path`): the model's folder.
+            config: the model's configuration.
+
+        Raises:
+            FileNotFoundError: without a gate in it.
+            ValueError: for the gate of another model.
+        """
+        path = Path(folder) / GATE_FILE
+        if not path.is_file():
+            raise FileNotFoundError(f"{folder} has no {GATE_FILE}: fit a gate first, fit_gate(model, contexts, ...).")
+        tensors = load_file(path)
+        wanted = (config.num_hidden_layers, config.hidden_size)
+        found = tuple(tensors["weight"].shape) if tensors.keys() == {"weight", "bias", "shares"} else None
+        if found != wanted:
+            raise ValueError(
+                f"{path} holds a gate of shape {found}, and the model has {wanted[0]} layers of width {wanted[1]}: it "
+                "is another model's. Fit one for this model."
+            )
+        return cls(**tensors)
+
+
+class GatePress(Press):
+    """Keeps tokens that an eviction gate scores highest.
+
+    Args:
+        gate (`EvictionGate`): of the model.
+        options: as of `Press`. By default one threshold for all layers.
+    """
+
+    default_layers = "global"
+
+    def __init__(self, gate: EvictionGate, **options: Any):
+        super().__init__(**options)
+        self.gate = gate
+
+    def score(self, reading: Reading) -> torch.Tensor:
+        new = self.gate(reading.attention.layer_idx, reading.hidden_states)
+        return torch.cat((reading.older, new), dim=1)
+
+
+class _Regression:
+    """Sums for a ridge regression per layer, fp64: inputs `[n, D]` with a constant, targets `[n]`."""
+
+    def __init__(self, layers: int, width: int):
+        self.gram = torch.zeros(layers, width + 1, width + 1, dtype=torch.float64)
+        self.moment = torch.zeros(layers, width + 1, dtype=torch.float64)
+
+    def add(self, layer_idx: int, inputs: torch.Tensor, targets: torch.Tensor) -> None:
+        rows = torch.cat((inputs.double().cpu(), torch.ones(len(inputs), 1, dtype=torch.float64)), dim=1)
+        self.gram[layer_idx] += rows.T @ rows
+        self.moment[layer_idx] += rows.T @ targets.double().cpu()
+
+    def solve(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return weights `[layers, D]` and biases `[layers]`; the constant is not shrunk."""
+        squares = self.gram.diagonal(dim1=1, dim2=2)
+        damping = torch.zeros_like(squares)
+        damping[:, :-1] = RIDGE * squares[:, :-1].mean(dim=1, keepdim=True)
+        solved = torch.linalg.solve(self.gram + torch.diag_embed(damping), self.moment)
+        return solved[:, :-1].float().contiguous(), solved[:, -1].float()
+
+
+@torch.no_grad()
+def fit_gate(
+    model: Any,
+    contexts: Sequence[torch.Tensor],
+    instruction: torch.Tensor,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[EvictionGate, dict[str, float]]:
+    """Fit a gate to the reconstruction scores of contexts.
+
+    The last fifth of the contexts, at least one, is held out for the figures.
+
+    Args:
+        model: an EG-MLA model.
+        contexts (`Sequence[torch.Tensor]`): ids `[1, T]` of at least five texts, of all domains that it will serve.
+        instruction (`torch.Tensor`): ids `[1, I]` of `INSTRUCTION`.
+        progress (`Callable`, *optional*): called with (contexts done, contexts in all).
+
+    Returns:
+        The gate, and on held-out contexts the mean over layers of "r2", and "recall": the share of the best-scored
+        half of the tokens, of all layers together, that is in the gate's best half.
+
+    Raises:
+        ValueError: for fewer than five contexts.
+    """
+    if len(contexts) < 5:
+        raise ValueError(f"{len(contexts)} contexts: give at least 5, of all domains that the gate will serve.")
+    layers, width = model.config.num_hidden_layers, model.config.hidden_size
+    regression = _Regression(layers, width)
+    held_out = max(1, len(contexts) // 5)
+    inputs: list[list[torch.Tensor]] = []
+
+    def observe(layer_idx: int, hidden: torch.Tensor) -> None:
+        inputs[layer_idx].append(hidden)
+
+    def measure(ids: torch.Tensor) -> torch.Tensor:
+        inputs[:] = [[] for _ in range(layers)]
+        return reconstruction_scores(model, ids, instruction, observe=observe).clamp_min(LEAST_SCORE).log()
+
+    fitted = contexts[:-held_out]
+    for done, ids in enumerate(fitted):
+        for layer_idx, targets in enumerate(measure(ids)):
+            regression.add(layer_idx, torch.cat(inputs[layer_idx]), targets)
+        if progress is not None:
+            progress(done + 1, len(contexts))
+    weight, bias = regression.solve()
+    gate = EvictionGate(weight, bias, torch.ones(layers))
+    explained, recall, shares = torch.zeros(layers), 0.0, torch.zeros(layers)
+    for done, ids in enumerate(contexts[-held_out:]):
+        targets = measure(ids).cpu()
+        found = torch.stack([gate(idx, torch.cat(inputs[idx])) for idx in range(layers)]).cpu()
+        spread = (targets - targets.mean(dim=1, keepdim=True)).square().sum(dim=1)
+        explained += 1 - (targets - found).square().sum(dim=1) / spread.clamp_min(1e-9)
+        half = targets.numel() // 2
+        best, chosen = (torch.zeros(targets.numel(), dtype=torch.bool) for _ in range(2))
+        best[targets.flatten().topk(half).indices] = True
+        chosen[found.flatten().topk(half).indices] = True
+        recall += float((best & chosen).sum()) / half
+        shares += chosen.view(layers, -1).float().mean(dim=1)
+        if progress is not None:
+            progress(len(fitted) + done + 1, len(contexts))
+    gate = EvictionGate(weight, bias, shares / held_out)
+    return gate, {"r2": float(explained.mean()) / held_out, "recall": recall / held_out}
