@@ -210,18 +210,19 @@ class EGMLACache(Cache):
         Raises:
             ValueError: for tokens that are hidden, once entries were evicted: nobody knows where they are.
         """
-        if self.evicted and isinstance(attention_mask, torch.Tensor) and not is_torchdynamo_compiling():
-            if attention_mask.ndim != 2 or not attention_mask.all():
-                raise ValueError(
-                    "attention_mask hides tokens, and entries were evicted from this cache, so that columns are no "
-                    "longer entries; leave attention_mask out, or use a new cache."
-                )
+        compiling = is_torchdynamo_compiling()
+        hides = self.evicted and not compiling and attention_mask is not None
+        if hides and (attention_mask.ndim != 2 or not attention_mask.all()):
+            raise ValueError(
+                "attention_mask hides tokens, and entries were evicted from this cache, so that columns are no longer "
+                "entries; leave attention_mask out, or use a new cache."
+            )
         if not isinstance(causal_mask, torch.Tensor) or causal_mask.ndim != 4:
             return causal_mask
         # Token ids, for a gate on expanded entries, lie in the order of columns.
         first = 0 if self.token_ids is not None else getattr(self.layers[0], "first_tokens", 0)
         padded = isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2 and first
-        if padded and not self.layers[0].seen and not is_torchdynamo_compiling():
+        if padded and not self.layers[0].seen and not compiling:
             self.padding = LeftPadding.of(attention_mask, first)
         return causal_mask if self.padding is None else self.padding.order_mask(causal_mask)
 

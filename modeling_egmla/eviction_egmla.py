@@ -27,8 +27,9 @@ def drop_entries(layer: Any, kept: torch.Tensor) -> None:
         )
     if kept.ndim != 2 or kept.shape[0] != layer.batch_size:
         raise ValueError(f"kept has shape {tuple(kept.shape)}: must be indices [{layer.batch_size}, K].")
-    steps, count = kept.diff(dim=1), kept.shape[1]
-    if count < 1 or bool((steps < 1).any()) or bool((kept[:, 0] < 0).any()) or bool((kept[:, -1] >= layer.stored).any()):
+    count = kept.shape[1]
+    outside = (kept < 0).any() or (kept >= layer.stored).any()
+    if count < 1 or outside or (kept.diff(dim=1) < 1).any():
         raise ValueError(
             f"kept must be ascending indices of the {layer.stored} entries that layer {layer.layer_idx} holds, at "
             "least one, none twice."

@@ -12,6 +12,7 @@ from .compare import compare
 from .convert import convert
 from .demo import demo
 from .evaluate import evaluate
+from .gate import gate
 from .generate import generate
 from .heal import heal
 from .inspect import inspect
@@ -54,7 +55,7 @@ def options(
         load_cpu_kernel()
 
 
-for command in (demo, convert, sweep, heal, train, generate, compare, bench, inspect, presets, card, push):
+for command in (demo, convert, sweep, heal, gate, train, generate, compare, bench, inspect, presets, card, push):
     app.command(cls=Command)(with_config(command))
 app.command("eval", cls=Command)(with_config(evaluate))
 

@@ -7,7 +7,7 @@ GROUPS = {
     "--layout --recipe",
     "Calibration and refinement": "--calibration --shipped-text --calibration-tokens --refine-steps --refine-gate "
     "--heal --heal-data",
-    "Data": "--data --tokens --text-field --tokenizer --new-tokenizer --sequence-length",
+    "Data": "--data --tokens --text-field --tokenizer --new-tokenizer --sequence-length --contexts --context-tokens",
     "Teacher and loss": "--teacher --stage --kl-weight --ce-weight heal--temperature --lora-rank --rounding",
     "Training": "--batch-size --micro-batch-size --learning-rate --gate-learning-rate --weight-decay --warmup-share "
     "--gradient-checkpointing --bf16 --chunk",
@@ -46,6 +46,9 @@ EXAMPLES = {
         egmla heal smollm2-half smollm2-healed --data text.txt --tokens 5M \\
             --teacher HuggingFaceTB/SmolLM2-135M-Instruct
         egmla heal smollm2-half smollm2-healed --config run.yaml --dry-run
+    """,
+    "gate": """
+        egmla gate smollm2-half --data wiki.txt --data code.txt
     """,
     "train": """
         egmla train egmla-kv64-120m my-model --data text.txt --tokens 50M \\

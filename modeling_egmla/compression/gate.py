@@ -7,7 +7,7 @@ Source: KVzap (arXiv 2601.07891), the linear form, on the scores of KVzip; Fast 
 the same kind with sinks.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from .reconstruction import reconstruction_scores
 
 GATE_FILE = "eviction_gate.safetensors"
 RIDGE = 1e-2  # of the mean variance of the inputs, added to each
+LEAST_CONTEXTS = 5  # of a domain
 LEAST_SCORE = 1e-6  # below it a token is not looked at, and its logarithm would say by how much
 
 
@@ -64,7 +65,7 @@ class EvictionGate:
         """
         path = Path(folder) / GATE_FILE
         if not path.is_file():
-            raise FileNotFoundError(f"{folder} has no {GATE_FILE}: fit a gate first, fit_gate(model, contexts, ...).")
+            raise FileNotFoundError(f"{folder} has no {GATE_FILE}: fit one first, egmla gate {folder} --data TEXT.")
         tensors = load_file(path)
         wanted = (config.num_hidden_layers, config.hidden_size)
         found = tuple(tensors["weight"].shape) if tensors.keys() == {"weight", "bias", "shares"} else None
@@ -119,62 +120,84 @@ class _Regression:
 @torch.no_grad()
 def fit_gate(
     model: Any,
-    contexts: Sequence[torch.Tensor],
+    contexts: Mapping[str, Sequence[torch.Tensor]],
     instruction: torch.Tensor,
     progress: Callable[[int, int], None] | None = None,
-) -> tuple[EvictionGate, dict[str, float]]:
+) -> tuple[EvictionGate, dict[str, dict[str, float]]]:
     """Fit a gate to the reconstruction scores of contexts.
 
-    The last fifth of the contexts, at least one, is held out for the figures.
+    The last fifth of each domain's contexts, at least one, is held out for the figures.
 
     Args:
         model: an EG-MLA model.
-        contexts (`Sequence[torch.Tensor]`): ids `[1, T]` of at least five texts, of all domains that it will serve.
+        contexts (`Mapping[str, Sequence[torch.Tensor]]`): ids `[1, T]` of at least five texts of each domain that the
+            gate will serve, by the domain's name.
         instruction (`torch.Tensor`): ids `[1, I]` of `INSTRUCTION`.
         progress (`Callable`, *optional*): called with (contexts done, contexts in all).
 
     Returns:
-        The gate, and on held-out contexts the mean over layers of "r2", and "recall": the share of the best-scored
-        half of the tokens, of all layers together, that is in the gate's best half.
+        The gate, and for each domain, on its held-out contexts: the mean over layers of "r2", and "recall": the share
+        of the best-scored half of the tokens, of all layers together, that is in the gate's best half. A random half
+        has 0.5 of it.
 
     Raises:
-        ValueError: for fewer than five contexts.
+        ValueError: for fewer than five contexts of a domain.
     """
-    if len(contexts) < 5:
-        raise ValueError(f"{len(contexts)} contexts: give at least 5, of all domains that the gate will serve.")
+    for domain, own in contexts.items():
+        if len(own) < LEAST_CONTEXTS:
+            raise ValueError(
+                f"{domain} gives {len(own)} contexts, and at least {LEAST_CONTEXTS} are needed, some of them held "
+                "out: give a longer text, or shorter contexts."
+            )
+    if not contexts:
+        raise ValueError("A gate is fitted to texts: give contexts of each domain that it will serve.")
     layers, width = model.config.num_hidden_layers, model.config.hidden_size
-    regression = _Regression(layers, width)
-    held_out = max(1, len(contexts) // 5)
+    total, done = sum(map(len, contexts.values())), 0
     inputs: list[list[torch.Tensor]] = []
 
     def observe(layer_idx: int, hidden: torch.Tensor) -> None:
         inputs[layer_idx].append(hidden)
 
     def measure(ids: torch.Tensor) -> torch.Tensor:
+        nonlocal done
         inputs[:] = [[] for _ in range(layers)]
-        return reconstruction_scores(model, ids, instruction, observe=observe).clamp_min(LEAST_SCORE).log()
-
-    fitted = contexts[:-held_out]
-    for done, ids in enumerate(fitted):
-        for layer_idx, targets in enumerate(measure(ids)):
-            regression.add(layer_idx, torch.cat(inputs[layer_idx]), targets)
+        scores = reconstruction_scores(model, ids, instruction, observe=observe).clamp_min(LEAST_SCORE).log()
+        done += 1
         if progress is not None:
-            progress(done + 1, len(contexts))
+            progress(done, total)
+        return scores.cpu()
+
+    regression = _Regression(layers, width)
+    held_out = {domain: max(1, len(own) // 5) for domain, own in contexts.items()}
+    for domain, own in contexts.items():
+        for ids in own[: -held_out[domain]]:
+            for layer_idx, targets in enumerate(measure(ids)):
+                regression.add(layer_idx, torch.cat(inputs[layer_idx]), targets)
     weight, bias = regression.solve()
     gate = EvictionGate(weight, bias, torch.ones(layers))
-    explained, recall, shares = torch.zeros(layers), 0.0, torch.zeros(layers)
-    for done, ids in enumerate(contexts[-held_out:]):
-        targets = measure(ids).cpu()
-        found = torch.stack([gate(idx, torch.cat(inputs[idx])) for idx in range(layers)]).cpu()
-        spread = (targets - targets.mean(dim=1, keepdim=True)).square().sum(dim=1)
-        explained += 1 - (targets - found).square().sum(dim=1) / spread.clamp_min(1e-9)
-        half = targets.numel() // 2
-        best, chosen = (torch.zeros(targets.numel(), dtype=torch.bool) for _ in range(2))
-        best[targets.flatten().topk(half).indices] = True
-        chosen[found.flatten().topk(half).indices] = True
-        recall += float((best & chosen).sum()) / half
-        shares += chosen.view(layers, -1).float().mean(dim=1)
-        if progress is not None:
-            progress(len(fitted) + done + 1, len(contexts))
-    gate = EvictionGate(weight, bias, shares / held_out)
-    return gate, {"r2": float(explained.mean()) / held_out, "recall": recall / held_out}
+    figures, shares = {}, torch.zeros(layers)
+    for domain, own in contexts.items():
+        found = []
+        for ids in own[-held_out[domain] :]:
+            targets = measure(ids)
+            guesses = torch.stack([gate(idx, torch.cat(inputs[idx])).cpu() for idx in range(layers)])
+            found.append(_compare(targets, guesses))
+            shares += _best_half(guesses).float().mean(dim=1)
+        r2, recall = (sum(each) / len(found) for each in zip(*found, strict=True))
+        figures[domain] = {"r2": r2, "recall": recall}
+    return EvictionGate(weight, bias, shares / sum(held_out.values())), figures
+
+
+def _best_half(scores: torch.Tensor) -> torch.Tensor:
+    """Tell which half of the scores `[layers, T]` of all layers together are the largest."""
+    chosen = torch.zeros(scores.numel(), dtype=torch.bool)
+    chosen[scores.flatten().topk(scores.numel() // 2).indices] = True
+    return chosen.view(scores.shape)
+
+
+def _compare(targets: torch.Tensor, guesses: torch.Tensor) -> tuple[float, float]:
+    """Return the mean R2 of the layers, and how much of the best half is found."""
+    spread = (targets - targets.mean(dim=1, keepdim=True)).square().sum(dim=1).clamp_min(1e-9)
+    r2 = 1 - (targets - guesses).square().sum(dim=1) / spread
+    found = (_best_half(targets) & _best_half(guesses)).sum() / (targets.numel() // 2)
+    return float(r2.mean()), float(found)

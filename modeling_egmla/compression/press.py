@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from egmla.cache_egmla import EGMLACache, holds_latents
-from egmla.cache_layers_egmla import GrowingLatentLayer, LatentLayer
+from egmla.cache_layers_egmla import GrowingLatentLayer
 from egmla.eviction_egmla import drop_entries
 from egmla.quantized_cache_egmla import QuantizedLatentLayer
 
@@ -165,13 +165,13 @@ def check_model(model: Any, press: Press) -> None:
         TypeError: for a model that is none of this package.
         ValueError: for a gate on expanded keys and values, and for numbers of another number of layers.
     """
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if not hasattr(config, "layer_kv_lora_ranks"):
         raise TypeError(f"A press needs an EG-MLA model and got {type(model).__name__}.")
     if config.kv_gate == "expanded":
         raise ValueError(
-            "kv_gate='expanded': the gates of all cached tokens are computed from their ids, which are stored once for "
-            "all layers, so no layer can drop tokens of its own."
+            "kv_gate='expanded': the gates of all cached tokens are computed from their ids, which are stored once "
+            "for all layers, so no layer can drop tokens of its own."
         )
     if not isinstance(press.layers, str) and len(press.layers) != config.num_hidden_layers:
         raise ValueError(f"layers has {len(press.layers)} numbers, and this model {config.num_hidden_layers} layers.")
@@ -182,9 +182,9 @@ class _Prompt:
 
     def __init__(self, press: Press, base: Any):
         self.press, self.base = press, base
-        self.cache: EGMLACache | None = None
+        self.cache: Any = None
         self.scores: list[torch.Tensor] = []
-        self.quantized: list[LatentLayer] = []  # what takes the place of the staged layers
+        self.quantized: list[Any] = []  # what takes the place of the staged layers
 
     def before(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         cache = kwargs.get("past_key_values")
@@ -195,8 +195,8 @@ class _Prompt:
             return
         if not holds_latents(cache):
             raise TypeError(
-                f"A press drops entries of an EGMLACache and got a {type(cache).__name__}; leave past_key_values out of "
-                "generate(), or pass EGMLACache(model.config)."
+                f"A press drops entries of an EGMLACache and got a {type(cache).__name__}; leave past_key_values out "
+                "of generate(), or pass EGMLACache(model.config)."
             )
         seen = cache.get_seq_length()
         if not seen:
@@ -205,7 +205,7 @@ class _Prompt:
         elif cache is not self.cache or inputs.shape[1] == 1:
             self.end()
 
-    def begin(self, cache: EGMLACache, batch_size: int, attention_mask: Any) -> None:
+    def begin(self, cache: Any, batch_size: int, attention_mask: Any) -> None:
         """Note a new prompt, and put unquantised layers in the place of quantised ones."""
         if isinstance(attention_mask, torch.Tensor) and not (attention_mask.ndim == 2 and attention_mask.all()):
             raise ValueError(
@@ -229,9 +229,10 @@ class _Prompt:
             ]
 
     def read_layer(self, attention: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        if self.cache is None or kwargs.get("past_key_values") is not self.cache or self.press.keep == 1:
+        cache: Any = self.cache
+        if cache is None or kwargs.get("past_key_values") is not cache or self.press.keep == 1:
             return
-        held = self.cache.layers[attention.layer_idx].entries.to_tensor()
+        held = cache.layers[attention.layer_idx].entries.to_tensor()
         older = self.scores[attention.layer_idx].to(held.device)
         hidden, tables = kwargs["hidden_states"], kwargs.get("position_embeddings")
         reading = Reading(attention, hidden, kwargs.get("gate_input"), tables, held, older)
@@ -257,7 +258,6 @@ class _Prompt:
 
     def count(self, layer_idx: int) -> int:
         """Return how many entries a layer keeps, where that is known beforehand."""
-        assert self.cache is not None
         seen, numbers = self.cache.layers[layer_idx].seen, self.press.layers
         wanted = self.press.tokens(seen)
         if not isinstance(numbers, str):
@@ -272,7 +272,6 @@ class _Prompt:
         return scores
 
     def drop(self, layer_idx: int, count: int) -> None:
-        assert self.cache is not None
         layer = self.cache.layers[layer_idx]
         if count >= layer.stored:
             return
@@ -325,7 +324,7 @@ def layer_shares(model: Any, sequences: Sequence[torch.Tensor], press: Press, ch
         raise ValueError("layer_shares needs texts, and a press with layers='global'.")
     found = torch.zeros(model.config.num_hidden_layers)
     for ids in sequences:
-        cache = EGMLACache(model.config, bits=16)
+        cache: Any = EGMLACache(model.config, bits=16)
         with press(model):
             for part in ids.split(chunk, dim=1):
                 model(part, past_key_values=cache, use_cache=True, logits_to_keep=1)
