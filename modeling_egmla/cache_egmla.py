@@ -240,7 +240,8 @@ class EGMLACache(Cache):
             new_tokens (`int`): `T`.
             held (`int`): entries that the layer holds, the new ones among them.
         """
-        if self.layers[layer_idx].evicted:
+        # The mask is of the first layer's length; a layer may have kept all of its entries.
+        if self.layers[layer_idx].evicted or self.layers[0].evicted:
             return fit_mask(mask, new_tokens, held)
         # A fixed-size cache has masks as wide as it is, and returns only what is in use.
         return mask[..., :held] if isinstance(mask, torch.Tensor) and mask.ndim == 4 else mask

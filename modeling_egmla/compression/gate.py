@@ -136,9 +136,9 @@ def fit_gate(
         progress (`Callable`, *optional*): called with (contexts done, contexts in all).
 
     Returns:
-        The gate, and for each domain, on its held-out contexts: the mean over layers of "r2", and "recall": the share
-        of the best-scored half of the tokens, of all layers together, that is in the gate's best half. A random half
-        has 0.5 of it.
+        The gate, and figures of each domain on its held-out contexts: "r2", the mean over layers, and "recall". The
+        latter is the share of the best-scored half of the tokens that is in the gate's best half, all layers
+        together. A random half has 0.5.
 
     Raises:
         ValueError: for fewer than five contexts of a domain.

@@ -162,7 +162,7 @@ def check_model(model: Any, press: Press) -> None:
     """Refuse models whose caches cannot be pressed.
 
     Raises:
-        TypeError: for a model that is none of this package.
+        TypeError: for another model than one of this package.
         ValueError: for a gate on expanded keys and values, and for numbers of another number of layers.
     """
     config: Any = getattr(model, "config", None)
@@ -229,8 +229,8 @@ class _Prompt:
             ]
 
     def read_layer(self, attention: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        cache: Any = self.cache
-        if cache is None or kwargs.get("past_key_values") is not cache or self.press.keep == 1:
+        cache = kwargs.get("past_key_values")
+        if cache is None or cache is not self.cache or self.press.keep == 1:
             return
         held = cache.layers[attention.layer_idx].entries.to_tensor()
         older = self.scores[attention.layer_idx].to(held.device)

@@ -76,21 +76,25 @@ def kept_by(press, ids, layers: int) -> list[torch.Tensor]:
     return [row.topk(round(press.tokens(T))).indices.sort().values for row in scores]
 
 
-@pytest.mark.parametrize("layers", ["global", "equal"])
+@pytest.mark.parametrize("layers", ["global", "equal", "first whole", "last whole"])
 @pytest.mark.parametrize("new_tokens", [1, 5, 20])
 @pytest.mark.parametrize("name", PRESSED_CASES)
 @torch.no_grad()
 def test_dropped_equals_masked(name, new_tokens, layers):
     """Whatever is dropped, with layers of different lengths: later tokens see what a mask over the rest shows."""
     model, ids = tiny_model(name), token_ids(1, 50)
-    press = GivenScoresPress(torch.rand(2, 30), keep=0.4, layers=layers, **SMALL)
+    scores, keep = torch.rand(2, 30), 0.4
+    if "whole" in layers:
+        scores[0 if layers == "first whole" else 1] += 1
+        layers, keep = "global", 0.8
+    press = GivenScoresPress(scores, keep=keep, layers=layers, **SMALL)
     cache, full = (EGMLACache(model.config, bits=16) for _ in range(2))
     with press(model):
         read(model, ids[:, :30], cache)
     read(model, ids[:, :30], full)
     kept = kept_by(press, ids[:, :30], 2)
     assert [layer.stored for layer in cache.layers] == [len(each) for each in kept]
-    assert cache.get_seq_length() == 30 and sum(map(len, kept)) == 24
+    assert cache.get_seq_length() == 30 and sum(map(len, kept)) == 60 * keep
     for layer, whole, own in zip(cache.layers, full.layers, kept, strict=True):
         assert torch.equal(layer.entries.to_tensor(), whole.entries.to_tensor()[:, :, own])
 
