@@ -211,10 +211,16 @@ def measure_retrieval(
         filled = make_cache()
         read_in_chunks(model, context, filled, chunk)
         for question in passage.questions:
-            hits.append(question.is_hit(_continue(model, tokenizer, copy.deepcopy(filled), question)))
+            hits.append(ask(model, tokenizer, copy.deepcopy(filled), question))
             if progress is not None:
                 progress(len(hits), total)
     return hits
+
+
+@torch.no_grad()
+def ask(model, tokenizer, cache, question: Question) -> bool:
+    """Ask a question behind what a cache holds, which takes it in; return whether the answer is right."""
+    return question.is_hit(_continue(model, tokenizer, cache, question))
 
 
 def _continue(model, tokenizer, cache, question: Question) -> str:

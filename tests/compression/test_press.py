@@ -1,6 +1,8 @@
 """Presses: what is dropped is gone for good and nothing else changes, in every format and mode of generation."""
 
 import copy
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from transformers import DynamicCache
 from egmla import EGMLACache
 from egmla.compression import (
     PRESSES,
+    EvictionGate,
     GivenScoresPress,
     KeyDiffPress,
     KnormPress,
@@ -20,6 +23,7 @@ from egmla.compression import (
     TOVAPress,
     layer_shares,
 )
+from egmla.compression import press as press_module
 from egmla.compression.press import spread
 from egmla.eviction_egmla import drop_entries
 
@@ -427,3 +431,14 @@ def test_cases_with_bits_are_pressed_too():
             out = model.generate(ids, return_dict_in_generate=True, **GREEDY)
         cache = out.past_key_values
         assert type(cache.layers[0]).__name__ == "AllocatedLatentLayer" and cache.layers[0].stored == 27
+
+
+def test_the_readme_example_runs(tmp_path):
+    folder, model, context = tmp_path, tiny_model(), token_ids(1, 60)
+    EvictionGate(torch.randn(2, 48), torch.zeros(2), torch.ones(2)).save(folder)
+    text = (Path(press_module.__file__).parent / "README.md").read_text(encoding="utf-8")
+    [code] = re.findall(r"^```python\n(.*?)^```", text, flags=re.S | re.M)
+    names = {"folder": folder, "model": model, "context": context}
+    with torch.no_grad():
+        exec(code, names)
+    assert sum(layer.stored for layer in names["cache"].layers) == 60
