@@ -135,9 +135,14 @@ class Press:
 
         A prompt may come in parts. It ends with the first single token, or with the block: a quantised cache gets
         what is left of it then. Until then it is held as it came.
+
+        Raises:
+            ValueError: for a model that is under a press already.
         """
         check_model(model, self)
-        base = model.base_model
+        base = find_decoder(model)
+        if getattr(base, "is_pressed", False):
+            raise ValueError("This model is under a press already: end that block first, one press drops the tokens.")
         prompt = _Prompt(self, base)
         hooks = [
             base.register_forward_pre_hook(prompt.before, with_kwargs=True),
@@ -145,9 +150,11 @@ class Press:
         ]
         for layer in base.layers:
             hooks.append(layer.self_attn.register_forward_hook(prompt.read_layer, with_kwargs=True))
+        base.is_pressed = True
         try:
             yield
         finally:
+            base.is_pressed = False
             for hook in hooks:
                 hook.remove()
             prompt.end()
@@ -175,6 +182,11 @@ def check_model(model: Any, press: Press) -> None:
         )
     if not isinstance(press.layers, str) and len(press.layers) != config.num_hidden_layers:
         raise ValueError(f"layers has {len(press.layers)} numbers, and this model {config.num_hidden_layers} layers.")
+
+
+def find_decoder(model: Any) -> Any:
+    """Return the module with the layers: the model itself, or inside of heads and adapters."""
+    return next(module for module in model.modules() if hasattr(module, "embed_positions"))
 
 
 class _Prompt:

@@ -16,7 +16,7 @@ import torch
 from egmla.cache_egmla import EGMLACache
 from egmla.utils.reading import read_in_chunks
 
-from .press import Press, Reading
+from .press import Press, Reading, find_decoder
 
 
 INSTRUCTION = "\n\nRepeat the previous context exactly.\n\n"
@@ -64,7 +64,7 @@ def reconstruction_scores(
         most = reading.weights(hidden.shape[1])[0, :, :, :context].amax(dim=1)
         torch.maximum(found[layer_idx], most, out=found[layer_idx])
 
-    hooks = [layer.self_attn.register_forward_hook(look, with_kwargs=True) for layer in model.base_model.layers]
+    hooks = [layer.self_attn.register_forward_hook(look, with_kwargs=True) for layer in find_decoder(model).layers]
     try:
         read_in_chunks(model, ids, cache, part)
         for piece in ids.split(part, dim=1):

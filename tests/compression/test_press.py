@@ -287,6 +287,26 @@ def test_each_prompt_under_a_press_is_a_new_one():
     torch.testing.assert_close(caches[0].layers[0].entries.to_tensor(), caches[1].layers[0].entries.to_tensor())
 
 
+@pytest.mark.parametrize("kind", ["adapters", "trunk", "bf16"])
+def test_other_forms_of_a_model(kind):
+    """Inside of PEFT's wrapper, without a head, and in bf16."""
+    model, ids = tiny_model(), token_ids(2, 40)
+    if kind == "adapters":
+        peft = pytest.importorskip("peft")
+        model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"])).eval()
+    elif kind == "trunk":
+        model = model.model
+    else:
+        model = model.to(torch.bfloat16)
+    for name, press in PRESSES.items():
+        cache = EGMLACache(model.config)
+        with press(keep=0.5, **SMALL)(model), torch.no_grad():
+            model(ids, past_key_values=cache, use_cache=True)
+        assert [layer.stored for layer in cache.layers] == [20, 20], name
+        with torch.no_grad():
+            assert torch.isfinite(model(ids[:, :3], past_key_values=cache, use_cache=True)[0]).all()
+
+
 def test_short_prompts_stay_whole():
     model, ids, cache = tiny_model(), token_ids(1, 20), make_cache(tiny_model())
     with RecentPress(keep=0.1)(model):
@@ -397,6 +417,8 @@ def test_bad_input():
     refused("drops entries of an EGMLACache and got a DynamicCache", TypeError, past_key_values=DynamicCache())
     refused("2 sequences with layers='global'", press=RecentPress(keep=0.5, layers="global"))
     refused("layers has 3 numbers, and this model 2", press=RecentPress(keep=0.5, layers=[1, 1, 1]))
+    with press(model), pytest.raises(ValueError, match="under a press already"), press(model):
+        pass
     with pytest.raises(TypeError, match="needs an EG-MLA model and got Linear"), press(torch.nn.Linear(2, 2)):
         pass
     with pytest.raises(ValueError, match="kv_gate='expanded'"), press(tiny_model("expanded gate")):
