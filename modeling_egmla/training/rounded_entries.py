@@ -35,6 +35,10 @@ class RoundedEntries:
         """Return the mask as it is: sequences have no padding."""
         return causal_mask
 
+    def fit_mask(self, mask: torch.Tensor, layer_idx: int, new_tokens: int, held: int) -> torch.Tensor:
+        """Return the mask as it is: all layers hold as many entries."""
+        return mask
+
     def append(self, latents: torch.Tensor, rope_keys: torch.Tensor, layer_idx: int) -> Entries:
         """Return the entries `[B, 1, G + T, R + P]` of latents `[B, 1, T, R]` and rotary keys `[B, 1, T, P]`."""
         bits, first = self.allocation.layers[layer_idx], self.allocation.first_tokens
